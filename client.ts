@@ -1,0 +1,1503 @@
+/**
+ * The client of duplex-sse: a `WebSocket` that needs no WebSocket upgrade.
+ *
+ * {@link WebSocketSSE} has the interface and the behaviour of the standard
+ * `WebSocket`. Underneath, messages come as Server-Sent Events and go as POST
+ * requests, streamed where that works. A dropped connection is resumed, in
+ * silence: nothing is lost and nothing arrives twice.
+ *
+ * One file, no import: for browsers, Deno, Bun, Node 20 and workerd. PROTOCOL.md
+ * specifies the wire; the lines quoted in comments here are from there.
+ *
+ * @example
+ * ```ts ignore
+ * import { WebSocketSSE } from "jsr:@duplex/sse/client";
+ *
+ * const socket = new WebSocketSSE("https://example.com/chat");
+ * socket.onopen = () => socket.send("hello");
+ * socket.onmessage = (event) => console.log(event.data);
+ * ```
+ *
+ * @module
+ */
+
+// --- The wire's vocabulary. The same lines stand in server.ts; a test compares them. ---
+
+const VERSION = "1";
+const UPLINK_TYPE = "application/websocket-events";
+const STREAM_TYPE = "text/event-stream";
+const TOKEN_HEADER = "x-crossws-id";
+const VERSION_HEADER = "x-duplex-version";
+const PROTOCOL_HEADER = "x-duplex-protocol";
+const SEQ_HEADER = "x-duplex-seq";
+const ATTEMPT_HEADER = "x-duplex-attempt";
+const RECEIVED_HEADER = "x-duplex-received";
+const TOKEN_EVENT = "crossws-id";
+const OPEN_EVENT = "duplex-open";
+const JSON_EVENT = "duplex-json";
+const BINARY_EVENT = "duplex-binary";
+const ACK_EVENT = "duplex-ack";
+const PING_EVENT = "duplex-ping";
+const CLOSE_EVENT = "duplex-close";
+
+// --- The client's own constants ---
+
+const CONNECTING = 0;
+const OPEN = 1;
+const CLOSING = 2;
+const CLOSED = 3;
+
+/** "Batches and streams stay under 512 KiB in all": proxies cut a request at 1 MB. */
+const MAX_BODY = 512 * 1024;
+const MAX_CHUNK = 64 * 1024;
+/** What browsers let a page send while it is being left. */
+const MAX_KEEPALIVE = 60 * 1024;
+const OPEN_TIMEOUT = 30_000;
+/** How long a single request that carries both directions has to answer before we ask by GET. */
+const DUPLEX_TIMEOUT = 3_000;
+const CLOSE_ANSWER_TIMEOUT = 3_000;
+const ACK_DELAY = 1_000;
+const WATCH_PERIOD = 250;
+const MAX_RETRY_DELAY = 5_000;
+const MAX_LEARNED = 100;
+
+const encoder: TextEncoder = new TextEncoder();
+const EMPTY: Bytes = new Uint8Array();
+
+type Bytes = Uint8Array<ArrayBuffer>;
+
+/** What was left of the transports for an origin, so that the next socket does not wait again. */
+const learned: Map<string, Transport> = new Map();
+
+// --- Types ---
+
+/** How messages go up: within the one request, by a streaming request, or by one request a batch. */
+export type Transport = "duplex" | "stream" | "post";
+
+/** Anything that the `Headers` constructor takes. */
+export type HeadersLike = NonNullable<ConstructorParameters<typeof Headers>[0]>;
+
+/** What {@link WebSocketSSE} takes beyond a `WebSocket`. */
+export interface WebSocketSSEOptions {
+  /** Subprotocols to offer. Default: none. */
+  protocols?: string | string[];
+  /** Sent with every request. A function is called for each, so that fresh credentials are used. */
+  headers?: HeadersLike | (() => HeadersLike | Promise<HeadersLike>);
+  /** As for `fetch`. Cookies go to another origin only with "include". Default: "same-origin". */
+  credentials?: "omit" | "same-origin" | "include";
+  /** Whether `send` may be used. Default: true. */
+  bidir?: boolean;
+  /** @deprecated Use {@link WebSocketSSEOptions.bidir}. */
+  bdir?: boolean;
+  /** Whether streaming requests are tried at all. Default: true. */
+  stream?: boolean;
+  /** Which transport to begin with; a failing one is left for the next. Default: "auto", the best that works. */
+  transport?: "auto" | Transport;
+  /** Used instead of the global `fetch`. */
+  fetch?: (input: string, init?: RequestInit) => Promise<Response>;
+  /** Fails the socket when it aborts. */
+  signal?: AbortSignal;
+}
+
+/** The events of a {@link WebSocketSSE}. `drop` and `resume` are ours. */
+export interface WebSocketSSEEventMap {
+  /** The session has begun. */
+  open: Event;
+  /** A message has come. */
+  // deno-lint-ignore no-explicit-any
+  message: MessageEvent<any>;
+  /** The session has failed; `close` follows. */
+  error: Event;
+  /** The session has ended. */
+  close: CloseEvent;
+  /** The connection was lost; what is sent now waits. */
+  drop: Event;
+  /** The connection is back, and nothing was lost. */
+  resume: Event;
+}
+
+/** What {@link WebSocketSSE.stats} counts. */
+export interface WebSocketSSEStats {
+  /** Connections resumed. */
+  resumes: number;
+  /** Messages that were sent again. */
+  resent: number;
+  /** Messages received. */
+  received: number;
+  /** Messages sent. */
+  sent: number;
+}
+
+/** An event handler attribute: a function, or null. */
+// deno-lint-ignore no-explicit-any
+export type EventHandler<E> = ((this: any, event: E) => any) | null;
+
+/** What the server says when it opens or resumes a session. */
+interface Terms {
+  protocol: string;
+  heartbeatInterval: number;
+  resumeTimeout: number;
+  window: number;
+  received: number;
+  next: number;
+  attempt: number;
+}
+
+/** A message on its way up, kept until it is acknowledged. */
+interface Outgoing {
+  /** Undefined while a Blob is being read. */
+  frame: Bytes | undefined;
+  /** What it adds to `bufferedAmount`. */
+  size: number;
+  /** It has been written at least once, so it counts in the window. */
+  begun: boolean;
+  isClose: boolean;
+}
+
+// --- Public surface ---
+
+/**
+ * A `WebSocket` over plain HTTP: same constructor, same events in the same order,
+ * same exceptions. Differences are listed in the README.
+ *
+ * @example With options
+ * ```ts
+ * import { WebSocketSSE } from "@duplex/sse/client";
+ *
+ * function connect(token: string): WebSocketSSE {
+ *   const socket = new WebSocketSSE("wss://example.com/room", {
+ *     protocols: ["chat.v2"],
+ *     headers: () => ({ authorization: `Bearer ${token}` }),
+ *   });
+ *   socket.binaryType = "arraybuffer";
+ *   return socket;
+ * }
+ * ```
+ */
+export class WebSocketSSE extends EventTarget {
+  /** 0 */
+  declare static readonly CONNECTING: 0;
+  /** 1 */
+  declare static readonly OPEN: 1;
+  /** 2 */
+  declare static readonly CLOSING: 2;
+  /** 3 */
+  declare static readonly CLOSED: 3;
+  /** 0 */
+  declare readonly CONNECTING: 0;
+  /** 1 */
+  declare readonly OPEN: 1;
+  /** 2 */
+  declare readonly CLOSING: 2;
+  /** 3 */
+  declare readonly CLOSED: 3;
+
+  readonly #url: URL;
+  readonly #target: string;
+  readonly #authorization: string | undefined;
+  readonly #protocols: string[];
+  readonly #options: WebSocketSSEOptions;
+  readonly #handlers: {
+    [name in keyof WebSocketSSEEventMap]?: {
+      value: EventHandler<never>;
+      listener: (event: Event) => void;
+    };
+  } = {};
+  readonly #stats: WebSocketSSEStats = { resumes: 0, resent: 0, received: 0, sent: 0 };
+  readonly #leave = (): void => this.#pageHides();
+  readonly #abort = (): void => this.#fail();
+
+  #readyState: 0 | 1 | 2 | 3 = CONNECTING;
+  #binaryType: "blob" | "arraybuffer" = "blob";
+  #protocol = "";
+  #bufferedAmount = 0;
+  #transport: Transport;
+
+  // The session
+  #token = "";
+  /** Version 1 was granted: numbers, acknowledgements and resumption. Else crossws's plain wire. */
+  #full = false;
+  #terms: Terms | undefined;
+  #attempt = 0;
+  #connection: Connection | undefined;
+  /** Nothing more goes over the network, whatever is still to be dispatched. */
+  #ended = false;
+  #droppedAt = 0;
+  #strikes = 0;
+  #ticker: ReturnType<typeof setInterval> | undefined;
+  #closeTimer: ReturnType<typeof setTimeout> | undefined;
+  #wakeRetry: (() => void) | undefined;
+  /** Set by the server's close: what to do once ours has been answered. */
+  #answered: (() => void) | undefined;
+
+  // Down: counted as parsed, dispatched one task each
+  #received = 0;
+  #acknowledged = 0;
+  #rawBytes = 0;
+  #acknowledgedBytes = 0;
+  #inbox: (() => void)[] = [];
+  #draining: Promise<void> | undefined;
+  #dispatchedInTask = false;
+
+  // Up: numbered as queued, kept until acknowledged
+  #out: Outgoing[] = [];
+  /** The number of the first message in `#out`. */
+  #first = 1;
+  #begunBytes = 0;
+  #handledBytes = 0;
+  #pongs: Bytes[] = [];
+  #ackTimer: ReturnType<typeof setTimeout> | undefined;
+  #body: UplinkBody | undefined;
+  #posting = false;
+  #controlPosting = false;
+  #postAbort: AbortController | undefined;
+  #maxBatch = MAX_BODY;
+  #streamFailures = 0;
+  /** What to remember for the origin, once it has shown that it works. */
+  #unlearned: Transport | undefined;
+  #watch: ReturnType<typeof setInterval> | undefined;
+  #quietWatches = 0;
+
+  /**
+   * Begins to connect. Events come later, never before the current task ends.
+   *
+   * @param url `http:`, `https:`, `ws:` or `wss:`; relative to the page where there is one.
+   * @param init Subprotocols, as for a `WebSocket`, or options.
+   * @throws {DOMException} SyntaxError, where the standard throws it: a URL that cannot
+   * be parsed, has a fragment or another scheme; a subprotocol that is no token or offered twice.
+   */
+  constructor(url: string | URL, init: string | string[] | WebSocketSSEOptions = {}) {
+    super();
+    if (arguments.length === 0) throw new TypeError("WebSocketSSE needs a URL");
+    const options = typeof init === "string" || Array.isArray(init) ? { protocols: init } : init;
+    this.#url = parseURL(String(url));
+    this.#protocols = checkProtocols(options.protocols ?? []);
+    this.#options = options;
+    const target = new URL(this.#url);
+    if (target.username || target.password) {
+      const credentials = `${decodeURIComponent(target.username)}:${
+        decodeURIComponent(target.password)
+      }`;
+      this.#authorization = `Basic ${toBase64(encoder.encode(credentials))}`;
+      target.username = target.password = "";
+    }
+    this.#target = target.href.replace(/^ws/, "http");
+    this.#transport = this.#chooseTransport();
+    options.signal?.addEventListener("abort", this.#abort);
+    if ("document" in globalThis) globalThis.addEventListener("pagehide", this.#leave);
+    if (options.signal?.aborted) this.#fail();
+    else this.#run();
+  }
+
+  /** The URL, with its fragment and credentials as they were given. */
+  get url(): string {
+    return this.#url.href;
+  }
+
+  /** 0 CONNECTING, 1 OPEN, 2 CLOSING, 3 CLOSED. A dropped connection that may resume stays OPEN. */
+  get readyState(): 0 | 1 | 2 | 3 {
+    return this.#readyState;
+  }
+
+  /** Bytes of messages (text in UTF-8) that the server has not acknowledged. */
+  get bufferedAmount(): number {
+    return this.#bufferedAmount;
+  }
+
+  /** Always "". */
+  get extensions(): string {
+    return "";
+  }
+
+  /** The subprotocol that the server chose, or "". */
+  get protocol(): string {
+    return this.#protocol;
+  }
+
+  /** How binary messages arrive: "blob" (default) or "arraybuffer". */
+  get binaryType(): "blob" | "arraybuffer" {
+    return this.#binaryType;
+  }
+
+  set binaryType(value: "blob" | "arraybuffer") {
+    if (value === "blob" || value === "arraybuffer") this.#binaryType = value;
+  }
+
+  /** The transport of the uplink now in use. Not of the standard. */
+  get transport(): Transport {
+    return this.#transport;
+  }
+
+  /** Counts since the beginning. Not of the standard. */
+  get stats(): WebSocketSSEStats {
+    return { ...this.#stats };
+  }
+
+  /** Handler of `open`. */
+  get onopen(): EventHandler<Event> {
+    return this.#handler("open");
+  }
+  set onopen(value: EventHandler<Event>) {
+    this.#setHandler("open", value);
+  }
+
+  /** Handler of `message`. */
+  // deno-lint-ignore no-explicit-any
+  get onmessage(): EventHandler<MessageEvent<any>> {
+    return this.#handler("message");
+  }
+  // deno-lint-ignore no-explicit-any
+  set onmessage(value: EventHandler<MessageEvent<any>>) {
+    this.#setHandler("message", value);
+  }
+
+  /** Handler of `error`. */
+  get onerror(): EventHandler<Event> {
+    return this.#handler("error");
+  }
+  set onerror(value: EventHandler<Event>) {
+    this.#setHandler("error", value);
+  }
+
+  /** Handler of `close`. */
+  get onclose(): EventHandler<CloseEvent> {
+    return this.#handler("close");
+  }
+  set onclose(value: EventHandler<CloseEvent>) {
+    this.#setHandler("close", value);
+  }
+
+  /**
+   * Queues a message. What cannot go now waits, through dropped connections too.
+   *
+   * @throws {DOMException} InvalidStateError while connecting, or with `bidir: false`.
+   */
+  send(data: string | ArrayBufferLike | Blob | ArrayBufferView): void {
+    if (arguments.length === 0) throw new TypeError("send needs a message");
+    const body = convert(data);
+    const size = body instanceof Blob ? body.size : body.bytes.length;
+    if (this.#readyState === CONNECTING) {
+      throw new DOMException("Still connecting", "InvalidStateError");
+    }
+    if ((this.#options.bidir ?? this.#options.bdir) === false) {
+      throw new DOMException("Sending is off: bidir is false", "InvalidStateError");
+    }
+    this.#bufferedAmount += size;
+    if (this.#readyState !== OPEN) return;
+    this.#stats.sent++;
+    if (!(body instanceof Blob)) {
+      return void this.#enqueue(this.#encode(body.type, body.bytes), size);
+    }
+    const entry = this.#enqueue(undefined, size);
+    body.arrayBuffer().then((buffer) => {
+      entry.frame = this.#encode("BINARY", new Uint8Array(buffer));
+      this.#pump();
+    }, () => this.#fail());
+  }
+
+  /**
+   * Starts the closing handshake: what was sent before goes out before.
+   *
+   * @param code 1000, or 3000 to 4999. Default: none, which the other side sees as 1005.
+   * @param reason At most 123 bytes of UTF-8.
+   * @throws {DOMException} InvalidAccessError for another code, SyntaxError for a longer reason.
+   */
+  close(code?: number, reason?: string): void {
+    if (code !== undefined) {
+      code = Math.round(Math.min(Math.max(Number(code) || 0, 0), 65535)); // [Clamp] unsigned short
+      if (code !== 1000 && !(code >= 3000 && code <= 4999)) {
+        throw new DOMException(
+          `${code} is not a close code that may be used`,
+          "InvalidAccessError",
+        );
+      }
+    }
+    const text = encoder.encode(reason === undefined ? "" : String(reason));
+    if (text.length > 123) throw new DOMException("The reason is over 123 bytes", "SyntaxError");
+    if (this.#readyState >= CLOSING) return;
+    const connecting = this.#readyState === CONNECTING;
+    this.#readyState = CLOSING;
+    if (connecting || !this.#full) return this.#fail(!connecting);
+    this.#enqueueClose(code ?? (text.length ? 1000 : undefined), text);
+    // "wasClean is true after the handshake"; a server that never answers must not hold us.
+    this.#closeTimer = setTimeout(() => this.#fail(), this.#terms!.resumeTimeout || OPEN_TIMEOUT);
+  }
+
+  /** As `EventTarget`'s, typed by event name. */
+  override addEventListener<K extends keyof WebSocketSSEEventMap>(
+    type: K,
+    listener: (this: WebSocketSSE, event: WebSocketSSEEventMap[K]) => unknown,
+    options?: boolean | AddEventListenerOptions,
+  ): void;
+  /** As `EventTarget`'s, for events of any name. */
+  override addEventListener(
+    type: string,
+    listener: ((event: Event) => unknown) | { handleEvent(event: Event): unknown } | null,
+    options?: boolean | AddEventListenerOptions,
+  ): void;
+  override addEventListener(
+    type: string,
+    listener: unknown,
+    options?: boolean | AddEventListenerOptions,
+  ): void {
+    super.addEventListener(type, listener as () => void, options);
+  }
+
+  /** As `EventTarget`'s, typed by event name. */
+  override removeEventListener<K extends keyof WebSocketSSEEventMap>(
+    type: K,
+    listener: (this: WebSocketSSE, event: WebSocketSSEEventMap[K]) => unknown,
+    options?: boolean | EventListenerOptions,
+  ): void;
+  /** As `EventTarget`'s, for events of any name. */
+  override removeEventListener(
+    type: string,
+    listener: ((event: Event) => unknown) | { handleEvent(event: Event): unknown } | null,
+    options?: boolean | EventListenerOptions,
+  ): void;
+  override removeEventListener(
+    type: string,
+    listener: unknown,
+    options?: boolean | EventListenerOptions,
+  ): void {
+    super.removeEventListener(type, listener as () => void, options);
+  }
+
+  // --- Event handler attributes ---
+
+  #handler<E>(name: keyof WebSocketSSEEventMap): EventHandler<E> {
+    return (this.#handlers[name]?.value ?? null) as EventHandler<E>;
+  }
+
+  /** HTML: a handler takes its place among the listeners when it is first set, and leaves it at null. */
+  #setHandler<E>(name: keyof WebSocketSSEEventMap, value: EventHandler<E>): void {
+    const handler = this.#handlers[name];
+    if (typeof value !== "function") {
+      if (handler) super.removeEventListener(name, handler.listener);
+      delete this.#handlers[name];
+    } else if (handler) {
+      handler.value = value;
+    } else {
+      const listener = (event: Event) => {
+        const result = (this.#handlers[name]?.value as EventHandler<Event> | undefined)?.call(
+          this,
+          event,
+        );
+        if (result === false) event.preventDefault();
+      };
+      this.#handlers[name] = { value, listener };
+      super.addEventListener(name, listener);
+    }
+  }
+
+  #dispatch(event: Event): void {
+    this.dispatchEvent(event);
+  }
+
+  // --- Opening ---
+
+  /** The life of the session: one connection after the other, until it ends. */
+  async #run(): Promise<void> {
+    try {
+      let connection = await this.#open();
+      while (!this.#ended) {
+        await this.#read(connection);
+        if (this.#ended || this.#answered) return;
+        if (!this.#full || !this.#terms) return this.#fail();
+        connection = await this.#resume();
+      }
+    } catch {
+      this.#fail(); // whatever it was, the page learns no more of it than of a failed WebSocket
+    }
+  }
+
+  /** "duplex" between runtimes; "stream" in Chromium over HTTP/2; "post" elsewhere. */
+  #chooseTransport(): Transport {
+    const { transport = "auto", stream } = this.#options;
+    if (transport !== "auto") return transport;
+    if (stream === false) return "post";
+    const known = learned.get(this.#url.host);
+    if (known) return known;
+    if (isRuntime()) return "duplex";
+    return canStreamRequests() && speaksHTTP2(this.#target) ? "stream" : "post";
+  }
+
+  async #open(): Promise<Connection> {
+    const protocols = this.#protocols.join(", ");
+    const headers: Record<string, string> = protocols ? { [PROTOCOL_HEADER]: protocols } : {};
+    if (this.#transport === "duplex") {
+      const connection = await this.#connect(headers, DUPLEX_TIMEOUT).catch(() => undefined);
+      if (this.#ended) throw new Error("Closed");
+      const status = connection?.response?.status ?? 0;
+      // Anything but our own answer, or a refusal for good, may be the fault of the transport.
+      if (connection && (this.#grants(connection) || [401, 403, 429, 503].includes(status))) {
+        return this.#accept(connection);
+      }
+      connection?.end();
+      this.#leaveTransport("stream");
+    }
+    return this.#accept(await this.#connect(headers, OPEN_TIMEOUT));
+  }
+
+  /** Asks for an event stream; with the duplex transport the request carries the uplink, too. */
+  async #connect(headers: Record<string, string>, timeout: number): Promise<Connection> {
+    const connection = new Connection(this.#attempt);
+    this.#connection = connection;
+    const timer = setTimeout(() => connection.end(), timeout);
+    try {
+      if (this.#transport === "duplex") {
+        connection.body = new UplinkBody(this.#first, (body) => this.#fill(body));
+      }
+      connection.response = await this.#request(
+        connection.body ? "POST" : "GET",
+        connection.abort.signal,
+        {
+          accept: STREAM_TYPE,
+          ...headers,
+          ...connection.body && { "content-type": UPLINK_TYPE, [SEQ_HEADER]: `${this.#first}` },
+        },
+        connection.body?.stream,
+      );
+      return connection;
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  #grants({ response }: Connection): boolean {
+    return response!.ok && response!.headers.get(VERSION_HEADER) === VERSION;
+  }
+
+  /** Checks what came back for an opening request; the session is open with its first events. */
+  #accept(connection: Connection): Connection {
+    const { status, headers } = connection.response!;
+    if (this.#ended || status !== 200 || !headers.get("content-type")?.startsWith(STREAM_TYPE)) {
+      connection.end();
+      throw new Error(`Refused: ${status}`);
+    }
+    this.#full = this.#grants(connection);
+    this.#token = headers.get(TOKEN_HEADER) ?? "";
+    if (!this.#full) {
+      this.#transport = "post";
+      learn(this.#url.host, "post");
+      this.#opened(headers.get("sec-websocket-protocol") ?? "");
+    }
+    return connection;
+  }
+
+  #opened(protocol: string): void {
+    if (protocol && !this.#protocols.includes(protocol)) return this.#fail();
+    this.#deliver(() => {
+      if (this.#readyState !== CONNECTING) return;
+      this.#readyState = OPEN;
+      this.#protocol = protocol;
+      this.#dispatch(new Event("open"));
+    });
+  }
+
+  /** Every request of this socket: the options' headers are asked for each time. */
+  async #request(
+    method: string,
+    signal: AbortSignal,
+    extra: Record<string, string>,
+    body?: ReadableStream<Bytes> | Bytes,
+    keepalive = false,
+  ): Promise<Response> {
+    const { headers: given, credentials, fetch: send = fetch } = this.#options;
+    const headers = new Headers(typeof given === "function" ? await given() : given);
+    if (this.#authorization && !headers.has("authorization")) {
+      headers.set("authorization", this.#authorization);
+    }
+    for (const name in extra) headers.set(name, extra[name]!);
+    if (this.#full || !this.#token) headers.set(VERSION_HEADER, VERSION);
+    if (this.#token) headers.set(TOKEN_HEADER, this.#token);
+    signal.throwIfAborted();
+    return await send(this.#target, {
+      method,
+      headers,
+      signal,
+      redirect: "manual",
+      ...credentials && { credentials },
+      ...keepalive && { keepalive },
+      ...body && { body },
+      ...body instanceof ReadableStream && { duplex: "half" },
+    } as RequestInit);
+  }
+
+  // --- Down ---
+
+  /** Reads one event stream to its end, whichever way that comes. */
+  async #read(connection: Connection): Promise<void> {
+    const reader = connection.response!.body!.getReader();
+    connection.reader = reader;
+    const parser = new EventParser((type, data) => {
+      if (connection === this.#connection) this.#onEvent(type, data);
+    });
+    const text = new TextDecoder("utf-8", { ignoreBOM: true });
+    let first = true;
+    try {
+      for (;;) {
+        const { done, value } = await reader.read();
+        // "A client detaches its old reader before it reads its count."
+        if (done || connection !== this.#connection || this.#ended) break;
+        connection.quietTicks = 0;
+        this.#rawBytes += value.length;
+        let decoded = text.decode(value, { stream: true });
+        if (first && decoded) {
+          first = false;
+          if (decoded.startsWith("\uFEFF")) decoded = decoded.slice(1);
+        }
+        parser.push(decoded);
+        this.#acknowledgeWindow(parser.partial);
+        await this.#drain(); // the next chunk waits until this one is dispatched
+      }
+    } catch {
+      // the connection broke: as good as its end
+    }
+    connection.end();
+    if (connection === this.#connection) this.#connection = undefined;
+  }
+
+  #onEvent(type: string, data: string): void {
+    switch (type) {
+      case "":
+      case "message":
+        return this.#receive(data);
+      case JSON_EVENT:
+        return this.#receive(JSON.parse(data));
+      case BINARY_EVENT:
+        return this.#receive(fromBase64(data));
+      case TOKEN_EVENT:
+        this.#token ||= data;
+        return this.#full ? undefined : this.#pump();
+      case OPEN_EVENT:
+        return this.#onOpen(JSON.parse(data));
+      case ACK_EVENT: {
+        const [received, handled] = data.split(" ").map(Number);
+        this.#handledBytes = Math.max(this.#handledBytes, handled!);
+        return this.#confirm(received!);
+      }
+      case PING_EVENT: {
+        const [sent, payload] = data.split(" ");
+        // "A count that silently shifted would confirm the wrong messages."
+        if (Number(sent) !== this.#received) return this.#distrust();
+        this.#pongs.push(fromBase64(payload ?? ""));
+        this.#pongs.splice(0, this.#pongs.length - 16);
+        return this.#pump();
+      }
+      case CLOSE_EVENT:
+        return this.#onClose(JSON.parse(data));
+    }
+  }
+
+  #onOpen(terms: Terms): void {
+    if (!this.#full || !this.#token || this.#ended) return;
+    if (terms.next !== this.#received + 1 || terms.attempt !== this.#attempt) {
+      return this.#distrust();
+    }
+    const opening = !this.#terms;
+    this.#terms = terms;
+    this.#acknowledged = this.#received;
+    this.#acknowledgedBytes = this.#rawBytes;
+    this.#tick();
+    if (opening) this.#opened(terms.protocol);
+    else {
+      this.#droppedAt = 0;
+      this.#stats.resumes++;
+      this.#deliver(() => this.#dispatch(new Event("resume")));
+    }
+    if (this.#connection?.body && !this.#body) {
+      this.#body = this.#connection.body;
+      this.#body.confirmed = false;
+    }
+    this.#confirm(terms.received);
+  }
+
+  /** "The count advances when the event's blank line is parsed, not when it is dispatched." */
+  #receive(data: string | Bytes): void {
+    this.#received++;
+    this.#deliver(() => {
+      if (this.#readyState !== OPEN) return;
+      this.#stats.received++;
+      const value = typeof data === "string"
+        ? data
+        : this.#binaryType === "blob"
+        ? new Blob([data])
+        : data.buffer;
+      this.#dispatch(new MessageEvent("message", { data: value, origin: this.#url.origin }));
+    });
+  }
+
+  #deliver(event: () => void): void {
+    this.#inbox.push(event);
+    if (!this.#connection?.reader) this.#drain(); // else the reader's loop does it
+  }
+
+  /** Each event in a task of its own, so that promises settle in between. */
+  #drain(): Promise<void> | undefined {
+    if (this.#draining || !this.#inbox.length) return this.#draining;
+    if (!this.#dispatchedInTask && this.#connection?.reader && this.#inbox.length === 1) {
+      // Nothing was dispatched in this task: no need to wait for another.
+      this.#dispatchedInTask = true;
+      nextTask(() => this.#dispatchedInTask = false);
+      this.#inbox.pop()!();
+      return;
+    }
+    return this.#draining = (async () => {
+      for (let at = 0; at < this.#inbox.length; at++) {
+        await new Promise<void>(nextTask);
+        this.#inbox[at]!();
+      }
+      this.#inbox = [];
+      this.#draining = undefined;
+    })();
+  }
+
+  /** "The client acknowledges at half a window." A part of an event counts for the next time. */
+  #acknowledgeWindow(partial: number): void {
+    if (!this.#terms || this.#received === this.#acknowledged) return;
+    if (this.#rawBytes - this.#acknowledgedBytes >= this.#terms.window / 2) {
+      this.#acknowledgedBytes = this.#rawBytes - 3 * partial; // characters have up to 3 bytes
+      this.#pump(true);
+    } else if (this.#body && this.#ackTimer === undefined) {
+      // "On an open uplink stream also 1 s after the first unacknowledged message": free there.
+      this.#ackTimer = setTimeout(() => {
+        this.#ackTimer = undefined;
+        if (this.#body) this.#pump(true);
+      }, ACK_DELAY);
+    }
+  }
+
+  // --- Drops and resumption ---
+
+  /** One ticker: streams that went quiet, and keep-alive of ours. */
+  #tick(): void {
+    clearInterval(this.#ticker);
+    this.#ticker = setInterval(() => {
+      const connection = this.#connection;
+      // "The client treats 2 heartbeats without a byte as a drop." Ticks, not clocks: after a
+      // long pause of this process they say nothing of the network.
+      if (connection?.reader && ++connection.quietTicks > 4) this.#drop();
+      if (this.#body?.asked && !this.#body.wroteSinceTick) this.#body.write([frame("PING", EMPTY)]);
+      if (this.#body) this.#body.wroteSinceTick = false;
+    }, this.#terms!.heartbeatInterval / 2);
+  }
+
+  /** Lets go of the connection; `#run` goes on to resume. */
+  #drop(): void {
+    this.#connection?.end();
+    this.#postAbort?.abort();
+  }
+
+  #distrust(): void {
+    if (++this.#strikes > 1) return this.#fail();
+    const connection = this.#connection;
+    this.#connection = undefined; // what is left in its parser must not count
+    connection?.end();
+  }
+
+  async #resume(): Promise<Connection> {
+    this.#endBody();
+    if (!this.#droppedAt) {
+      this.#droppedAt = Date.now();
+      this.#deliver(() => this.#dispatch(new Event("drop")));
+    }
+    const { resumeTimeout } = this.#terms!;
+    for (let retries = 0; !this.#ended; retries++) {
+      const left = this.#droppedAt + resumeTimeout - Date.now();
+      if (left <= 0) break;
+      await this.#pause(retries, left);
+      this.#attempt++;
+      const connection = await this.#connect({
+        [ATTEMPT_HEADER]: `${this.#attempt}`,
+        "last-event-id": `${this.#received}`,
+      }, Math.min(left, Math.max(resumeTimeout / 3, 1000))).catch(() => undefined);
+      if (!connection?.response) continue;
+      if (this.#grants(connection)) return connection;
+      connection.end();
+      if (!isTransient(connection.response.status)) break;
+    }
+    throw new Error("Not resumed");
+  }
+
+  /** Waits longer each time, and never in step with other clients. */
+  async #pause(retries: number, atMost: number): Promise<void> {
+    const delay = Math.min(MAX_RETRY_DELAY, 50 * 2 ** retries, atMost) * (0.5 + Math.random() / 2);
+    if (retries === 0 || this.#ended) return;
+    await new Promise<void>((resolve) => {
+      this.#wakeRetry = resolve;
+      setTimeout(resolve, delay);
+    });
+  }
+
+  // --- Up ---
+
+  #encode(type: string, payload: Bytes): Bytes {
+    return this.#full ? frame(type, payload) : payload; // plain: the body of a request is the message
+  }
+
+  #enqueue(bytes: Bytes | undefined, size: number, isClose = false): Outgoing {
+    const entry: Outgoing = { frame: bytes, size, begun: false, isClose };
+    this.#out.push(entry);
+    this.#pump();
+    return entry;
+  }
+
+  #enqueueClose(code: number | undefined, reason: Bytes): void {
+    const payload = code === undefined
+      ? EMPTY
+      : concat([new Uint8Array([code >> 8, code & 255]), reason]);
+    this.#enqueue(frame("CLOSE", payload), 0, true);
+  }
+
+  /** Whether message `number` may be written now, and if so counts it as begun. */
+  #begin(number: number): Bytes | undefined {
+    const entry = this.#out[number - this.#first];
+    if (!entry?.frame) return;
+    if (entry.begun) this.#stats.resent++;
+    // "window counts encoded bytes of counted messages. A sender below it may begin one message of any size."
+    else if (this.#begunBytes - this.#handledBytes >= this.#terms!.window && !entry.isClose) return;
+    else this.#begunBytes += entry.frame.length;
+    entry.begun = true;
+    return entry.frame;
+  }
+
+  #canBegin(number: number): boolean {
+    const entry = this.#out[number - this.#first];
+    return !!entry?.frame &&
+      (entry.begun || entry.isClose || this.#begunBytes - this.#handledBytes < this.#terms!.window);
+  }
+
+  /** Messages up to this number have arrived. */
+  #confirm(received: number): void {
+    if (received < this.#first) return this.#pump();
+    if (!(received < this.#first + this.#out.length)) return this.#distrust();
+    for (const entry of this.#out.splice(0, received - this.#first + 1)) {
+      this.#bufferedAmount -= entry.size;
+    }
+    this.#first = received + 1;
+    this.#quietWatches = 0;
+    this.#streamFailures = 0;
+    if (this.#unlearned) learn(this.#url.host, this.#unlearned);
+    this.#unlearned = undefined;
+    if (this.#body) {
+      this.#body.confirmed = true;
+      if (!this.#body.open && this.#first >= this.#body.next) this.#body = undefined;
+    }
+    if (!this.#out.length) this.#answered?.();
+    this.#pump();
+  }
+
+  /** Sends what can be sent, over what is there. */
+  #pump(acknowledge = false): void {
+    if (this.#ended) return;
+    if (!this.#full) return void this.#postPlain();
+    if (!this.#terms) return;
+    if (this.#body?.open) {
+      this.#body.ackDue ||= acknowledge;
+      return this.#fill(this.#body);
+    }
+    if (this.#transport !== "post" && this.#droppedAt) return; // the resumption brings a new stream
+    if (this.#canBegin(this.#first)) {
+      if (this.#transport === "post" && !this.#posting) return void this.#post();
+      if (this.#transport !== "post" && !this.#body) return void this.#stream();
+    }
+    // "A control-only POST may run beside the one message POST."
+    if ((acknowledge || this.#pongs.length) && !this.#controlPosting) this.#postControl();
+  }
+
+  /** Acknowledgement and answers to pings go along with any body that is sent anyway. */
+  #takeControl(acknowledge = false): Bytes[] {
+    const parts = this.#pongs.splice(0).map((payload) => frame("PONG", payload));
+    if (acknowledge || this.#received > this.#acknowledged) {
+      this.#acknowledged = this.#received;
+      parts.push(frame("ACK", encoder.encode(`${this.#received}`)));
+    }
+    return parts;
+  }
+
+  // Streaming
+
+  /** "The uplink as long streaming POSTs", each renewed before it reaches what proxies cap. */
+  async #stream(): Promise<void> {
+    const body = this.#body = new UplinkBody(this.#first, (body) => this.#fill(body));
+    const abort = body.abort = new AbortController();
+    let status = 0;
+    try {
+      const response = await this.#request("POST", abort.signal, {
+        "content-type": UPLINK_TYPE,
+        [SEQ_HEADER]: `${body.next}`,
+      }, body.stream);
+      response.body?.cancel().catch(() => {});
+      status = response.status;
+      body.open = false;
+      const first = this.#first;
+      if (response.ok) this.#confirm(Number(response.headers.get(RECEIVED_HEADER) ?? 0));
+      if (response.ok && (this.#first > first || this.#body !== body)) return;
+    } catch {
+      // told by the status
+    }
+    if (this.#ended || this.#body !== body) return; // we ended it ourselves
+    this.#endBody();
+    if (status === 413 || ++this.#streamFailures > 1) this.#leaveTransport("post");
+    else if (isFinal(status)) return this.#fail();
+    this.#pump();
+  }
+
+  /** Gives a streaming body what is due, when its reader has asked. */
+  #fill(body: UplinkBody): void {
+    if (!body.open || !body.asked) return;
+    if (body !== this.#body) { // a duplex request whose answer is still to come
+      if (!body.total) body.write([frame("PING", EMPTY)]); // some fetches send no header before a byte
+      return;
+    }
+    const parts = this.#takeControl(body.ackDue);
+    body.ackDue = false;
+    let size = 0;
+    let messages = 0;
+    while (size < MAX_CHUNK) {
+      const number = Math.max(body.next, this.#first);
+      const length = this.#out[number - this.#first]?.frame?.length ?? 0;
+      if (body.total + size > 0 && body.total + size + length > MAX_BODY) {
+        if (!this.#canBegin(number)) break;
+        if (parts.length) body.write(parts);
+        return this.#finishBody(body);
+      }
+      const bytes = this.#begin(number);
+      if (!bytes) break;
+      // "SEQ names the next message": those before it have been acknowledged meanwhile.
+      if (number !== body.next) parts.push(frame("SEQ", encoder.encode(`${number}`)));
+      parts.push(bytes);
+      size += bytes.length;
+      messages++;
+      body.next = number + 1;
+    }
+    if (parts.length) body.write(parts);
+    if (messages) this.#startWatch();
+  }
+
+  /** The body has had its share. What follows goes in another, once this one is confirmed. */
+  #finishBody(body: UplinkBody): void {
+    body.finish();
+    this.#startWatch();
+  }
+
+  #endBody(): void {
+    this.#body?.end();
+    this.#body = undefined;
+    this.#stopWatch();
+  }
+
+  /** "A stream counts as working only while every frame is confirmed as received within 3 s, the first within 1 to 2 s." */
+  #startWatch(): void {
+    if (this.#watch !== undefined) return;
+    this.#quietWatches = 0;
+    this.#watch = setInterval(() => {
+      const body = this.#body;
+      if (!body || body.next <= this.#first) return this.#stopWatch();
+      if (++this.#quietWatches < (body.confirmed ? 12 : 6)) return;
+      this.#leaveTransport(this.#transport === "duplex" ? "stream" : "post");
+      if (body === this.#connection?.body) body.open = false; // its other half is our event stream
+      else body.end();
+      this.#body = undefined;
+      this.#stopWatch();
+      this.#pump();
+    }, WATCH_PERIOD);
+  }
+
+  #stopWatch(): void {
+    clearInterval(this.#watch);
+    this.#watch = undefined;
+  }
+
+  /** "Each falling back to the next": for this socket, and for the origin's next ones. */
+  #leaveTransport(next: Transport): void {
+    this.#transport = next;
+    if ((this.#options.transport ?? "auto") === "auto") this.#unlearned = next;
+  }
+
+  // Posting
+
+  /** "Everything queued goes in one POST, one message POST in flight, the next batch collects meanwhile." */
+  async #post(): Promise<void> {
+    this.#posting = true;
+    let since = 0;
+    for (let retries = 0; !this.#ended && this.#canBegin(this.#first);) {
+      const first = this.#first;
+      const parts = this.#takeControl();
+      let size = 0;
+      let messages = 0;
+      for (let number = first; this.#canBegin(number); number++) {
+        const { frame } = this.#out[number - first]!;
+        if (size && size + frame!.length > this.#maxBatch) break;
+        parts.push(this.#begin(number)!);
+        size += frame!.length;
+        messages++;
+      }
+      const status = await this.#postBody(concat(parts), first);
+      if (status === 200) since = retries = 0;
+      else if (status === 413 && messages === 1) return this.#tooLarge();
+      else if (status === 413) this.#maxBatch = Math.max(1, size >> 1);
+      else if (isFinal(status)) return this.#fail();
+      else {
+        since ||= Date.now();
+        const left = since + (this.#terms!.resumeTimeout || OPEN_TIMEOUT) - Date.now();
+        if (left <= 0) return this.#fail();
+        await this.#pause(++retries, left);
+      }
+    }
+    this.#posting = false;
+    this.#pump();
+  }
+
+  /** Sends one body and takes what its answer confirms. 200 means progress, 0 that there was no answer. */
+  async #postBody(body: Bytes, seq: number): Promise<number> {
+    const abort = this.#postAbort = new AbortController();
+    const timer = setTimeout(() => abort.abort(), 15_000 + body.length / 8);
+    try {
+      const response = await this.#request("POST", abort.signal, {
+        "content-type": UPLINK_TYPE,
+        [SEQ_HEADER]: `${seq}`,
+      }, body);
+      response.body?.cancel().catch(() => {});
+      if (!response.ok) return response.status;
+      const before = this.#first;
+      this.#confirm(Number(response.headers.get(RECEIVED_HEADER) ?? 0));
+      return this.#first > before || this.#first > seq ? 200 : 0;
+    } catch {
+      return 0;
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  async #postControl(): Promise<void> {
+    this.#controlPosting = true;
+    const parts = this.#takeControl(true);
+    const abort = new AbortController();
+    const timer = setTimeout(() => abort.abort(), 15_000);
+    try {
+      const response = await this.#request(
+        "POST",
+        abort.signal,
+        { "content-type": UPLINK_TYPE },
+        concat(parts),
+      );
+      response.body?.cancel().catch(() => {});
+      if (isFinal(response.status)) this.#drop(); // the resume will tell what is the matter
+    } catch {
+      this.#acknowledged = Math.min(this.#acknowledged, this.#received - 1); // to be said again
+    } finally {
+      clearTimeout(timer);
+      this.#controlPosting = false;
+    }
+  }
+
+  /** "A 413 that is not ours (a proxy's) on a lone message is 1009 too." */
+  #tooLarge(): void {
+    this.#posting = false;
+    this.#end(1009, "Message too large", false);
+  }
+
+  /** crossws's wire: one request a message, in order. */
+  async #postPlain(): Promise<void> {
+    if (this.#posting || !this.#token) return;
+    this.#posting = true;
+    while (this.#out[0]?.frame && !this.#ended) {
+      const { frame: body, size } = this.#out[0];
+      const response = await this.#request("POST", this.#connection!.abort.signal, {}, body).catch(
+        () => undefined,
+      );
+      response?.body?.cancel().catch(() => {});
+      if (!response?.ok) return this.#fail();
+      this.#out.shift();
+      this.#bufferedAmount -= size;
+    }
+    this.#posting = false;
+  }
+
+  // --- Ends ---
+
+  /** The server's close: its own, or the answer to ours. Ours goes out, then the socket is closed. */
+  #onClose({ code, reason, sent }: { code: number; reason: string; sent: number }): void {
+    if (this.#ended || this.#answered) return;
+    const ours = this.#out.some((entry) => entry.isClose) || this.#readyState === CLOSING;
+    const wasClean = ours || this.#received === sent;
+    this.#deliver(() => {
+      if (this.#readyState === OPEN) this.#readyState = CLOSING;
+    });
+    this.#endBody();
+    this.#transport = "post";
+    this.#answered = () => this.#end(code, reason, wasClean);
+    clearTimeout(this.#closeTimer);
+    // If the server cannot be told, that is no reason to keep the page waiting.
+    this.#closeTimer = setTimeout(this.#answered, CLOSE_ANSWER_TIMEOUT);
+    if (!ours) this.#enqueueClose(code === 1005 ? undefined : code, encoder.encode(reason));
+    else if (!this.#out.length) this.#answered();
+    else this.#pump();
+  }
+
+  /** "Failures give error, then close 1006." */
+  #fail(quietly = false): void {
+    if (this.#answered) this.#answered();
+    else this.#end(1006, "", false, !quietly);
+  }
+
+  /** Stops everything on the network at once; the last events come in their turn. */
+  #end(code: number, reason: string, wasClean: boolean, failed = !wasClean && code === 1006): void {
+    if (this.#ended) return;
+    this.#ended = true;
+    clearInterval(this.#ticker);
+    clearTimeout(this.#closeTimer);
+    clearTimeout(this.#ackTimer);
+    this.#endBody();
+    const connection = this.#connection;
+    this.#connection = undefined;
+    connection?.end();
+    this.#postAbort?.abort();
+    this.#wakeRetry?.();
+    this.#options.signal?.removeEventListener("abort", this.#abort);
+    if ("document" in globalThis) globalThis.removeEventListener("pagehide", this.#leave);
+    this.#deliver(() => {
+      this.#readyState = CLOSED;
+      if (failed) this.#dispatch(new Event("error"));
+      this.#dispatch(closeEvent(code, reason, wasClean));
+    });
+  }
+
+  /** "pagehide sends CLOSE with what is unacknowledged, keepalive, as far as its 64 KiB go." */
+  #pageHides(): void {
+    if (this.#ended) return;
+    if (this.#full && this.#terms) {
+      const frames = this.#out.map((entry) => entry.frame);
+      if (this.#readyState === OPEN) {
+        frames.push(frame("CLOSE", new Uint8Array([1001 >> 8, 1001 & 255])));
+      }
+      const parts: Bytes[] = [];
+      let size = 0;
+      for (const bytes of frames) {
+        if (!bytes || (size += bytes.length) > MAX_KEEPALIVE) break;
+        parts.push(bytes);
+      }
+      const headers = { "content-type": UPLINK_TYPE, [SEQ_HEADER]: `${this.#first}` };
+      this.#request("POST", new AbortController().signal, headers, concat(parts), true).catch(
+        () => {},
+      );
+    }
+    this.#end(1001, "", false);
+  }
+}
+
+/** @deprecated The spelling of crossws's documentation; use {@link WebSocketSSE}. */
+export const WebsocketSSE: typeof WebSocketSSE = WebSocketSSE;
+
+export default WebSocketSSE;
+
+// The standard's constants and attributes are enumerable, and constants cannot be changed.
+for (const [name, value] of Object.entries({ CONNECTING, OPEN, CLOSING, CLOSED })) {
+  Object.defineProperty(WebSocketSSE, name, { value, enumerable: true });
+  Object.defineProperty(WebSocketSSE.prototype, name, { value, enumerable: true });
+}
+for (
+  const name
+    of "url readyState bufferedAmount extensions protocol binaryType onopen onmessage onerror onclose send close"
+      .split(" ")
+) {
+  Object.defineProperty(WebSocketSSE.prototype, name, { enumerable: true });
+}
+Object.defineProperty(WebSocketSSE.prototype, Symbol.toStringTag, {
+  value: "WebSocket",
+  configurable: true,
+});
+
+// --- One connection ---
+
+/** One event stream and, with the duplex transport, the uplink that shares its request. */
+class Connection {
+  readonly attempt: number;
+  readonly abort: AbortController = new AbortController();
+  response: Response | undefined;
+  body: UplinkBody | undefined;
+  reader: ReturnType<ReadableStream<Uint8Array>["getReader"]> | undefined;
+  /** Ticks of half a heartbeat since the last byte. */
+  quietTicks = 0;
+
+  constructor(attempt: number) {
+    this.attempt = attempt;
+  }
+
+  /** Ends both directions; a read in progress ends, too. */
+  end(): void {
+    this.body?.end();
+    this.reader?.cancel().catch(() => {});
+    this.abort.abort();
+  }
+}
+
+/** A streaming request body. It is filled when its reader asks, so what waits goes as one chunk. */
+class UplinkBody {
+  readonly stream: ReadableStream<Bytes>;
+  open = true;
+  asked = false;
+  ackDue = false;
+  /** Something has been confirmed while this body was in use. */
+  confirmed = false;
+  wroteSinceTick = false;
+  abort: AbortController | undefined;
+  /** The number of the next message. */
+  next: number;
+  /** Bytes so far. */
+  total = 0;
+  #controller!: ReadableStreamDefaultController<Bytes>;
+
+  constructor(next: number, fill: (body: UplinkBody) => void) {
+    this.next = next;
+    this.stream = new ReadableStream<Bytes>({
+      start: (controller) => {
+        this.#controller = controller;
+      },
+      pull: () => {
+        this.asked = true;
+        fill(this);
+      },
+      cancel: () => {
+        this.open = false;
+      },
+    }, { highWaterMark: 0 });
+  }
+
+  /** Only when asked. */
+  write(parts: Bytes[]): void {
+    const chunk = concat(parts);
+    this.total += chunk.length;
+    this.wroteSinceTick = true;
+    this.asked = false; // before enqueue, which may ask again
+    this.#controller.enqueue(chunk);
+  }
+
+  /** A clean end: all that was written is to arrive. */
+  finish(): void {
+    if (this.open) this.#controller.close();
+    this.open = false;
+  }
+
+  /** "End the body with controller.error(): an abort would deliver the part." */
+  end(): void {
+    if (this.open) this.#controller.error(new Error("Abandoned"));
+    this.open = false;
+    this.abort?.abort();
+  }
+}
+
+// --- Event streams ---
+
+/** An incremental parser of Server-Sent Events. */
+class EventParser {
+  readonly #onEvent: (type: string, data: string) => void;
+  #line = "";
+  #type = "";
+  #data: string | undefined;
+  #afterCR = false;
+
+  constructor(onEvent: (type: string, data: string) => void) {
+    this.#onEvent = onEvent;
+  }
+
+  /** How many characters of an incomplete event are held. */
+  get partial(): number {
+    return this.#line.length + (this.#data?.length ?? 0);
+  }
+
+  push(chunk: string): void {
+    let at = 0;
+    if (this.#afterCR && chunk) {
+      this.#afterCR = false;
+      if (chunk[0] === "\n") at = 1;
+    }
+    let cr = chunk.indexOf("\r", at);
+    for (;;) {
+      let end = chunk.indexOf("\n", at);
+      let skip = 1;
+      if (cr >= 0 && (end < 0 || cr < end)) {
+        if (end === cr + 1) skip = 2;
+        else if (cr === chunk.length - 1) this.#afterCR = true;
+        end = cr;
+        cr = chunk.indexOf("\r", end + skip);
+      }
+      if (end < 0) break;
+      const line = this.#line + chunk.slice(at, end);
+      this.#line = "";
+      this.#onLine(line);
+      at = end + skip;
+    }
+    if (at < chunk.length) this.#line += chunk.slice(at);
+  }
+
+  #onLine(line: string): void {
+    if (!line) {
+      const type = this.#type;
+      const data = this.#data;
+      this.#type = "";
+      this.#data = undefined;
+      if (data !== undefined) this.#onEvent(type, data);
+    } else if (line.startsWith("data:")) {
+      const value = line.slice(line[5] === " " ? 6 : 5);
+      this.#data = this.#data === undefined ? value : `${this.#data}\n${value}`;
+    } else if (line.startsWith("event:")) {
+      this.#type = line.slice(line[6] === " " ? 7 : 6);
+    } else if (line === "data") {
+      this.#data = this.#data === undefined ? "" : `${this.#data}\n`;
+    }
+  }
+}
+
+// --- Small things ---
+
+/** A frame of the uplink: WebSocket-over-HTTP. */
+function frame(type: string, payload: Bytes): Bytes {
+  return concat([
+    encoder.encode(`${type} ${payload.length.toString(16)}\r\n`),
+    payload,
+    encoder.encode("\r\n"),
+  ]);
+}
+
+/** What `send` takes: bytes are copied, since the caller may change them afterwards. */
+function convert(data: unknown): { type: string; bytes: Bytes } | Blob {
+  if (data instanceof Blob) return data;
+  if (ArrayBuffer.isView(data)) {
+    return {
+      type: "BINARY",
+      bytes: new Uint8Array(data.buffer, data.byteOffset, data.byteLength).slice(),
+    };
+  }
+  if (
+    data instanceof ArrayBuffer ||
+    Object.prototype.toString.call(data) === "[object SharedArrayBuffer]"
+  ) {
+    return { type: "BINARY", bytes: new Uint8Array(data as ArrayBuffer).slice() };
+  }
+  return { type: "TEXT", bytes: encoder.encode(String(data)) };
+}
+
+function parseURL(value: string): URL {
+  let url: URL | undefined;
+  try {
+    url = new URL(value, (globalThis as { location?: { href: string } }).location?.href);
+  } catch {
+    // told below
+  }
+  if (!url || !/^(https?|wss?):$/.test(url.protocol) || url.hash || url.href.endsWith("#")) {
+    throw new DOMException(`'${value}' is not a URL for a WebSocket`, "SyntaxError");
+  }
+  return url;
+}
+
+function checkProtocols(value: string | string[]): string[] {
+  const protocols = typeof value === "string" ? [value] : [...value].map(String);
+  if (
+    new Set(protocols).size < protocols.length ||
+    protocols.some((name) => !/^[!#-'*+\-.^-z|~\w]+$/.test(name))
+  ) {
+    throw new DOMException("A subprotocol is offered twice or is no token", "SyntaxError");
+  }
+  return protocols;
+}
+
+function learn(host: string, transport: Transport): void {
+  if (learned.size >= MAX_LEARNED) learned.delete(learned.keys().next().value!);
+  learned.set(host, transport);
+}
+
+/** Node 20 has no CloseEvent. */
+function closeEvent(code: number, reason: string, wasClean: boolean): Event {
+  const init = { code, reason, wasClean };
+  if (typeof CloseEvent === "function") return new CloseEvent("close", init);
+  return Object.defineProperties(new Event("close"), {
+    code: { value: code, enumerable: true },
+    reason: { value: reason, enumerable: true },
+    wasClean: { value: wasClean, enumerable: true },
+  });
+}
+
+/** "The client retries on network errors, 408, 425, 429 and 5xx; other statuses are final." */
+function isTransient(status: number): boolean {
+  return status === 0 || status === 408 || status === 425 || status === 429 || status >= 500;
+}
+
+function isFinal(status: number): boolean {
+  return !isTransient(status) && !(status >= 200 && status < 300);
+}
+
+/** Deno, Bun and Node, whose fetch answers while the request's body is still being sent. */
+function isRuntime(): boolean {
+  const { process, document } = globalThis as {
+    process?: { versions?: { node?: string } };
+    document?: unknown;
+  };
+  return !!process?.versions?.node && !document;
+}
+
+/** Chromium reads `duplex` and streams; Firefox and WebKit make text of the stream. */
+function canStreamRequests(): boolean {
+  let reads = false;
+  try {
+    const init = {
+      method: "POST",
+      body: new ReadableStream(),
+      get duplex() {
+        reads = true;
+        return "half";
+      },
+    };
+    return !new Request("https://localhost", init as RequestInit).headers.has("content-type") &&
+      reads;
+  } catch {
+    return false;
+  }
+}
+
+/** Whether anything this page has of the origin came over HTTP/2 or 3. */
+function speaksHTTP2(target: string): boolean {
+  const { origin } = new URL(target);
+  return performance.getEntries().some((entry) =>
+    entry.name.startsWith(origin) &&
+    /^h[23]/.test((entry as { nextHopProtocol?: string }).nextHopProtocol ?? "")
+  );
+}
+
+/** Runs something in a task of its own, sooner than a timer would. */
+function nextTask(task: () => void): void {
+  const { setImmediate } = globalThis as { setImmediate?: (task: () => void) => void };
+  if (setImmediate) setImmediate(task);
+  else {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => {
+      port1.close();
+      task();
+    };
+    port2.postMessage(0);
+  }
+}
+
+function concat(parts: Bytes[]): Bytes {
+  let length = 0;
+  for (const part of parts) length += part.length;
+  const whole = new Uint8Array(length);
+  let at = 0;
+  for (const part of parts) {
+    whole.set(part, at);
+    at += part.length;
+  }
+  return whole;
+}
+
+function toBase64(bytes: Bytes): string {
+  return btoa(String.fromCharCode(...bytes));
+}
+
+function fromBase64(text: string): Bytes {
+  const { fromBase64: native } = Uint8Array as { fromBase64?: (text: string) => Bytes };
+  if (native) return native.call(Uint8Array, text);
+  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+}

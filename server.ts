@@ -1,0 +1,2332 @@
+/**
+ * The server of duplex-sse: everything a WebSocket does, over plain HTTP.
+ *
+ * The server speaks to a client by Server-Sent Events and hears from it by
+ * POST requests, or by one POST that carries both directions. Each side numbers
+ * what it sends and keeps it until the other side has acknowledged it, so that a
+ * session outlives its connections: nothing is lost and nothing arrives twice.
+ *
+ * One file, no import: paste it into an edge function as it is. It needs only
+ * `Request`, `Response`, `ReadableStream` and timers. PROTOCOL.md specifies the
+ * wire; the lines quoted in comments here are from there.
+ *
+ * @example Echo, on Deno and on Bun
+ * ```ts ignore
+ * import { sseAdapter } from "jsr:@duplex/sse/server";
+ *
+ * const ws = sseAdapter({
+ *   bidir: true,
+ *   hooks: {
+ *     open: (peer) => void peer.send(`Welcome ${peer}`),
+ *     message: (peer, message) => void peer.send(message.text()),
+ *   },
+ * });
+ *
+ * Deno.serve(ws.fetch); // or Bun.serve({ fetch: ws.fetch })
+ * ```
+ *
+ * @module
+ */
+
+// --- The wire's vocabulary. The same lines stand in client.ts; a test compares them. ---
+
+const VERSION = "1";
+const UPLINK_TYPE = "application/websocket-events";
+const STREAM_TYPE = "text/event-stream";
+const TOKEN_HEADER = "x-crossws-id";
+const VERSION_HEADER = "x-duplex-version";
+const PROTOCOL_HEADER = "x-duplex-protocol";
+const SEQ_HEADER = "x-duplex-seq";
+const ATTEMPT_HEADER = "x-duplex-attempt";
+const RECEIVED_HEADER = "x-duplex-received";
+const TOKEN_EVENT = "crossws-id";
+const OPEN_EVENT = "duplex-open";
+const JSON_EVENT = "duplex-json";
+const BINARY_EVENT = "duplex-binary";
+const ACK_EVENT = "duplex-ack";
+const PING_EVENT = "duplex-ping";
+const CLOSE_EVENT = "duplex-close";
+
+// --- The server's own constants ---
+
+/** The WebSocket header that hooks read and answer; a browser's fetch may not set it. */
+const WEBSOCKET_PROTOCOL = "sec-websocket-protocol";
+/** Where h3 and crossws leave the hooks that a request carries. */
+const REQUEST_HOOKS: symbol = Symbol.for("crossws.hooks");
+const INSPECT: symbol = Symbol.for("nodejs.util.inspect.custom");
+const DENO_INSPECT: symbol = Symbol.for("Deno.customInspect");
+
+const TOKEN_GRAMMAR = /^[0-9a-f]{16}\.[0-9a-f]{32}$/;
+const EVENT_ID_GRAMMAR = /^([0-9a-f]{32})\.(0|[1-9]\d{0,15})$/;
+const NUMBER_GRAMMAR = /^(0|[1-9]\d{0,15})$/;
+
+const DEFAULT_HEARTBEAT_INTERVAL = 15_000;
+/** Bun cuts a connection that is quiet for 10 s, unless told otherwise through `fetch`'s second argument. */
+const UNATTENDED_HEARTBEAT_INTERVAL = 5_000;
+const DEFAULT_RESUME_TIMEOUT = 30_000;
+const DEFAULT_IDLE_TIMEOUT = 60;
+const DEFAULT_MAX_MESSAGE_SIZE = 1024 * 1024;
+const DEFAULT_MAX_BUFFERED_AMOUNT = 16 * 1024 * 1024;
+const DEFAULT_WINDOW = 256 * 1024;
+const DEFAULT_MAX_PEERS = 100_000;
+/** What a plain session keeps for a native EventSource that reconnects. */
+const PLAIN_HISTORY = 64 * 1024;
+/** The most that one chunk gathers, a single larger message aside. */
+const MAX_CHUNK = 256 * 1024;
+const MAX_BODIES = 2;
+const MAX_PENDING_PINGS = 16;
+
+const OPEN = 1;
+const CLOSING = 2;
+const CLOSED = 3;
+
+const encoder: TextEncoder = new TextEncoder();
+const decoder: TextDecoder = new TextDecoder("utf-8", { ignoreBOM: true });
+const strictDecoder: TextDecoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+const HEARTBEAT: Uint8Array<ArrayBuffer> = encoder.encode(":\n\n");
+
+type Bytes = Uint8Array<ArrayBuffer>;
+/** Of a request's body; by shape, since the runtimes' types of readers differ. */
+interface Reader {
+  read(): Promise<{ done: true } | { done: false; value: Uint8Array }>;
+  cancel(): Promise<void>;
+}
+
+// --- Types ---
+
+/** A value, or a promise of it. */
+export type MaybePromise<T> = T | Promise<T>;
+
+/** What an `upgrade` hook may leave with a peer. */
+// deno-lint-ignore no-explicit-any
+export type PeerContext = Record<string, any>;
+
+/** Anything that the `Headers` constructor takes. */
+export type HeadersLike = NonNullable<ConstructorParameters<typeof Headers>[0]>;
+
+/** A request as hooks see it: `context` is there when a framework put it there. */
+export type UpgradeRequest = Request & { readonly context?: PeerContext };
+
+/** What an `upgrade` hook may return to let a peer in. */
+export interface UpgradeResult<Context = PeerContext> {
+  /** Headers of the response that opens the session. */
+  headers?: HeadersLike;
+  /** The subprotocol chosen among those that the client offered. */
+  protocol?: string;
+  /** Where the peer lives: topics and `peer.peers` are per namespace. Default: the URL's path. */
+  namespace?: string;
+  /** Becomes `peer.context`. */
+  context?: Context;
+  /** Taken for crossws's sake, and ignored. */
+  handled?: boolean;
+  /** Taken for crossws's sake, and ignored: HTTP has its own compression. */
+  perMessageDeflate?: unknown;
+}
+
+/** Why a session ended: a WebSocket close code and its reason. */
+export interface CloseDetails {
+  /** A WebSocket close code; 1005 when none was given, 1006 when the client was lost. */
+  code?: number;
+  /** At most 123 bytes of UTF-8. */
+  reason?: string;
+}
+
+/**
+ * What a server does at each step of a session. All are optional. A hook that
+ * throws or rejects is reported to `error`, and its peer closed with 1011.
+ */
+export interface Hooks<Context = PeerContext> {
+  /**
+   * Asked before a session opens, and again for every request of it, so that
+   * credentials are checked each time; there only a refusal counts. Return or
+   * throw a `Response` (or `{ response }`) to refuse.
+   */
+  upgrade(request: UpgradeRequest): MaybePromise<UpgradeResult<Context> | Response | void>;
+  /** A session has begun: once a session, not once a connection. */
+  open(peer: Peer<Context>): MaybePromise<void>;
+  /** A message has come, in order, exactly once. */
+  message(peer: Peer<Context>, message: Message<Context>): MaybePromise<void>;
+  /** A session has ended: once, with its code and reason. */
+  close(peer: Peer<Context>, details: CloseDetails): MaybePromise<void>;
+  /** A hook of this peer failed. */
+  error(peer: Peer<Context>, error: Error): MaybePromise<void>;
+  /** What was held back by a slow client has all been given to its connection. */
+  drain(peer: Peer<Context>): MaybePromise<void>;
+  /** The client's PING came: its keep-alive on a streaming uplink. */
+  ping(peer: Peer<Context>, data: Uint8Array): MaybePromise<void>;
+  /** The client answered a ping. */
+  pong(peer: Peer<Context>, data: Uint8Array): MaybePromise<void>;
+}
+
+/** Options of {@link Peer.waitForDrain}. */
+export interface WaitForDrainOptions {
+  /** Resolve at this many buffered bytes or fewer. Default: 0. */
+  threshold?: number;
+  /** Taken for crossws's sake, and ignored: the event wakes the waiter, no polling. */
+  pollInterval?: number;
+  /** Rejects with the signal's reason when it aborts. */
+  signal?: AbortSignal;
+}
+
+/** The WebSocket's face of a peer. */
+export interface PeerWebSocket {
+  /** 0 CONNECTING, 1 OPEN, 2 CLOSING, 3 CLOSED. */
+  readonly readyState?: number;
+  /** The chosen subprotocol, else what was offered, else "". */
+  readonly protocol?: string;
+  /** Always "". */
+  readonly extensions?: string;
+  /** The URL of the opening request, as `ws:` or `wss:`. */
+  readonly url?: string;
+  /** As {@link Peer.bufferedAmount}. */
+  readonly bufferedAmount?: number;
+  /** What `message.data` gives for binary messages: "arraybuffer", "blob", "uint8array", "text", … */
+  binaryType?: string;
+  /** As {@link Peer.send}. */
+  // deno-lint-ignore no-explicit-any
+  send?(data: any): void;
+  /** As {@link Peer.close}. */
+  close?(code?: number, reason?: string): void;
+}
+
+/**
+ * One client's session, for as long as it lasts across dropped connections.
+ *
+ * @example
+ * ```ts
+ * import { defineHooks } from "@duplex/sse/server";
+ *
+ * const hooks = defineHooks({
+ *   open(peer) {
+ *     peer.subscribe("news");
+ *     peer.send({ you: peer.id });
+ *   },
+ * });
+ * ```
+ */
+export interface Peer<Context = PeerContext> {
+  /** Public name of this peer: safe to show to others. It gives no power over the session. */
+  readonly id: string;
+  /** What `upgrade` returned. */
+  readonly context: Context;
+  /** The namespace; by default the path of the URL. */
+  readonly namespace: string;
+  /** The request that opened the session. */
+  readonly request: Request;
+  /** The client's IP address, where the runtime tells it. */
+  readonly remoteAddress: string | undefined;
+  /** The WebSocket's face of this peer. */
+  readonly websocket: PeerWebSocket;
+  /** All open peers of the namespace. */
+  readonly peers: Set<Peer>;
+  /** The topics that this peer is subscribed to. */
+  readonly topics: Set<string>;
+  /** Encoded bytes not yet given to the connection. */
+  readonly bufferedAmount: number;
+  /** Resolves when `bufferedAmount` is down to `threshold`, or the peer closed. */
+  waitForDrain(options?: WaitForDrainOptions): Promise<void>;
+  /**
+   * Sends a message. Strings go as text, bytes as binary, plain objects as JSON.
+   * Returns the bytes queued, -1 when they must wait, 0 when the peer is closed.
+   * A peer already past `maxBufferedAmount` is closed with 1013.
+   */
+  send(data: unknown, options?: { compress?: boolean }): number | void | undefined;
+  /** Receives what is published to the topic, in this peer's namespace. */
+  subscribe(topic: string): void;
+  /** Ends a subscription. */
+  unsubscribe(topic: string): void;
+  /** Sends to all other subscribers of the topic in this peer's namespace. */
+  publish(topic: string, data: unknown, options?: { compress?: boolean }): void;
+  /**
+   * Closes after all that was sent before.
+   *
+   * @throws {RangeError} if the code is not one that may be sent (1000 to 1014
+   * without 1004 to 1006, or 3000 to 4999), or the reason is over 123 bytes.
+   */
+  close(code?: number, reason?: string): void;
+  /** Drops the session at once, with no word to the client, which sees 1006. */
+  terminate(): void;
+  /** Asks the client for a sign of life; at most 125 bytes. Answered by the `pong` hook. */
+  ping(data?: unknown): number | void | undefined;
+  /** The id. */
+  toString(): string;
+}
+
+/** One message of a client. */
+export interface Message<Context = PeerContext> {
+  /** A random UUID, drawn when first asked for. */
+  readonly id: string;
+  /** Who sent it. */
+  readonly peer?: Peer<Context>;
+  /** Always undefined here: there is no DOM event behind it. */
+  readonly event?: MessageEvent;
+  /** A string for text, a `Uint8Array` for binary. */
+  readonly rawData: unknown;
+  /** By `peer.websocket.binaryType`; `rawData` when that is not set. */
+  readonly data: unknown;
+  /** The message as text. */
+  text(): string;
+  /** The message parsed as JSON. Throws a SyntaxError when it is none. */
+  json<T = unknown>(): T;
+  /** The message as bytes. */
+  uint8Array(): Uint8Array;
+  /** The message as a buffer that holds it and nothing else. */
+  arrayBuffer(): ArrayBuffer | SharedArrayBuffer;
+  /** The message as a Blob. */
+  blob(): Blob;
+  /** The same as {@link Message.text}. */
+  toString(): string;
+}
+
+/** A publication on its way between instances: crossws's type. */
+export interface SyncMessage {
+  /** "" means all namespaces. */
+  namespace: string;
+  /** The topic published to. */
+  topic: string;
+  /** The message itself. */
+  data: string | Uint8Array;
+}
+
+/** A connection to a backplane: crossws's type, so that its drivers plug in. */
+export interface SyncDriver {
+  /** Calls `deliver` for what other instances publish, never for its own. */
+  subscribe(deliver: (message: SyncMessage) => void): MaybePromise<void>;
+  /** Relays to the other instances. */
+  publish(message: SyncMessage): MaybePromise<void>;
+  /** Ends the connection. */
+  close?(): MaybePromise<void>;
+}
+
+/** Makes a {@link SyncDriver} for the instance with this id. */
+export type SyncAdapter = (context: { id: string }) => SyncDriver;
+
+/** Who may use the server from another origin. */
+export type Cors =
+  | boolean
+  | "manual"
+  | string[]
+  | ((origin: string, request: Request) => boolean);
+
+/** Options of {@link sseAdapter}. Times without another unit are milliseconds, sizes are bytes. */
+export interface SSEOptions<Context = PeerContext> {
+  /** Takes messages from clients. Default: false, as in crossws. */
+  bidir?: boolean;
+  /** What to do at each step of a session. */
+  hooks?: Partial<Hooks<Context>>;
+  /** Hooks by request, called after `hooks`. */
+  // deno-lint-ignore no-explicit-any
+  resolve?(request: UpgradeRequest): MaybePromise<Partial<Hooks<any>> | undefined | void>;
+  /** The namespace of a request. Default: the path of its URL. */
+  getNamespace?(request: Request): string;
+  /** Chooses a subprotocol when no `upgrade` hook did. */
+  handleProtocols?(
+    offered: Set<string>,
+    request: Request,
+  ): MaybePromise<string | false | null | undefined>;
+  /** Seconds of silence after which a client is asked (at half of it), then dropped. 0: never. Default: 60. */
+  idleTimeout?: number;
+  /** The longest that a stream is quiet, in ms. Default: 15000; 5000 when `fetch` got no second argument. */
+  heartbeatInterval?: number;
+  /** How long a session waits for its client to come back, in ms. 0: not at all. Default: 30000. */
+  resumeTimeout?: number;
+  /** The largest message taken, in bytes. Beyond: 413, close code 1009. Default: 1 MiB. */
+  maxMessageSize?: number;
+  /** A peer with more bytes than this held back is closed with 1013 at the next send. Default: 16 MiB. */
+  maxBufferedAmount?: number;
+  /** Bytes that may be under way unacknowledged, each way. Default: 256 KiB. */
+  window?: number;
+  /** Sessions at once; beyond: 503. Default: 100,000. */
+  maxPeers?: number;
+  /**
+   * Other origins: `true` for any (without credentials), a list, or a function.
+   * "manual" leaves it to your own middleware. Default: false, cross-site requests get 403.
+   */
+  cors?: Cors;
+  /** Relays publications to other instances. */
+  sync?: SyncAdapter;
+  /** Told when `sync` fails. Default: `console.error`. */
+  onError?(error: unknown, context: { stage: "subscribe" | "publish" | "delivery" }): void;
+  /** Taken for crossws's sake, and ignored. */
+  perMessageDeflate?: unknown;
+  /** Taken for crossws's sake, and ignored. */
+  compress?: unknown;
+}
+
+/** What {@link sseAdapter} returns. Every member may be passed around on its own. */
+export interface SSEAdapter<Context = PeerContext> {
+  /**
+   * Answers every request of this protocol, never throws. The second argument is
+   * the runtime's own: Deno's `info`, Bun's `server`; anything else is ignored.
+   */
+  fetch: (request: Request, info?: unknown) => Promise<Response>;
+  /** Whether a request is for {@link SSEAdapter.fetch}, for servers that have other routes. */
+  handles: (request: Request) => boolean;
+  /** Open peers by namespace. */
+  readonly peers: Map<string, Set<Peer<Context>>>;
+  /** Sends to every subscriber of the topic, in one namespace or in all. */
+  publish: (
+    topic: string,
+    data: unknown,
+    options?: { compress?: boolean; namespace?: string },
+  ) => void;
+  /**
+   * Shuts down: newcomers get 503, every peer is closed after what was sent to it
+   * (default code: 1001); resolves when all have gone, or `resumeTimeout` is over.
+   */
+  close: (code?: number, reason?: string) => Promise<void>;
+  /** The backplane, when `sync` was given. */
+  readonly sync?: SyncDriver | undefined;
+  /** The same as `close()`. */
+  [Symbol.asyncDispose](): Promise<void>;
+}
+
+// --- Public surface ---
+
+/**
+ * Makes a server. Hand its `fetch` to a runtime, or call it from your own router.
+ *
+ * @throws {RangeError} if an option is a number that is negative or not finite
+ * where it must be.
+ *
+ * @example Beside other routes
+ * ```ts
+ * import { sseAdapter } from "@duplex/sse/server";
+ *
+ * const ws = sseAdapter({
+ *   bidir: true,
+ *   hooks: {
+ *     upgrade: () => ({ context: { since: Date.now() } }),
+ *     open: (peer) => peer.subscribe("chat"),
+ *     message: (peer, message) => peer.publish("chat", message.text()),
+ *   },
+ * });
+ *
+ * const handler = (request: Request, info?: unknown) =>
+ *   ws.handles(request) ? ws.fetch(request, info) : new Response("Hello");
+ * ```
+ */
+export function sseAdapter<Context extends PeerContext = PeerContext>(
+  options: SSEOptions<Context> = {},
+): SSEAdapter<Context> {
+  const hub = new Hub(options as SSEOptions);
+  return {
+    fetch: (request, info) => hub.fetch(request, info),
+    handles: (request) => hub.handles(request),
+    publish: (topic, data, options) => hub.publish(topic, data, options?.namespace),
+    close: (code, reason) => hub.close(code, reason),
+    peers: hub.peers as unknown as Map<string, Set<Peer<Context>>>,
+    sync: hub.sync,
+    [Symbol.asyncDispose]: () => hub.close(),
+  };
+}
+
+export default sseAdapter;
+
+/**
+ * Returns the hooks it is given, typed: for hooks that live in a file of their own.
+ *
+ * @example
+ * ```ts
+ * import { defineHooks } from "@duplex/sse/server";
+ *
+ * export const echo = defineHooks({
+ *   message(peer, message) {
+ *     peer.send(message.text());
+ *   },
+ * });
+ * ```
+ */
+export function defineHooks<Context extends PeerContext = PeerContext>(
+  hooks: Partial<Hooks<Context>>,
+): Partial<Hooks<Context>> {
+  return hooks;
+}
+
+// --- The hub: all sessions of one adapter ---
+
+/** Answers requests, finds the session they are for, and keeps the one timer. */
+class Hub {
+  readonly options: SSEOptions;
+  readonly bidir: boolean;
+  readonly heartbeatInterval: number;
+  readonly resumeTimeout: number;
+  readonly idleTimeout: number;
+  readonly maxMessageSize: number;
+  readonly maxBufferedAmount: number;
+  readonly window: number;
+  readonly maxPeers: number;
+  /** How long the client has to answer a close, and to take the last bytes. */
+  readonly closeTimeout: number;
+  readonly sync: SyncDriver | undefined;
+  readonly peers: Map<string, Set<Peer>> = new Map();
+  readonly sessions: Map<string, Session> = new Map();
+
+  /** Subscribers by namespace and topic, so that publishing never looks at anyone else. */
+  readonly #topics: Map<string, Map<string, Set<Session>>> = new Map();
+  /** What is left of closed sessions, by token and, for plain ones, by the key of their event ids. */
+  readonly #tombstones: Map<string, Tombstone> = new Map();
+  /** Plain sessions by the key of their event ids. */
+  readonly #keys: Map<string, Session> = new Map();
+  /** Ended sessions whose last bytes are still to be taken. */
+  readonly #lingering: Set<Session> = new Set();
+  #dirty: Session[] = [];
+  #flushing = false;
+  #lastParts: Bytes[] = [];
+  #lastChunk: Bytes = HEARTBEAT;
+  #timer: ReturnType<typeof setTimeout> | undefined;
+  #nextSweep = Infinity;
+  #instance: string | undefined;
+  #closing = false;
+  #whenEmpty: (() => void)[] = [];
+
+  constructor(options: SSEOptions) {
+    this.options = options;
+    this.bidir = options.bidir ?? false;
+    this.heartbeatInterval = atLeast(1, "heartbeatInterval", options, DEFAULT_HEARTBEAT_INTERVAL);
+    this.resumeTimeout = atLeast(0, "resumeTimeout", options, DEFAULT_RESUME_TIMEOUT);
+    this.closeTimeout = this.resumeTimeout || UNATTENDED_HEARTBEAT_INTERVAL;
+    this.idleTimeout = atLeast(0, "idleTimeout", options, DEFAULT_IDLE_TIMEOUT) * 1000;
+    this.maxMessageSize = atLeast(1, "maxMessageSize", options, DEFAULT_MAX_MESSAGE_SIZE);
+    this.maxBufferedAmount = atLeast(0, "maxBufferedAmount", options, DEFAULT_MAX_BUFFERED_AMOUNT);
+    this.window = atLeast(1, "window", options, DEFAULT_WINDOW);
+    this.maxPeers = atLeast(1, "maxPeers", options, DEFAULT_MAX_PEERS);
+    this.sync = options.sync && this.#connectSync(options.sync);
+  }
+
+  // --- Requests ---
+
+  handles(request: Request): boolean {
+    return request.headers.has(TOKEN_HEADER) ||
+      /(^|,)\s*text\/event-stream\s*(;|,|$)/i.test(request.headers.get("accept") ?? "") ||
+      this.#isPreflight(request);
+  }
+
+  async fetch(request: Request, info?: unknown): Promise<Response> {
+    let cors: Headers | undefined;
+    let response: Response;
+    try {
+      // "Deadlines are also checked on every request": some runtimes stop timers between requests.
+      if (Date.now() >= this.#nextSweep) this.#sweep();
+      cors = this.#checkOrigin(request);
+      response = this.#isPreflight(request)
+        ? preflight(request)
+        : await this.#route(request, new Runtime(request, info));
+    } catch (error) {
+      if (!(error instanceof Refusal)) console.error("[duplex-sse] a hook failed:", error);
+      response = error instanceof Refusal
+        ? error.response()
+        : new Refusal(500, "A hook failed").response();
+      request.body?.cancel().catch(() => {}); // nobody will read it; a locked one has its reader
+    }
+    if (!cors) return response;
+    try {
+      cors.forEach((value, name) => response.headers.append(name, value));
+      return response;
+    } catch { // a hook's Response may have immutable headers
+      const headers = new Headers(response.headers);
+      cors.forEach((value, name) => headers.append(name, value));
+      return new Response(response.body, { status: response.status, headers });
+    }
+  }
+
+  /** Decides what a request is: opening, resumption or uplink, of a plain or of a full session. */
+  async #route(request: Request, runtime: Runtime): Promise<Response> {
+    if (request.method !== "GET" && request.method !== "POST") {
+      throw new Refusal(405, "Use GET or POST", { allow: "GET, POST" });
+    }
+    const wire = new Wire(request);
+    const streams = accepts(request, STREAM_TYPE);
+    if (request.method === "GET") {
+      if (!streams) throw new Refusal(406, "This answers with text/event-stream");
+      if (wire.token) return await this.#resume(request, wire);
+      return await this.#resumePlain(request, wire) ?? await this.#open(request, wire, runtime);
+    }
+    const duplex = request.headers.get("accept") === STREAM_TYPE;
+    if (wire.token) {
+      if (!wire.isUplink) return await this.#receivePlain(request, wire.token);
+      return duplex ? await this.#resume(request, wire) : await this.#receive(request, wire);
+    }
+    // "A POST without a token opens a session only with x-duplex-version: 1, our content type,
+    // Accept: text/event-stream and a body": a cross-site simple request can have none of these.
+    if (wire.version && wire.isUplink && duplex && request.body) {
+      return await this.#open(request, wire, runtime);
+    }
+    throw new Refusal(400, `Missing ${TOKEN_HEADER}`);
+  }
+
+  async #open(request: Request, wire: Wire, runtime: Runtime): Promise<Response> {
+    this.#checkRoom();
+    offerProtocols(request);
+    const hooks = await this.#hooksOf(request);
+    const admission = await this.#admit(request, hooks);
+    if (admission instanceof Response) return admission;
+    this.#checkRoom(); // again: others came while the hook was thinking
+    const token = `${this.#instance ??= randomHex(8)}.${randomHex(16)}`;
+    const session = new Session(this, {
+      token,
+      full: wire.version,
+      hooks,
+      request,
+      admission,
+      runtime,
+    });
+    this.sessions.set(token, session);
+    if (session.key) this.#keys.set(session.key, session);
+    getOrMake(this.peers, session.namespace, () => new Set<Peer>()).add(session.peer);
+    this.#startTimer();
+    const stream = session.attach(wire.attempt ?? 0, 0);
+    session.callHooks("open");
+    if (request.method === "POST") session.readDuplex(request.body!, wire.seq);
+    return new Response(stream, { headers: this.#streamHeaders(session, admission) });
+  }
+
+  /** "The request names its session, what it has (Last-Event-ID) and x-duplex-attempt." */
+  async #resume(request: Request, wire: Wire): Promise<Response> {
+    if (!wire.version || wire.attempt === undefined || wire.lastEventId === undefined) {
+      throw new Refusal(
+        400,
+        `A resume needs ${VERSION_HEADER}, ${ATTEMPT_HEADER} and Last-Event-ID`,
+      );
+    }
+    const namespace = await this.#readmit(request, wire.token!);
+    if (namespace instanceof Response) return namespace;
+    const session = this.sessions.get(wire.token!);
+    if (!session || session.namespace !== namespace) return this.#unearth(request, wire, namespace);
+    if (!session.full) throw new Refusal(400, "A plain session resumes by Last-Event-ID alone");
+    // "The highest attempt wins and ends the older stream; a lower one gets 409 and changes nothing."
+    if (wire.attempt < session.attempt) throw new Refusal(409, "A newer connection has taken over");
+    if (!session.canResumeFrom(wire.lastEventId)) {
+      throw new Refusal(409, "Last-Event-ID is not of this session");
+    }
+    session.heard();
+    const stream = session.attach(wire.attempt, wire.lastEventId);
+    if (request.method === "POST" && request.body) session.readDuplex(request.body, wire.seq);
+    return new Response(stream, { headers: this.#streamHeaders(session) });
+  }
+
+  /** A session that has closed meanwhile says so once more, for whoever missed it. */
+  #unearth(request: Request, wire: Wire, namespace: string): Response {
+    const tombstone = this.#tombstones.get(wire.token!);
+    if (!tombstone || tombstone.namespace !== namespace) throw new Refusal(404, "No such session");
+    request.body?.cancel().catch(() => {}); // a streaming one would not end before this answer
+    const preface = this.#preface(wire.token!, {
+      protocol: "",
+      received: tombstone.received,
+      next: wire.lastEventId! + 1,
+      attempt: wire.attempt!,
+    });
+    const body = concat([encoder.encode(preface), encodeClose(tombstone.ending)]);
+    return new Response(body, { headers: streamHeaders(wire.token) });
+  }
+
+  /**
+   * A native EventSource repeats the id of the last event it had. "A session closed
+   * meanwhile answers 204 (which stops EventSource), an unknown or expired one opens a new session."
+   */
+  async #resumePlain(request: Request, wire: Wire): Promise<Response | undefined> {
+    const match = EVENT_ID_GRAMMAR.exec(wire.eventId);
+    if (wire.version || !match) return;
+    const [, key, received] = match as unknown as [string, string, string];
+    if (this.#tombstones.has(key)) return new Response(null, { status: 204 });
+    const session = this.#keys.get(key);
+    if (!session) return;
+    const namespace = await this.#readmit(request, session.token);
+    if (namespace instanceof Response) return namespace;
+    if (session.readyState !== OPEN || session.namespace !== namespace) return;
+    if (!session.canResumeFrom(Number(received))) return;
+    const stream = session.attach(session.attempt, Number(received));
+    return new Response(stream, { headers: this.#streamHeaders(session) });
+  }
+
+  /** The uplink of a full session: frames, numbered from `x-duplex-seq`. */
+  async #receive(request: Request, wire: Wire): Promise<Response> {
+    const namespace = await this.#readmit(request, wire.token!);
+    if (namespace instanceof Response) return namespace;
+    const session = this.sessions.get(wire.token!);
+    const receiver = session ?? this.#tombstones.get(wire.token!);
+    if (receiver?.namespace !== namespace) throw new Refusal(404, "No such session");
+    if (session && !session.full) throw new Refusal(400, "A plain session takes plain messages");
+    let refusal: Refusal | undefined;
+    session?.heard();
+    if (request.body) {
+      const reader = request.body.getReader();
+      try {
+        if (session) {
+          await session.whileReading(
+            reader,
+            () => readUplink(reader, wire.seq, session, this.maxMessageSize),
+          );
+        } else await readUplink(reader, wire.seq, receiver, this.maxMessageSize);
+      } catch (error) {
+        if (error instanceof Refusal) refusal = error; // any other is the connection's end
+      }
+    }
+    // "Failed requests never end a session": what is malformed in the bytes may be a proxy's doing.
+    if (refusal?.closeCode && refusal.closeCode !== 1002) {
+      session?.close(refusal.closeCode, refusal.reason);
+    }
+    const response = refusal?.response() ?? new Response(null, { status: 204 });
+    response.headers.set(RECEIVED_HEADER, String(receiver.received));
+    return response;
+  }
+
+  /** "A body with a length is one message, a streamed body one message per chunk." */
+  async #receivePlain(request: Request, token: string): Promise<Response> {
+    if (!this.bidir) throw new Refusal(405, "This server only sends", { allow: "GET" });
+    const namespace = await this.#readmit(request, token);
+    if (namespace instanceof Response) return namespace;
+    const session = this.sessions.get(token);
+    if (!session || session.namespace !== namespace) throw new Refusal(404, "No such session");
+    if (session.full) throw new Refusal(400, `This session takes ${UPLINK_TYPE}`);
+    const refusal = await session.readPlain(request);
+    return refusal ? refusal.response() : new Response(null, { status: 204 });
+  }
+
+  // --- Admission ---
+
+  #checkRoom(): void {
+    if (this.#closing) throw new Refusal(503, "Shutting down", { "retry-after": "1" });
+    if (this.sessions.size >= this.maxPeers) throw new Refusal(503, "Full", { "retry-after": "5" });
+  }
+
+  /** The adapter's hooks, then those that `resolve` finds, then those that the request carries. */
+  async #hooksOf(request: UpgradeRequest): Promise<Partial<Hooks>[]> {
+    const { hooks, resolve } = this.options;
+    const carrier = request as unknown as Record<symbol, Partial<Hooks> | undefined>;
+    const carried = carrier[REQUEST_HOOKS] ??
+      (request.context as Record<symbol, Partial<Hooks>> | undefined)?.[REQUEST_HOOKS];
+    const resolved = resolve && await resolve.call(this.options, request);
+    return [...new Set([hooks, resolved, carried])].filter((hooks) => !!hooks);
+  }
+
+  /** Runs `upgrade`. A later hook's answer stands over an earlier one's; any refusal is final. */
+  async #admit(request: UpgradeRequest, all: Partial<Hooks>[]): Promise<Admission | Response> {
+    const admission: Admission = {
+      namespace: this.options.getNamespace?.(request) ?? new URL(request.url).pathname,
+      context: request.context ?? {},
+      headers: new Headers(),
+      protocol: "",
+    };
+    for (const hooks of all) {
+      try {
+        const result = await hooks.upgrade?.(request);
+        if (result instanceof Response) return result;
+        if (!result) continue;
+        if (result.namespace) admission.namespace = result.namespace;
+        if (result.context) Object.assign(admission.context, result.context);
+        if (result.headers) addHeaders(admission.headers, new Headers(result.headers));
+        if (result.protocol) admission.headers.set(WEBSOCKET_PROTOCOL, result.protocol);
+      } catch (error) {
+        const response = (error as { response?: unknown } | undefined)?.response ?? error;
+        if (response instanceof Response) return response;
+        throw error;
+      }
+    }
+    admission.protocol = admission.headers.get(WEBSOCKET_PROTOCOL) ??
+      await this.#chooseProtocol(request);
+    if (admission.protocol) admission.headers.set(WEBSOCKET_PROTOCOL, admission.protocol);
+    return admission;
+  }
+
+  async #chooseProtocol(request: Request): Promise<string> {
+    const offered = new Set(listed(request.headers.get(WEBSOCKET_PROTOCOL)));
+    if (!offered.size) return "";
+    return await this.options.handleProtocols?.(offered, request) || "";
+  }
+
+  /** `upgrade` for an existing session: "only a refusal counts", and a namespace that differs is 404. */
+  async #readmit(request: Request, token: string): Promise<string | Response> {
+    if (!this.sessions.has(token) && !this.#tombstones.has(token)) {
+      throw new Refusal(404, "No such session");
+    }
+    offerProtocols(request);
+    const admission = await this.#admit(request, await this.#hooksOf(request));
+    return admission instanceof Response ? admission : admission.namespace;
+  }
+
+  // --- Other origins ---
+
+  #isPreflight(request: Request): boolean {
+    const { cors } = this.options;
+    return request.method === "OPTIONS" && !!cors && cors !== "manual" &&
+      request.headers.has("access-control-request-method");
+  }
+
+  /** What the response tells the browser; throws where the origin may not use this server. */
+  #checkOrigin(request: Request): Headers | undefined {
+    const { cors } = this.options;
+    if (cors === "manual") return;
+    const site = request.headers.get("sec-fetch-site");
+    const sameOrigin = site === "same-origin" || site === "none";
+    // "A request whose Sec-Fetch-Site is neither same-origin nor none gets 403 before any hook."
+    if (!cors) {
+      if (site && !sameOrigin) throw new Refusal(403, "Cross-origin requests need the cors option");
+      return;
+    }
+    const origin = request.headers.get("origin");
+    const headers = new Headers({ vary: "origin" });
+    if (origin) {
+      const explicit = typeof cors === "function"
+        ? cors(origin, request)
+        : cors !== true && cors.includes(origin);
+      if (explicit || cors === true) {
+        headers.set("access-control-allow-origin", explicit ? origin : "*");
+        if (explicit) headers.set("access-control-allow-credentials", "true");
+        headers.set(
+          "access-control-expose-headers",
+          [TOKEN_HEADER, VERSION_HEADER, RECEIVED_HEADER, "retry-after"].join(", "),
+        );
+        return headers;
+      }
+    }
+    const foreign = site ? !sameOrigin : origin && origin !== new URL(request.url).origin;
+    if (foreign) throw new Refusal(403, "This origin is not allowed");
+    return headers;
+  }
+
+  // --- Responses ---
+
+  #streamHeaders(session: Session, admission?: Admission): Headers {
+    const headers = streamHeaders(session.full || this.bidir ? session.token : undefined);
+    if (!session.full) headers.delete(VERSION_HEADER);
+    if (!admission) return headers;
+    for (const ours of ["content-type", TOKEN_HEADER, VERSION_HEADER]) {
+      admission.headers.delete(ours);
+    }
+    addHeaders(headers, admission.headers);
+    return headers;
+  }
+
+  /** The first events of a full session's stream. */
+  preface(session: Session): string {
+    const { token, protocol, received, next, attempt } = session;
+    return this.#preface(token, { protocol, received, next, attempt });
+  }
+
+  #preface(
+    token: string,
+    state: Record<"received" | "next" | "attempt", number> & { protocol: string },
+  ): string {
+    const { heartbeatInterval, idleTimeout, resumeTimeout, maxMessageSize, window } = this;
+    const open = {
+      version: Number(VERSION),
+      ...state,
+      heartbeatInterval,
+      idleTimeout,
+      resumeTimeout,
+      maxMessageSize,
+      window,
+    };
+    return `event: ${TOKEN_EVENT}\ndata: ${token}\n\nevent: ${OPEN_EVENT}\ndata: ${
+      JSON.stringify(open)
+    }\n\n`;
+  }
+
+  // --- Publishing ---
+
+  subscribe(session: Session, topic: string): void {
+    const topics = getOrMake(
+      this.#topics,
+      session.namespace,
+      () => new Map<string, Set<Session>>(),
+    );
+    getOrMake(topics, topic, () => new Set<Session>()).add(session);
+  }
+
+  unsubscribe(session: Session, topic: string): void {
+    const topics = this.#topics.get(session.namespace);
+    const subscribers = topics?.get(topic);
+    if (!subscribers?.delete(session) || subscribers.size) return;
+    topics!.delete(topic);
+    if (!topics!.size) this.#topics.delete(session.namespace);
+  }
+
+  publish(topic: string, data: unknown, namespace?: string): void {
+    const message = toData(data);
+    this.#deliver(topic, message, namespace);
+    this.#relay({ namespace: namespace ?? "", topic, data: message });
+  }
+
+  publishFrom(session: Session, topic: string, data: unknown): void {
+    const message = toData(data);
+    this.#fanOut(session.namespace, topic, new Frame(message), session);
+    this.#relay({ namespace: session.namespace, topic, data: message });
+  }
+
+  #deliver(topic: string, data: string | Bytes, namespace?: string): void {
+    const frame = new Frame(data);
+    if (namespace) return this.#fanOut(namespace, topic, frame);
+    for (const name of this.#topics.keys()) this.#fanOut(name, topic, frame);
+  }
+
+  #fanOut(namespace: string, topic: string, frame: Frame, except?: Session): void {
+    const subscribers = this.#topics.get(namespace)?.get(topic);
+    if (!subscribers) return;
+    for (const session of subscribers) if (session !== except) session.send(frame);
+  }
+
+  #connectSync(connect: SyncAdapter): SyncDriver {
+    const driver = connect({ id: crypto.randomUUID() });
+    this.#attempt("subscribe", () =>
+      driver.subscribe((message) =>
+        this.#attempt("delivery", () => {
+          this.#deliver(message.topic, toData(message.data), message.namespace || undefined);
+        })
+      ));
+    return driver;
+  }
+
+  #relay(message: SyncMessage): void {
+    if (this.sync) this.#attempt("publish", () => this.sync!.publish(message));
+  }
+
+  /** Does one thing with the backplane, whose failures are reported and never thrown. */
+  #attempt(stage: "subscribe" | "publish" | "delivery", action: () => MaybePromise<void>): void {
+    const report = (error: unknown) => {
+      if (this.options.onError) this.options.onError(error, { stage });
+      else console.error(`[duplex-sse] sync ${stage} failed:`, error);
+    };
+    try {
+      const result = action();
+      if (isPromise(result)) result.catch(report);
+    } catch (error) {
+      report(error);
+    }
+  }
+
+  // --- Sending ---
+
+  /** Flushes the session once the current job has done all its sends. */
+  schedule(session: Session): void {
+    this.#dirty.push(session);
+    if (this.#flushing) return;
+    this.#flushing = true;
+    queueMicrotask(() => {
+      this.#flushing = false;
+      const dirty = this.#dirty;
+      this.#dirty = [];
+      for (const session of dirty) session.flush();
+      this.#lastParts = [];
+      this.#lastChunk = HEARTBEAT;
+    });
+  }
+
+  /** One chunk of many frames; subscribers that are sent the same frames share the chunk, too. */
+  join(parts: Bytes[]): Bytes {
+    if (parts.length === 1) return parts[0]!;
+    const last = this.#lastParts;
+    if (parts.length === last.length && parts.every((part, i) => part === last[i])) {
+      return this.#lastChunk;
+    }
+    this.#lastParts = parts;
+    return this.#lastChunk = concat(parts);
+  }
+
+  // --- Time ---
+
+  /** Fine enough for the shortest of the deadlines; one timer for all sessions. */
+  get #period(): number {
+    const { heartbeatInterval, resumeTimeout, idleTimeout } = this;
+    const shortest = Math.min(
+      heartbeatInterval / 2,
+      resumeTimeout / 4 || Infinity,
+      idleTimeout / 4 || Infinity,
+    );
+    return Math.max(5, shortest);
+  }
+
+  #startTimer(): void {
+    if (this.#timer !== undefined) return;
+    this.#nextSweep = Date.now() + this.#period;
+    this.#timer = setTimeout(() => this.#sweep(), this.#period);
+    // Where timers can do so, this one does not keep a process alive.
+    (this.#timer as { unref?(): void }).unref?.();
+  }
+
+  #sweep(): void {
+    clearTimeout(this.#timer);
+    this.#timer = undefined;
+    this.#nextSweep = Infinity;
+    const now = Date.now();
+    for (const session of this.sessions.values()) session.tick(now);
+    for (const session of this.#lingering) if (now >= session.deadline) session.abandon();
+    for (const [name, tombstone] of this.#tombstones) {
+      if (now < tombstone.expires) break; // they were laid in the order of their expiry
+      this.#tombstones.delete(name);
+    }
+    if (this.sessions.size || this.#lingering.size || this.#tombstones.size) this.#startTimer();
+  }
+
+  // --- Ends ---
+
+  /** Forgets a session that has ended; its tombstone tells those who missed the end. */
+  bury(session: Session, ending: Ending | undefined): void {
+    this.sessions.delete(session.token);
+    const peers = this.peers.get(session.namespace);
+    peers?.delete(session.peer);
+    if (!peers?.size) this.peers.delete(session.namespace);
+    if (session.key) this.#keys.delete(session.key);
+    if (ending && this.resumeTimeout > 0) {
+      this.#tombstones.set(
+        session.key || session.token,
+        new Tombstone(session, ending, this.resumeTimeout),
+      );
+      this.#startTimer();
+    }
+    if (!this.sessions.size) this.#whenEmpty.splice(0).forEach((resolve) => resolve());
+  }
+
+  linger(session: Session): void {
+    this.#lingering.add(session);
+    this.#startTimer();
+  }
+
+  forget(session: Session): void {
+    this.#lingering.delete(session);
+  }
+
+  async close(code = 1001, reason = ""): Promise<void> {
+    checkClose(code, reason);
+    this.#closing = true;
+    for (const session of [...this.sessions.values()]) session.close(code, reason);
+    if (this.sessions.size) await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
+    for (const session of [...this.#lingering]) session.flush();
+    await new Promise((resolve) => setTimeout(resolve)); // the runtime takes what is left
+    for (const session of [...this.#lingering]) session.abandon();
+    this.#tombstones.clear();
+    clearTimeout(this.#timer);
+    this.#timer = undefined;
+    this.#nextSweep = Infinity;
+    await this.sync?.close?.();
+  }
+}
+
+/** What admission to a session has settled. */
+interface Admission {
+  namespace: string;
+  context: PeerContext;
+  headers: Headers;
+  protocol: string;
+}
+
+// --- A session ---
+
+/** Who takes the messages of an uplink body: a session, or what is left of one. */
+interface Receiver {
+  readonly namespace: string;
+  /** The number of the last message taken. */
+  received: number;
+  /** A body has brought bytes. */
+  heard(): void;
+  /** Takes message `received + 1`; `size` is that of its encoded frame. */
+  receive(type: string, payload: Bytes, size: number): void;
+  /** Takes a frame that has no number. */
+  control(type: string, payload: Bytes): void;
+}
+
+/** A client's state, which outlives its connections. */
+class Session implements Receiver {
+  readonly token: string;
+  /** Plain sessions: the secret in their event ids, which can resume but not send. Else "". */
+  readonly key: string;
+  readonly full: boolean;
+  readonly namespace: string;
+  readonly protocol: string;
+  readonly peer: ServerPeer;
+  readonly topics: Set<string> = new Set();
+  readyState = OPEN;
+  attempt = 0;
+  /** The number of the next message for the current connection. */
+  next = 1;
+  /** Uplink: the number of the last message received. */
+  received = 0;
+  /** When a session that is closing, or without a connection, ends for good. */
+  deadline = Infinity;
+  /** Encoded bytes of messages that no connection has been given yet. */
+  bufferedAmount = 0;
+
+  readonly #hub: Hub;
+  readonly #hooks: Partial<Hooks>[];
+  readonly #heartbeatInterval: number;
+  #connection: Connection | undefined;
+  readonly #log: Log = new Log();
+  /** The number of the last message that any connection has been given. */
+  #written = 0;
+  /** Bytes given to the current connection and not yet acknowledged. */
+  #inFlight = 0;
+  #ackDue = false;
+  #pings: string[] | undefined;
+  #closing: Ending | undefined;
+  #dirty = false;
+  #clogged = false;
+  #waiters: Set<Waiter> | undefined;
+  #bodies: Reader[] | undefined;
+  #lastHeard: number = Date.now();
+  #lastWrite = 0;
+  #asked = false;
+  /** Uplink: encoded bytes of messages whose hooks have settled, and of those whose have not. */
+  #handledBytes = 0;
+  #unhandledBytes = 0;
+
+  constructor(hub: Hub, opening: {
+    token: string;
+    full: boolean;
+    hooks: Partial<Hooks>[];
+    request: Request;
+    admission: Admission;
+    runtime: Runtime;
+  }) {
+    const { token, full, hooks, request, admission, runtime } = opening;
+    this.#hub = hub;
+    this.#hooks = hooks;
+    this.token = token;
+    this.key = full ? "" : randomHex(16);
+    this.full = full;
+    this.namespace = admission.namespace;
+    this.protocol = admission.protocol;
+    this.#heartbeatInterval = runtime.attended || hub.options.heartbeatInterval !== undefined
+      ? hub.heartbeatInterval
+      : UNATTENDED_HEARTBEAT_INTERVAL;
+    this.peer = new ServerPeer(this, hub, request, admission.context, runtime.remoteAddress);
+  }
+
+  // --- Connections ---
+
+  /** Whether all that comes after this number is still kept. */
+  canResumeFrom(received: number): boolean {
+    return this.#log.base - 1 <= received && received <= this.#written;
+  }
+
+  /** Begins the next event stream, after message `received`; the one before it ends. */
+  attach(attempt: number, received: number): ReadableStream<Bytes> {
+    this.#detach()?.end();
+    this.attempt = attempt;
+    if (this.full) this.#log.trim(received);
+    this.next = Math.max(received, this.#log.base - 1) + 1;
+    this.#inFlight = 0;
+    this.#asked = false;
+    this.#ackDue = true;
+    if (this.readyState === OPEN) this.deadline = Infinity;
+    const preface = this.full ? this.#hub.preface(this) : `id: ${this.key}.${received}\n` +
+      (this.#hub.bidir ? `event: ${TOKEN_EVENT}\ndata: ${this.token}\n\n` : "\n");
+    this.#lastWrite = Date.now();
+    this.#connection = new Connection(this, encoder.encode(preface));
+    return this.#connection.stream;
+  }
+
+  /** The connection is gone: "treated as dropped and expires after resumeTimeout". */
+  lose(connection: Connection): void {
+    if (connection !== this.#connection) return; // a newer one has taken over
+    this.#detach();
+    if (this.readyState === CLOSED) return this.#release();
+    this.deadline = Math.min(this.deadline, Date.now() + this.#hub.resumeTimeout);
+    if (!this.full) this.#keepHistory();
+    if (this.#hub.resumeTimeout === 0) this.#finish(1006, "");
+    else if (!this.full && this.readyState === CLOSING) {
+      this.#finish(this.#closing!.code, this.#closing!.reason);
+    }
+  }
+
+  /** Lets go of the connection, and of the bodies that came over it. */
+  #detach(): Connection | undefined {
+    const connection = this.#connection;
+    this.#connection = undefined;
+    return connection;
+  }
+
+  /** Ends the connection as if the network had: the client will resume. */
+  #drop(): void {
+    const connection = this.#connection;
+    connection?.end();
+    if (connection) this.lose(connection);
+  }
+
+  /** Nothing is to come any more, either way. */
+  #release(): void {
+    this.#detach()?.end();
+    this.#hub.forget(this);
+    for (const reader of this.#bodies?.splice(0) ?? []) reader.cancel().catch(() => {});
+  }
+
+  // --- Sending ---
+
+  send(frame: Frame): number {
+    if (this.readyState !== OPEN) return 0;
+    // "send on a peer already past maxBufferedAmount closes it with 1013 and frees its memory."
+    if (this.bufferedAmount > this.#hub.maxBufferedAmount) {
+      this.#overflow();
+      return 0;
+    }
+    const bytes = this.full ? frame.full : frame.plain;
+    this.#log.push(bytes);
+    this.bufferedAmount += bytes.length;
+    if (!this.full && !this.#connection) this.#keepHistory();
+    this.#schedule();
+    return this.#clogged ? -1 : bytes.length;
+  }
+
+  ping(data: Bytes): void {
+    if (!this.full || this.readyState !== OPEN) return;
+    if ((this.#pings ??= []).length >= MAX_PENDING_PINGS) this.#pings.shift();
+    this.#pings.push(toBase64(data));
+    this.#schedule();
+  }
+
+  #schedule(): void {
+    if (this.#dirty) return;
+    this.#dirty = true;
+    this.#hub.schedule(this);
+  }
+
+  /**
+   * Gives the connection everything that is due as one chunk, when it has asked for
+   * bytes. While it has not, all waits: the busier the runtime, the larger the chunks.
+   */
+  flush(): void {
+    this.#dirty = false;
+    const connection = this.#connection;
+    if (!connection?.asked) {
+      this.#clogged ||= this.bufferedAmount > 0;
+      return;
+    }
+    const parts: Bytes[] = [];
+    this.#gatherControl(connection, parts);
+    this.#gatherMessages(parts);
+    const last = this.#closing && this.next > this.#log.last;
+    if (last) parts.push(encodeClose(this.#closing!, this.full));
+    if (parts.length) {
+      this.#lastWrite = Date.now();
+      connection.write(this.#hub.join(parts));
+    }
+    if (last) this.#afterClose();
+    this.#afterFlush();
+  }
+
+  #gatherControl(connection: Connection, parts: Bytes[]): void {
+    const preface = connection.takePreface();
+    if (preface) parts.push(preface);
+    // "A pending duplex-ack precedes the messages of the same chunk."
+    if (this.#ackDue && this.full) {
+      parts.push(
+        encoder.encode(`event: ${ACK_EVENT}\ndata: ${this.received} ${this.#handledBytes}\n\n`),
+      );
+    }
+    this.#ackDue = false;
+    if (!this.#pings) return;
+    for (const data of this.#pings) {
+      parts.push(encoder.encode(`event: ${PING_EVENT}\ndata: ${this.next - 1} ${data}\n\n`));
+    }
+    this.#pings = undefined;
+  }
+
+  /** "A sender below the window may begin one message of any size; at it, only control frames." */
+  #gatherMessages(parts: Bytes[]): void {
+    const { window } = this.#hub;
+    let size = 0;
+    while (
+      this.next <= this.#log.last && size < MAX_CHUNK && (!this.full || this.#inFlight < window)
+    ) {
+      const bytes = this.#log.get(this.next);
+      if (!this.full) parts.push(encoder.encode(`id: ${this.key}.${this.next}\n`));
+      parts.push(bytes);
+      size += bytes.length;
+      this.#inFlight += bytes.length;
+      if (this.next > this.#written) {
+        this.#written = this.next;
+        this.bufferedAmount -= bytes.length;
+      }
+      this.next++;
+    }
+    if (!this.full && size) this.#trimHistory();
+  }
+
+  #afterFlush(): void {
+    if (this.bufferedAmount > 0) this.#clogged = true;
+    this.#wake();
+    if (this.bufferedAmount > 0 || !this.#clogged || this.readyState !== OPEN) return;
+    this.#clogged = false;
+    this.callHooks("drain");
+  }
+
+  /** Plain sessions acknowledge nothing, so a bounded history stands in for it. */
+  #trimHistory(): void {
+    while (this.#log.bytes > PLAIN_HISTORY && this.#log.base <= this.#written) {
+      this.#log.trim(this.#log.base);
+    }
+  }
+
+  /** Without a connection, a plain session's messages go to its history alone. */
+  #keepHistory(): void {
+    this.#written = this.#log.last;
+    this.bufferedAmount = 0;
+    this.#trimHistory();
+    this.#wake();
+  }
+
+  waitForDrain(threshold: number, signal?: AbortSignal): Promise<void> {
+    if (signal?.aborted) return Promise.reject(signal.reason);
+    if (this.bufferedAmount <= threshold || this.readyState >= CLOSING) return Promise.resolve();
+    return new Promise((resolve, reject) => {
+      const abort = () => {
+        this.#waiters?.delete(waiter);
+        reject(signal!.reason);
+      };
+      const waiter: Waiter = {
+        threshold,
+        resolve: () => {
+          signal?.removeEventListener("abort", abort);
+          resolve();
+        },
+      };
+      (this.#waiters ??= new Set()).add(waiter);
+      signal?.addEventListener("abort", abort, { once: true });
+    });
+  }
+
+  #wake(): void {
+    for (const waiter of this.#waiters ?? []) {
+      if (this.bufferedAmount > waiter.threshold && this.readyState < CLOSING) continue;
+      this.#waiters!.delete(waiter);
+      waiter.resolve();
+    }
+  }
+
+  // --- Receiving ---
+
+  /** Any byte from the client shows that it lives. */
+  heard(): void {
+    this.#lastHeard = Date.now();
+    this.#asked = false;
+  }
+
+  /** "At most two bodies of a session are read at once; a third ends the oldest." */
+  async whileReading<T>(reader: Reader, read: () => Promise<T>): Promise<T> {
+    const bodies = this.#bodies ??= [];
+    if (bodies.length >= MAX_BODIES) bodies.shift()!.cancel().catch(() => {});
+    bodies.push(reader);
+    try {
+      return await read();
+    } finally {
+      const at = bodies.indexOf(reader);
+      if (at >= 0) bodies.splice(at, 1);
+    }
+  }
+
+  /** Reads the uplink half of a request whose response is the event stream. */
+  async readDuplex(body: ReadableStream<Uint8Array>, seq: number | undefined): Promise<void> {
+    const reader = body.getReader();
+    try {
+      await this.whileReading(
+        reader,
+        () => readUplink(reader, seq, this, this.#hub.maxMessageSize),
+      );
+    } catch (error) {
+      if (!(error instanceof Refusal)) return; // the connection's end; the stream's cancel tells of it
+      reader.cancel().catch(() => {});
+      // No status can be told any more. A gap leaves the session to a resume, the rest is final.
+      if (error.closeCode) this.close(error.closeCode, error.reason);
+      else this.#drop();
+    }
+  }
+
+  receive(type: string, payload: Bytes, size: number): void {
+    if (type === "CLOSE") return this.#receiveClose(payload);
+    if (this.readyState !== OPEN) { // closing: counted, so that the client can finish
+      this.received++;
+      this.#handle(size);
+      return;
+    }
+    if (!this.#hub.bidir) throw new Refusal(403, "This server only sends", {}, 1003);
+    // "A client that overruns the window by more than one message is closed with 1008."
+    if (this.#unhandledBytes >= this.#hub.window) {
+      throw new Refusal(413, "Window overrun", {}, 1008);
+    }
+    const data = type === "TEXT" ? decodeText(payload) : payload.slice();
+    this.received++;
+    this.#unhandledBytes += size;
+    const handled = () => {
+      this.#unhandledBytes -= size;
+      this.#handle(size);
+    };
+    const pending = this.callHooks("message", new ServerMessage(this.peer, data));
+    if (pending) pending.then(handled);
+    else handled();
+    this.#acknowledge();
+  }
+
+  /** "Acknowledges at once what it received and, apart from it, what it handled." */
+  #handle(size: number): void {
+    this.#handledBytes += size;
+    this.#acknowledge();
+  }
+
+  #acknowledge(): void {
+    this.#ackDue = true;
+    this.#schedule();
+  }
+
+  control(type: string, payload: Bytes): void {
+    if (type === "PONG") {
+      if (this.readyState === OPEN) this.callHooks("pong", payload);
+    } else if (type === "PING") {
+      this.#acknowledge(); // shows the client that this body is being read
+      if (this.readyState === OPEN) this.callHooks("ping", payload);
+    } else {
+      const count = parseNumber(decoder.decode(payload), "ACK");
+      if (count >= this.next) throw new Refusal(400, "ACK of what was not sent", {}, 1002);
+      const before = this.#log.bytes;
+      this.#log.trim(count);
+      this.#inFlight -= before - this.#log.bytes;
+      this.#schedule();
+    }
+  }
+
+  /** "A body with a length is one message, a streamed body one message per chunk." */
+  async readPlain(request: Request): Promise<Refusal | undefined> {
+    const max = this.#hub.maxMessageSize;
+    const tooLarge = () => {
+      this.close(1009, "Message too large");
+      return new Refusal(413, "Message too large");
+    };
+    const length = request.headers.get("content-length");
+    if (Number(length) > max) return tooLarge();
+    if (!request.body || length !== null) {
+      const payload: Bytes = new Uint8Array(await request.arrayBuffer());
+      if (payload.length > max) return tooLarge();
+      const type = request.headers.get("content-type");
+      const binary = type === null || type.startsWith("application/octet-stream");
+      const pending = this.#receivePlain(binary ? payload : decoder.decode(payload));
+      // "Such a body is paused while hooks are behind."
+      if (this.#unhandledBytes > this.#hub.window) await pending;
+      return;
+    }
+    const reader = request.body.getReader();
+    const text = new TextDecoder("utf-8", { ignoreBOM: true });
+    return await this.whileReading(reader, async () => {
+      for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
+        if (chunk.value.length > max) return tooLarge();
+        const message = text.decode(chunk.value, { stream: true });
+        const pending = message && this.#receivePlain(message);
+        if (this.#unhandledBytes > this.#hub.window) await pending;
+      }
+    }).catch(() => undefined); // the connection's end, and the body's
+  }
+
+  #receivePlain(data: string | Bytes): Promise<unknown> | undefined {
+    if (this.readyState !== OPEN) return;
+    this.received++;
+    this.heard();
+    const pending = this.callHooks("message", new ServerMessage(this.peer, data));
+    if (!pending) return;
+    const size = data.length;
+    this.#unhandledBytes += size;
+    return pending.then(() => {
+      this.#unhandledBytes -= size;
+    });
+  }
+
+  // --- Hooks ---
+
+  /** Calls a hook wherever it is set; its failure goes to `error` and ends this session alone. */
+  callHooks(
+    name: "open" | "message" | "close" | "drain" | "ping" | "pong",
+    argument?: Message | CloseDetails | Uint8Array,
+  ): Promise<unknown> | undefined {
+    let pending: Promise<unknown>[] | undefined;
+    for (const hooks of this.#hooks) {
+      try {
+        const hook = hooks[name] as ((peer: Peer, argument: unknown) => unknown) | undefined;
+        const result = hook?.call(hooks, this.peer, argument);
+        if (isPromise(result)) (pending ??= []).push(result.catch((error) => this.#fail(error)));
+      } catch (error) {
+        this.#fail(error);
+      }
+    }
+    return pending && Promise.all(pending);
+  }
+
+  #fail(cause: unknown): void {
+    const error = cause instanceof Error ? cause : new Error(String(cause), { cause });
+    let told = false;
+    for (const hooks of this.#hooks) {
+      if (!hooks.error) continue;
+      told = true;
+      const failed = (error: unknown) =>
+        console.error("[duplex-sse] the error hook failed:", error);
+      try {
+        const result = hooks.error(this.peer, error);
+        if (isPromise(result)) result.catch(failed);
+      } catch (error) {
+        failed(error);
+      }
+    }
+    if (!told) console.error("[duplex-sse] a hook failed:", error);
+    this.close(1011, "A hook failed");
+  }
+
+  // --- Ends ---
+
+  /** "CLOSE takes its place in the order": what was sent before goes out before. */
+  close(code: number, reason: string): void {
+    if (this.readyState !== OPEN) return;
+    this.#beginClose(code, reason, this.#log.last);
+    this.deadline = Date.now() + this.#hub.closeTimeout;
+    if (!this.full && !this.#connection) this.#finish(code, reason);
+  }
+
+  #beginClose(code: number, reason: string, sent: number): void {
+    this.readyState = CLOSING;
+    this.#closing = { code, reason, sent };
+    for (const topic of this.topics) this.#hub.unsubscribe(this, topic);
+    this.#wake();
+    this.#schedule();
+  }
+
+  /** `duplex-close` is out: a full client will answer it, a plain one cannot. */
+  #afterClose(): void {
+    if (this.readyState === CLOSED) return this.#release();
+    this.#detach()?.end();
+    if (!this.full) this.#finish(this.#closing!.code, this.#closing!.reason);
+  }
+
+  /** The client's CLOSE: the end of this session, or its answer to ours. */
+  #receiveClose(payload: Bytes): void {
+    if (payload.length === 1) throw new Refusal(400, "CLOSE of one byte", {}, 1002);
+    const code = payload.length ? payload[0]! << 8 | payload[1]! : 1005;
+    const reason = decodeText(payload.subarray(2));
+    if (code !== 1005 && !isCloseCode(code)) throw new Refusal(400, "Invalid close code", {}, 1002);
+    this.received++;
+    this.#acknowledge();
+    if (this.readyState === OPEN) {
+      // The client takes no more messages, so none that it has not got is missing.
+      this.#beginClose(code, reason, this.#written);
+      this.#clear();
+    }
+    this.#finish(code, reason);
+  }
+
+  #overflow(): void {
+    this.#beginClose(1013, "Too much buffered", this.#log.last);
+    this.#clear();
+    this.#finish(1013, "Too much buffered");
+  }
+
+  /** Ends at once, without a word: the client will be told 404. */
+  terminate(): void {
+    if (this.readyState === CLOSED) return;
+    this.#finish(1006, "");
+    this.#release();
+  }
+
+  /** The end of an ended session's connection, when its last bytes were not taken in time. */
+  abandon(): void {
+    this.#release();
+  }
+
+  #finish(code: number, reason: string): void {
+    if (this.readyState === CLOSED) return;
+    if (this.readyState === OPEN) {
+      for (const topic of this.topics) this.#hub.unsubscribe(this, topic);
+    }
+    this.readyState = CLOSED;
+    this.#clear();
+    this.#wake();
+    this.#hub.bury(this, code === 1006 ? undefined : this.#closing);
+    if (this.#connection && this.#closing) {
+      this.deadline = Date.now() + this.#hub.closeTimeout;
+      this.#hub.linger(this);
+    } else this.#release();
+    this.callHooks("close", { code, reason });
+    this.topics.clear();
+  }
+
+  #clear(): void {
+    this.#log.clear();
+    this.next = this.#log.last + 1;
+    this.bufferedAmount = 0;
+  }
+
+  /** One look at the clock, from the hub's timer. */
+  tick(now: number): void {
+    if (now >= this.deadline) {
+      this.#finish(1006, "");
+      return this.#release();
+    }
+    const connection = this.#connection;
+    if (!connection) return;
+    const { idleTimeout } = this.#hub;
+    const silence = now - this.#lastHeard;
+    if (this.full && idleTimeout && silence >= idleTimeout) return this.#drop();
+    // "A client not heard from for half of idleTimeout is asked by duplex-ping."
+    if (this.full && idleTimeout && silence >= idleTimeout / 2 && !this.#asked) {
+      this.#asked = true;
+      this.ping(new Uint8Array());
+    }
+    if (now - this.#lastWrite >= this.#heartbeatInterval / 2 - 1 && connection.asked) {
+      this.#lastWrite = now;
+      connection.write(HEARTBEAT);
+    }
+  }
+}
+
+/** Somebody who waits for `bufferedAmount` to fall. */
+interface Waiter {
+  threshold: number;
+  resolve: () => void;
+}
+
+/** How a session ends. */
+interface Ending {
+  code: number;
+  reason: string;
+  /** How many messages the server had sent, for the client to see whether it has them all. */
+  sent: number;
+}
+
+/** "A closed session leaves a tombstone, which replays the close and answers a repeated CLOSE with 2xx." */
+class Tombstone implements Receiver {
+  readonly namespace: string;
+  readonly ending: Ending;
+  readonly expires: number;
+  received: number;
+
+  constructor(session: Session, ending: Ending, resumeTimeout: number) {
+    this.namespace = session.namespace;
+    this.ending = ending;
+    this.expires = Date.now() + resumeTimeout;
+    this.received = session.received;
+  }
+
+  heard(): void {}
+
+  receive(): void {
+    this.received++;
+  }
+
+  control(): void {}
+}
+
+// --- What hooks are given ---
+
+class ServerPeer implements Peer {
+  // Private fields stay out of what console.log shows: the token is never in there.
+  readonly #session: Session;
+  readonly #hub: Hub;
+  readonly #request: Request;
+  readonly #remoteAddress: string | undefined;
+  #id: string | undefined;
+  #context: PeerContext;
+  #websocket: PeerWebSocket | undefined;
+
+  constructor(
+    session: Session,
+    hub: Hub,
+    request: Request,
+    context: PeerContext,
+    remoteAddress: string | undefined,
+  ) {
+    this.#session = session;
+    this.#hub = hub;
+    this.#request = request;
+    this.#context = context;
+    this.#remoteAddress = remoteAddress;
+  }
+
+  get id(): string {
+    return this.#id ??= crypto.randomUUID();
+  }
+
+  get context(): PeerContext {
+    return this.#context;
+  }
+
+  get namespace(): string {
+    return this.#session.namespace;
+  }
+
+  get request(): Request {
+    return this.#request;
+  }
+
+  get remoteAddress(): string | undefined {
+    return this.#remoteAddress;
+  }
+
+  get peers(): Set<Peer> {
+    return this.#hub.peers.get(this.namespace) ?? new Set();
+  }
+
+  get topics(): Set<string> {
+    return this.#session.topics;
+  }
+
+  get bufferedAmount(): number {
+    return this.#session.bufferedAmount;
+  }
+
+  get websocket(): PeerWebSocket {
+    const session = this.#session;
+    const { headers, url } = this.#request;
+    return this.#websocket ??= {
+      binaryType: undefined as unknown as string,
+      get readyState() {
+        return session.readyState;
+      },
+      get bufferedAmount() {
+        return session.bufferedAmount;
+      },
+      protocol: session.protocol || (headers.get(WEBSOCKET_PROTOCOL) ?? ""),
+      extensions: "",
+      url: url.replace(/^http/, "ws"),
+      send: (data) => void this.send(data),
+      close: (code, reason) => this.close(code, reason),
+    };
+  }
+
+  waitForDrain(options: WaitForDrainOptions = {}): Promise<void> {
+    return this.#session.waitForDrain(options.threshold ?? 0, options.signal);
+  }
+
+  send(data: unknown): number {
+    return this.#session.send(new Frame(toData(data)));
+  }
+
+  subscribe(topic: string): void {
+    if (this.#session.readyState !== OPEN) return;
+    this.#session.topics.add(topic);
+    this.#hub.subscribe(this.#session, topic);
+  }
+
+  unsubscribe(topic: string): void {
+    this.#session.topics.delete(topic);
+    this.#hub.unsubscribe(this.#session, topic);
+  }
+
+  publish(topic: string, data: unknown): void {
+    this.#hub.publishFrom(this.#session, topic, data);
+  }
+
+  close(code = 1005, reason = ""): void {
+    checkClose(code, reason);
+    this.#session.close(code, reason);
+  }
+
+  terminate(): void {
+    this.#session.terminate();
+  }
+
+  ping(data?: unknown): void {
+    const value = toData(data);
+    const bytes = typeof value === "string" ? encoder.encode(value) : value;
+    if (bytes.length > 125) throw new RangeError("A ping carries at most 125 bytes");
+    this.#session.ping(bytes);
+  }
+
+  toString(): string {
+    return this.id;
+  }
+
+  [Symbol.toPrimitive](): string {
+    return this.id;
+  }
+
+  get [Symbol.toStringTag](): string {
+    return "Peer";
+  }
+
+  [INSPECT as never](): unknown {
+    const { id, namespace, remoteAddress, topics } = this;
+    return {
+      peer: {
+        id,
+        namespace,
+        remoteAddress,
+        readyState: this.#session.readyState,
+        topics: [...topics],
+      },
+    };
+  }
+
+  [DENO_INSPECT as never](
+    inspect: (value: unknown, options: unknown) => string,
+    options: unknown,
+  ): string {
+    return inspect((this as unknown as Record<symbol, () => unknown>)[INSPECT]!(), options);
+  }
+}
+
+class ServerMessage implements Message {
+  readonly peer: Peer;
+  readonly rawData: string | Bytes;
+  #id: string | undefined;
+
+  constructor(peer: Peer, rawData: string | Bytes) {
+    this.peer = peer;
+    this.rawData = rawData;
+  }
+
+  get id(): string {
+    return this.#id ??= crypto.randomUUID();
+  }
+
+  get data(): unknown {
+    switch (this.peer.websocket.binaryType) {
+      case "arraybuffer":
+        return this.arrayBuffer();
+      case "blob":
+        return this.blob();
+      case "uint8array":
+        return this.uint8Array();
+      case "text":
+        return this.text();
+      case "nodebuffer": {
+        const { Buffer } = globalThis as { Buffer?: { from(bytes: Uint8Array): Uint8Array } };
+        return Buffer ? Buffer.from(this.uint8Array()) : this.uint8Array();
+      }
+      default:
+        return this.rawData;
+    }
+  }
+
+  text(): string {
+    return typeof this.rawData === "string" ? this.rawData : decoder.decode(this.rawData);
+  }
+
+  json<T = unknown>(): T {
+    return JSON.parse(this.text());
+  }
+
+  uint8Array(): Bytes {
+    return typeof this.rawData === "string" ? encoder.encode(this.rawData) : this.rawData;
+  }
+
+  arrayBuffer(): ArrayBuffer {
+    return this.uint8Array().buffer; // always of the message's own length
+  }
+
+  blob(): Blob {
+    return new Blob([this.uint8Array()]);
+  }
+
+  toString(): string {
+    return this.text();
+  }
+
+  [Symbol.toPrimitive](): string {
+    return this.text();
+  }
+
+  [INSPECT as never](): unknown {
+    return { message: { peer: this.peer.id, data: this.rawData } };
+  }
+
+  [DENO_INSPECT as never](
+    inspect: (value: unknown, options: unknown) => string,
+    options: unknown,
+  ): string {
+    return inspect((this as unknown as Record<symbol, () => unknown>)[INSPECT]!(), options);
+  }
+}
+
+// --- The downlink: one event stream ---
+
+/** One event stream of a session. It is given bytes when the runtime asks for them, never before. */
+class Connection {
+  readonly stream: ReadableStream<Bytes>;
+  /** The runtime has asked for bytes and had none since. */
+  asked = false;
+  #preface: Bytes | undefined;
+  #controller!: ReadableStreamDefaultController<Bytes>;
+
+  constructor(session: Session, preface: Bytes) {
+    this.#preface = preface;
+    this.stream = new ReadableStream<Bytes>({
+      start: (controller) => {
+        this.#controller = controller;
+      },
+      pull: () => {
+        this.asked = true;
+        session.flush();
+      },
+      cancel: () => session.lose(this),
+    }, { highWaterMark: 0 });
+  }
+
+  takePreface(): Bytes | undefined {
+    const preface = this.#preface;
+    this.#preface = undefined;
+    return preface;
+  }
+
+  write(chunk: Bytes): void {
+    this.asked = false; // before enqueue, which may ask again
+    this.#controller.enqueue(chunk);
+  }
+
+  end(): void {
+    this.asked = false;
+    try {
+      this.#controller.close();
+    } catch {
+      // cancelled by the runtime already
+    }
+  }
+}
+
+/** Messages by number, from the first that is not acknowledged. */
+class Log {
+  /** The number of the first message kept. */
+  base = 1;
+  /** All that is kept, in bytes. */
+  bytes = 0;
+  #frames: Bytes[] = [];
+  #head = 0;
+
+  /** The number of the last message ever pushed. */
+  get last(): number {
+    return this.base + this.#frames.length - this.#head - 1;
+  }
+
+  push(bytes: Bytes): void {
+    this.#frames.push(bytes);
+    this.bytes += bytes.length;
+  }
+
+  get(number: number): Bytes {
+    return this.#frames[this.#head + number - this.base]!;
+  }
+
+  /** Lets go of everything up to this number. */
+  trim(number: number): void {
+    const keep = Math.min(number, this.last);
+    while (this.base <= keep) {
+      this.bytes -= this.#frames[this.#head]!.length;
+      this.#frames[this.#head++] = HEARTBEAT; // frees what was there
+      this.base++;
+    }
+    if (this.#head === this.#frames.length) this.#frames = [];
+    else if (this.#head > 1024 && this.#head * 2 > this.#frames.length) {
+      this.#frames.splice(0, this.#head);
+    } else return;
+    this.#head = 0;
+  }
+
+  clear(): void {
+    this.trim(this.last);
+  }
+}
+
+/** A message as it goes out, encoded once for each wire level that anybody needs. */
+class Frame {
+  readonly #data: string | Bytes;
+  #full: Bytes | undefined;
+  #plain: Bytes | undefined;
+
+  constructor(data: string | Bytes) {
+    this.#data = data;
+  }
+
+  get full(): Bytes {
+    return this.#full ??= encodeFull(this.#data);
+  }
+
+  /** crossws's own wire: binary goes as a data URL. */
+  get plain(): Bytes {
+    if (this.#plain) return this.#plain;
+    const text = typeof this.#data === "string"
+      ? this.#data.replace(/\r\n?/g, "\n")
+      : `data:application/octet-stream;base64,${toBase64(this.#data)}`;
+    return this.#plain = encoder.encode(`event: message\n${dataLines(text)}\n`);
+  }
+}
+
+function encodeFull(data: string | Bytes): Bytes {
+  if (typeof data !== "string") {
+    return encoder.encode(`event: ${BINARY_EVENT}\ndata: ${toBase64(data)}\n\n`);
+  }
+  if (data.includes("\r")) {
+    const wellFormed = decoder.decode(encoder.encode(data)); // as everywhere, lone surrogates become U+FFFD
+    return encoder.encode(`event: ${JSON_EVENT}\ndata: ${JSON.stringify(wellFormed)}\n\n`);
+  }
+  return encoder.encode(dataLines(data) + "\n");
+}
+
+/** "One data: line per line." */
+function dataLines(text: string): string {
+  return text.includes("\n") ? `data: ${text.replaceAll("\n", "\ndata: ")}\n` : `data: ${text}\n`;
+}
+
+function encodeClose(ending: Ending, full = true): Bytes {
+  const { code, reason, sent } = ending;
+  return encoder.encode(
+    full
+      ? `event: ${CLOSE_EVENT}\ndata: ${JSON.stringify({ code, reason, sent })}\n\n`
+      : `event: close\ndata: ${JSON.stringify({ code, reason })}\n\n`,
+  );
+}
+
+// --- The uplink: WebSocket-over-HTTP frames ---
+
+const FRAME_GRAMMAR = /^(TEXT|BINARY|CLOSE|PING|PONG|ACK|SEQ)(?: ([0-9A-Fa-f]{1,8}))?\r\n$/;
+const MAX_HEADER = 20;
+const MAX_CONTROL = 125;
+
+/** Reads a body's frames and hands on those that are new. */
+async function readUplink(
+  reader: Reader,
+  seq: number | undefined,
+  receiver: Receiver,
+  maxMessageSize: number,
+): Promise<void> {
+  let number = seq;
+  const parser = new UplinkParser(maxMessageSize, (type, payload, size) => {
+    // "SEQ names the next message": the client need not repeat what was acknowledged meanwhile.
+    if (type === "SEQ") {
+      const next = parseNumber(decoder.decode(payload), "SEQ");
+      if (next < (number ?? 1)) throw malformed("SEQ goes back");
+      number = next;
+      return;
+    }
+    if (type !== "TEXT" && type !== "BINARY" && type !== "CLOSE") {
+      return receiver.control(type, payload);
+    }
+    if (number === undefined) throw new Refusal(400, `Missing ${SEQ_HEADER}`, {}, 1002);
+    // "Overlap is normal and skipped, decided when a frame completes; a gap means damage."
+    if (number > receiver.received + 1) throw new Refusal(409, "Messages are missing");
+    if (number++ === receiver.received + 1) receiver.receive(type, payload, size);
+  });
+  for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
+    receiver.heard();
+    parser.push(chunk.value as Bytes);
+  }
+}
+
+/** An incremental parser: frames may be split anywhere. Holds at most one message. */
+class UplinkParser {
+  readonly #max: number;
+  readonly #onFrame: (type: string, payload: Bytes, size: number) => void;
+  #header = "";
+  #type = "";
+  #length = 0;
+  /** Bytes still missing to the payload and its line break. */
+  #missing = 0;
+  #parts: Bytes[] = [];
+
+  constructor(max: number, onFrame: (type: string, payload: Bytes, size: number) => void) {
+    this.#max = max;
+    this.#onFrame = onFrame;
+  }
+
+  push(chunk: Bytes): void {
+    let at = 0;
+    while (at < chunk.length) {
+      if (!this.#missing) {
+        at = this.#readHeader(chunk, at);
+        continue;
+      }
+      const end = Math.min(chunk.length, at + this.#missing);
+      const part = chunk.subarray(at, end);
+      this.#missing -= end - at;
+      at = end;
+      if (!this.#missing && !this.#parts.length) this.#complete(part);
+      else this.#parts.push(part);
+      if (!this.#missing && this.#parts.length) this.#complete(concat(this.#parts));
+    }
+  }
+
+  #readHeader(chunk: Bytes, at: number): number {
+    const newline = chunk.indexOf(10, at);
+    const end = newline < 0 ? chunk.length : newline + 1;
+    if (this.#header.length + end - at > MAX_HEADER) throw malformed("a frame header is too long");
+    for (let i = at; i < end; i++) this.#header += String.fromCharCode(chunk[i]!);
+    if (newline < 0) return end;
+    const match = FRAME_GRAMMAR.exec(this.#header);
+    if (!match) throw malformed("unknown frame");
+    this.#type = match[1]!;
+    this.#length = match[2] ? parseInt(match[2], 16) : 0;
+    const isMessage = this.#type === "TEXT" || this.#type === "BINARY";
+    if (isMessage && this.#length > this.#max) {
+      throw new Refusal(413, "Message too large", {}, 1009);
+    }
+    if (!isMessage && this.#length > MAX_CONTROL) throw malformed("a control frame is too long");
+    if (match[2]) this.#missing = this.#length + 2;
+    else this.#emit(new Uint8Array());
+    return end;
+  }
+
+  #complete(bytes: Bytes): void {
+    this.#parts = [];
+    if (bytes[this.#length] !== 13 || bytes[this.#length + 1] !== 10) {
+      throw malformed("a frame's length is wrong");
+    }
+    this.#emit(bytes.subarray(0, this.#length), bytes.length);
+  }
+
+  #emit(payload: Bytes, rest = 0): void {
+    const size = this.#header.length + rest;
+    this.#header = "";
+    this.#onFrame(this.#type, payload, size);
+  }
+}
+
+// --- Requests and refusals ---
+
+/** Anything that ends a request early: a status, a reason, and where it matters a close code. */
+class Refusal extends Error {
+  readonly status: number;
+  readonly reason: string;
+  readonly headers: Record<string, string>;
+  readonly closeCode: number | undefined;
+
+  constructor(
+    status: number,
+    reason: string,
+    headers: Record<string, string> = {},
+    closeCode?: number,
+  ) {
+    super(reason);
+    this.status = status;
+    this.reason = reason;
+    this.headers = headers;
+    this.closeCode = closeCode;
+  }
+
+  response(): Response {
+    return new Response(`${this.reason}\n`, {
+      status: this.status,
+      headers: {
+        "content-type": "text/plain; charset=utf-8",
+        "cache-control": "no-store",
+        ...this.headers,
+      },
+    });
+  }
+}
+
+function malformed(what: string): Refusal {
+  return new Refusal(400, `Malformed: ${what}`, {}, 1002);
+}
+
+/** The protocol's own headers. "Tokens and numbers have a fixed grammar; merged or over 2^53 is malformed." */
+class Wire {
+  readonly token: string | null;
+  /** The full level is asked for. */
+  readonly version: boolean;
+  /** The body is of uplink frames. */
+  readonly isUplink: boolean;
+  readonly seq: number | undefined;
+  readonly attempt: number | undefined;
+  /** `Last-Event-ID` as it stands; on the full level it is a number. */
+  readonly eventId: string;
+  readonly lastEventId: number | undefined;
+
+  constructor({ headers }: Request) {
+    this.token = headers.get(TOKEN_HEADER);
+    if (this.token !== null && !TOKEN_GRAMMAR.test(this.token)) throw malformed(TOKEN_HEADER);
+    const version = headers.get(VERSION_HEADER);
+    if (version !== null && !/^[1-9]\d{0,2}$/.test(version)) throw malformed(VERSION_HEADER);
+    this.version = version === VERSION;
+    this.isUplink = mediaType(headers) === UPLINK_TYPE;
+    this.seq = optionalNumber(headers, SEQ_HEADER);
+    if (this.seq === 0) throw malformed(SEQ_HEADER);
+    this.attempt = optionalNumber(headers, ATTEMPT_HEADER);
+    this.eventId = headers.get("last-event-id") ?? "";
+    this.lastEventId = this.version && this.token
+      ? optionalNumber(headers, "last-event-id")
+      : undefined;
+  }
+}
+
+function mediaType(headers: Headers): string {
+  return (headers.get("content-type") ?? "").split(";")[0]!.trim().toLowerCase();
+}
+
+function optionalNumber(headers: Headers, name: string): number | undefined {
+  const value = headers.get(name);
+  return value === null ? undefined : parseNumber(value, name);
+}
+
+function parseNumber(value: string, name: string): number {
+  const number = Number(value);
+  if (!NUMBER_GRAMMAR.test(value) || !Number.isSafeInteger(number)) throw malformed(name);
+  return number;
+}
+
+/** What the runtime's second argument of `fetch` offers, recognised by its shape. */
+class Runtime {
+  /** There is a second argument, so what cuts idle connections could be told not to. */
+  readonly attended: boolean;
+  readonly #request: Request;
+  readonly #info: {
+    /** Deno */
+    remoteAddr?: { hostname?: string };
+    /** Bun */
+    requestIP?(request: Request): { address?: string } | null;
+    timeout?(request: Request, seconds: number): void;
+  };
+
+  constructor(request: Request, info: unknown) {
+    this.attended = info !== undefined;
+    this.#request = request;
+    this.#info = info as never ?? {};
+    if (typeof this.#info.timeout === "function") this.#info.timeout(request, 0);
+  }
+
+  get remoteAddress(): string | undefined {
+    const { remoteAddr, requestIP } = this.#info;
+    if (typeof requestIP === "function") return this.#info.requestIP!(this.#request)?.address;
+    return remoteAddr?.hostname;
+  }
+}
+
+/** "Hooks read the offer where crossws code looks": the browser's client had to name it otherwise. */
+function offerProtocols(request: Request): void {
+  const offered = request.headers.get(PROTOCOL_HEADER);
+  if (offered === null || request.headers.has(WEBSOCKET_PROTOCOL)) return;
+  const headers = new Headers(request.headers);
+  headers.set(WEBSOCKET_PROTOCOL, offered);
+  Object.defineProperty(request, "headers", {
+    value: headers,
+    configurable: true,
+    enumerable: true,
+  });
+}
+
+function accepts(request: Request, type: string): boolean {
+  const accept = request.headers.get("accept");
+  const group = type.split("/")[0] + "/*";
+  return accept === null || listed(accept).some((entry) => {
+    const [name, ...parameters] = entry.toLowerCase().split(";").map((part) => part.trim());
+    return (name === type || name === group || name === "*/*") &&
+      !parameters.some((p) => /^q=0(\.0*)?$/.test(p));
+  });
+}
+
+function listed(header: string | null): string[] {
+  return (header ?? "").split(",").map((part) => part.trim()).filter((part) => part);
+}
+
+function preflight(request: Request): Response {
+  const headers = new Headers({
+    "access-control-allow-methods": "GET, POST",
+    "access-control-max-age": "600",
+  });
+  const asked = request.headers.get("access-control-request-headers");
+  if (asked) headers.set("access-control-allow-headers", asked);
+  return new Response(null, { status: 204, headers });
+}
+
+function streamHeaders(token?: string | null): Headers {
+  const headers = new Headers({
+    "content-type": STREAM_TYPE,
+    "cache-control": "private, no-store, no-transform",
+    "x-accel-buffering": "no",
+    [VERSION_HEADER]: VERSION,
+  });
+  if (token) headers.set(TOKEN_HEADER, token);
+  return headers;
+}
+
+function addHeaders(target: Headers, source: Headers): void {
+  source.forEach((value, name) => {
+    if (name === "set-cookie") target.append(name, value);
+    else target.set(name, value);
+  });
+}
+
+// --- Small things ---
+
+/** What crossws makes of a value: text, or bytes. */
+function toData(value: unknown): string | Bytes {
+  if (typeof value === "string") return value;
+  if (value === undefined || value === null) return "";
+  if (typeof value === "function" || typeof value === "symbol") return "{}";
+  if (typeof value !== "object") return String(value);
+  if (ArrayBuffer.isView(value)) {
+    return new Uint8Array(value.buffer as ArrayBuffer, value.byteOffset, value.byteLength);
+  }
+  if (
+    value instanceof ArrayBuffer ||
+    Object.prototype.toString.call(value) === "[object SharedArrayBuffer]"
+  ) {
+    return new Uint8Array(value as ArrayBuffer);
+  }
+  if (value instanceof Blob) {
+    throw new TypeError("Read the Blob first: send(await blob.arrayBuffer())");
+  }
+  if (Array.isArray(value)) return Uint8Array.from(value);
+  return JSON.stringify(value);
+}
+
+function decodeText(bytes: Bytes): string {
+  try {
+    return strictDecoder.decode(bytes);
+  } catch {
+    throw new Refusal(400, "Not UTF-8", {}, 1007);
+  }
+}
+
+function toBase64(bytes: Bytes): string {
+  const native = bytes as { toBase64?(): string };
+  if (native.toBase64) return native.toBase64();
+  let binary = "";
+  for (let at = 0; at < bytes.length; at += 0x8000) {
+    binary += String.fromCharCode(...bytes.subarray(at, at + 0x8000));
+  }
+  return btoa(binary);
+}
+
+function concat(parts: Bytes[]): Bytes {
+  let length = 0;
+  for (const part of parts) length += part.length;
+  const whole = new Uint8Array(length);
+  let at = 0;
+  for (const part of parts) {
+    whole.set(part, at);
+    at += part.length;
+  }
+  return whole;
+}
+
+function randomHex(bytes: number): string {
+  const random = crypto.getRandomValues(new Uint8Array(bytes));
+  return Array.from(random, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** Whether a close code may stand on the wire. */
+function isCloseCode(code: number): boolean {
+  return Number.isInteger(code) &&
+    (code >= 3000 && code <= 4999 ||
+      code >= 1000 && code <= 1014 && !(code >= 1004 && code <= 1006));
+}
+
+function checkClose(code: number, reason: string): void {
+  if (code !== 1005 && !isCloseCode(code)) {
+    throw new RangeError(`${code} is not a close code that may be sent`);
+  }
+  if (encoder.encode(reason).length > 123) {
+    throw new RangeError("A close reason is at most 123 bytes");
+  }
+}
+
+function atLeast<T extends string>(
+  least: number,
+  name: T,
+  options: { [name in T]?: unknown },
+  fallback: number,
+): number {
+  const value = options[name] ?? fallback;
+  if (typeof value === "number" && value >= least) return value;
+  throw new RangeError(`${name} must be a number of at least ${least}`);
+}
+
+function isPromise(value: unknown): value is Promise<unknown> {
+  return typeof (value as Promise<unknown> | undefined)?.then === "function";
+}
+
+function getOrMake<K, V>(map: Map<K, V>, key: K, make: () => V): V {
+  let value = map.get(key);
+  if (value === undefined) map.set(key, value = make());
+  return value;
+}

@@ -1,0 +1,446 @@
+/**
+ * One suite for two runtimes: tests declared here run under `deno test` and
+ * under `bun test`. What a test opens it gives to its context, which closes
+ * it when the test ends, also when it fails.
+ *
+ * @module
+ */
+import { execFile } from "node:child_process";
+import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { promisify } from "node:util";
+import { jsr } from "./assert.ts";
+import { binary, type Child, onPath, type Runtime, spawn, type SpawnOptions } from "./spawn.ts";
+
+export {
+  assert,
+  assertEquals,
+  assertExists,
+  assertGreater,
+  assertGreaterOrEqual,
+  assertInstanceOf,
+  AssertionError,
+  assertLess,
+  assertLessOrEqual,
+  assertMatch,
+  assertNotEquals,
+  assertRejects,
+  assertStrictEquals,
+  assertStringIncludes,
+  assertThrows,
+  fail,
+  fallback,
+  jsr,
+} from "./assert.ts";
+export { binary, root, spawn, strip } from "./spawn.ts";
+export type { Child, Runtime, SpawnOptions, Stripped } from "./spawn.ts";
+export { rawRequest } from "./raw.ts";
+export type { BodyChunks, Data, RawResponse } from "./raw.ts";
+
+/** The runtime that runs the tests. */
+export const runtime: "deno" | "bun" = "Deno" in globalThis ? "deno" : "bun";
+
+// ---------------------------------------------------------------- tests
+
+export interface TestOptions {
+  /** In milliseconds; 10 s by default. */
+  timeout?: number;
+  /** Why the test cannot run here; see `needs`. */
+  skip?: string | undefined;
+}
+
+export type TestBody = (t: TestContext) => void | Promise<void>;
+
+/** What a test opens and must be closed, in reverse, when it ends. */
+export class TestContext {
+  readonly name: string;
+  #stack = new AsyncDisposableStack();
+  #ended = new AbortController();
+
+  constructor(name: string) {
+    this.name = name;
+  }
+
+  /** Aborted when the test ends. */
+  get signal(): AbortSignal {
+    return this.#ended.signal;
+  }
+
+  defer(cleanUp: () => unknown): void {
+    this.#stack.defer(async () => void await cleanUp());
+  }
+
+  use<T extends AsyncDisposable | Disposable>(resource: T): T {
+    return this.#stack.use(resource);
+  }
+
+  async serve(handler: Handler, options?: ServeOptions): Promise<TestServer> {
+    return this.use(await serve(handler, options));
+  }
+
+  async spawn(
+    runtime: Runtime,
+    file: string,
+    options?: SpawnOptions,
+  ): Promise<Child> {
+    return this.use(await spawn(runtime, file, options));
+  }
+
+  /** Called by `test`. */
+  async end(): Promise<void> {
+    this.#ended.abort();
+    await within(this.#stack.disposeAsync(), 10_000, "cleaning up");
+  }
+}
+
+type Declare = (
+  name: string,
+  body: () => Promise<void>,
+  timeout: number,
+  skip: boolean,
+) => void;
+
+const declare = await declarer();
+
+/** The runner's own way to declare a test. */
+async function declarer(): Promise<Declare> {
+  if (runtime === "deno") {
+    return (name, fn, _timeout, ignore) => Deno.test({ name, fn, ignore });
+  }
+  // In a variable, so that Deno's type checker does not look for it.
+  const specifier = "bun:test";
+  const { test } = await import(specifier);
+  return (name, body, timeout, skip) => (skip ? test.skip : test)(name, body, timeout);
+}
+
+/** Declares a test. A skipped one carries its reason in its name. */
+export function test(
+  name: string,
+  body: TestBody,
+  { timeout = 10_000, skip }: TestOptions = {},
+): void {
+  if (skip) return declare(`${name} (skipped: ${skip})`, noop, 0, true);
+  // The runner's own limit is wider: ours cleans up and says what it knows.
+  declare(name, () => run(name, body, timeout), timeout + 15_000, false);
+}
+
+const noop = () => Promise.resolve();
+
+/** Runs a test's body as `test` does: time limit, clean-up, notes. */
+export async function run(
+  name: string,
+  body: TestBody,
+  timeout: number,
+): Promise<void> {
+  notes.length = 0;
+  const context = new TestContext(name);
+  const failures: unknown[] = [];
+  try {
+    await within((async () => await body(context))(), timeout, `"${name}"`);
+  } catch (error) {
+    failures.push(error);
+  }
+  try {
+    await context.end();
+  } catch (error) {
+    failures.push(error);
+  }
+  if (failures.length > 0) throw failure(failures);
+}
+
+const notes: string[] = [];
+
+/** Something to be printed if the running test fails, such as a seed. */
+export function note(text: string): void {
+  notes.push(text);
+}
+
+function failure(failures: unknown[]): unknown {
+  const [error, second] = failures;
+  if (second) console.error("also, while cleaning up:", second);
+  if (!(error instanceof Error)) notes.forEach((text) => console.error(text));
+  else if (notes.length > 0) {
+    // Some runners print the stack, which repeats the message, some both.
+    const text = `\n[${notes.join("; ")}]`;
+    const stack = error.stack?.replace(error.message, error.message + text);
+    error.message += text;
+    if (stack) error.stack = stack;
+  }
+  return error;
+}
+
+// ---------------------------------------------------------------- needs
+
+/** What tests need beyond npm: the command's names, and how to get it. */
+const needed: Record<string, { commands: string[]; install: string }> = {
+  chromium: {
+    commands: ["chromium", "chromium-browser", "google-chrome"],
+    install: "apt-get install chromium",
+  },
+  nginx: { commands: ["nginx"], install: "apt-get install nginx-light" },
+  haproxy: { commands: ["haproxy"], install: "apt-get install haproxy" },
+  "redis-server": {
+    commands: ["redis-server"],
+    install: "apt-get install redis-server",
+  },
+  openssl: { commands: ["openssl"], install: "apt-get install openssl" },
+  curl: { commands: ["curl"], install: "apt-get install curl" },
+  xvfb: { commands: ["xvfb-run"], install: "apt-get install xvfb" },
+};
+
+const runtimes = ["deno", "bun", "node", "deno-2.9.5"] as const;
+
+/** The path of a command that `needs` knows, or of a runtime. */
+export function command(name: string): string | undefined {
+  const known = runtimes.find((runtime) => runtime === name);
+  if (known) return binary(known);
+  return (needed[name]?.commands ?? [name]).map(onPath).find(Boolean);
+}
+
+/** A reason to skip, if any of these is missing: commands, runtimes, "jsr". */
+export function needs(...names: string[]): string | undefined {
+  const missing = names.map(lack).filter((reason) => reason !== undefined);
+  return missing.length > 0 ? missing.join(", ") : undefined;
+}
+
+function lack(name: string): string | undefined {
+  if (name === "jsr") {
+    return jsr ? undefined : "needs JSR: deno test -A, with jsr.io in reach";
+  }
+  if (command(name)) return;
+  const install = needed[name]?.install ?? "npm install";
+  return `needs ${name}: ${install}`;
+}
+
+// ---------------------------------------------------------------- waiting
+
+/** The result of a promise, or an error if it takes too long. */
+export async function within<T>(
+  promise: Promise<T>,
+  timeout: number,
+  what = "a promise",
+): Promise<T> {
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const late = new Promise<never>((_, reject) => {
+    timer = setTimeout(
+      () => reject(new Error(`timeout: ${what} took more than ${timeout} ms`)),
+      timeout,
+    );
+  });
+  try {
+    return await Promise.race([promise, late]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** The next event of a type. */
+export async function once<E extends Event = Event>(
+  target: EventTarget,
+  type: string,
+  { timeout = 5_000 }: { timeout?: number } = {},
+): Promise<E> {
+  const { promise, resolve } = deferred<E>();
+  const listener = (event: Event) => resolve(event as E);
+  target.addEventListener(type, listener, { once: true });
+  try {
+    return await within(promise, timeout, `event "${type}"`);
+  } finally {
+    target.removeEventListener(type, listener);
+  }
+}
+
+type Falsy = false | 0 | "" | null | undefined;
+
+/**
+ * Waits until a condition holds, and returns its value. It polls: only for
+ * what no event tells.
+ */
+export async function until<T>(
+  predicate: () => T | Falsy | Promise<T | Falsy>,
+  { timeout = 5_000, interval = 5 }: { timeout?: number; interval?: number } = {},
+): Promise<T> {
+  const late = performance.now() + timeout;
+  for (;;) {
+    const value = await predicate();
+    if (value) return value;
+    if (performance.now() > late) {
+      throw new Error(`timeout: not within ${timeout} ms: ${predicate}`);
+    }
+    await sleep(interval);
+  }
+}
+
+/** Waits; a signal, such as a test's, ends the wait early and in order. */
+export function sleep(
+  milliseconds: number,
+  signal?: AbortSignal,
+): Promise<void> {
+  return new Promise((resolve) => {
+    const end = () => {
+      clearTimeout(timer);
+      signal?.removeEventListener("abort", end);
+      resolve();
+    };
+    const timer = setTimeout(end, signal?.aborted ? 0 : milliseconds);
+    signal?.addEventListener("abort", end);
+  });
+}
+
+export interface Deferred<T> {
+  promise: Promise<T>;
+  resolve(value: T | PromiseLike<T>): void;
+  reject(reason?: unknown): void;
+}
+
+export function deferred<T = void>(): Deferred<T> {
+  return Promise.withResolvers<T>();
+}
+
+// ---------------------------------------------------------------- servers
+
+export type Handler = (
+  request: Request,
+  // deno-lint-ignore no-explicit-any -- Deno's info or Bun's server
+  info?: any,
+) => Response | Promise<Response>;
+
+export interface ServeOptions {
+  /** Default: a free one. */
+  port?: number;
+  /** Serves https with a certificate made for the occasion (needs openssl). */
+  tls?: boolean;
+  /** HTTP/2 under Bun, which needs to be told; Deno speaks it over TLS. */
+  http2?: boolean;
+}
+
+export interface TestServer extends AsyncDisposable {
+  /** Without a slash at its end, as `http://127.0.0.1:8000`. */
+  readonly url: string;
+  readonly port: number;
+  /** The certificate in PEM, if it serves https. */
+  readonly cert: string | undefined;
+  /** A fetch that trusts the certificate. */
+  readonly fetch: (input: string | URL | Request, init?: RequestInit) => Promise<Response>;
+  /** Drops every connection: shutting down would wait for open streams. */
+  close(): Promise<void>;
+}
+
+/** What of Bun the harness uses (its types would leak into the program). */
+interface BunRuntime {
+  serve(options: Record<string, unknown>): {
+    port: number;
+    stop(closeActiveConnections: boolean): Promise<void>;
+  };
+}
+
+/** Starts a real server on the runtime that runs the test. */
+export async function serve(
+  handler: Handler,
+  options: ServeOptions = {},
+): Promise<TestServer> {
+  const pair = options.tls ? await certificate() : undefined;
+  const hostname = "127.0.0.1";
+  const { port = 0, http2 } = options;
+  const { actual, close } = runtime === "deno"
+    ? serveDeno(handler, { hostname, port, ...pair })
+    : serveBun(handler, {
+      hostname,
+      port,
+      ...(pair && { tls: pair }),
+      ...(http2 && { http2 }),
+    });
+  const trusting = trust(pair?.cert);
+  let closing: Promise<void> | undefined;
+  const closeOnce = () => closing ??= close().then(() => trusting.close());
+  return {
+    url: `${pair ? "https" : "http"}://${hostname}:${actual}`,
+    port: actual,
+    cert: pair?.cert,
+    fetch: trusting.fetch,
+    close: closeOnce,
+    [Symbol.asyncDispose]: closeOnce,
+  };
+}
+
+interface Listening {
+  actual: number;
+  close(): Promise<void>;
+}
+
+function serveDeno(
+  handler: Handler,
+  options: { hostname: string; port: number },
+): Listening {
+  const abort = new AbortController();
+  const server = Deno.serve(
+    { ...options, signal: abort.signal, onListen: () => {} },
+    (request, info) => handler(request, info),
+  );
+  return {
+    actual: server.addr.port,
+    async close() {
+      abort.abort();
+      await server.finished;
+    },
+  };
+}
+
+function serveBun(
+  handler: Handler,
+  options: Record<string, unknown>,
+): Listening {
+  const { Bun } = globalThis as unknown as { Bun: BunRuntime };
+  const server = Bun.serve({
+    ...options,
+    development: false,
+    fetch: (request: Request, info: unknown) => handler(request, info),
+  });
+  return { actual: server.port, close: () => server.stop(true) };
+}
+
+function trust(ca: string | undefined): Pick<TestServer, "fetch" | "close"> {
+  if (!ca) return { fetch, close: noop };
+  if (runtime === "bun") {
+    const options = { tls: { ca } } as RequestInit;
+    return {
+      fetch: (input, init) => fetch(input, { ...init, ...options }),
+      close: noop,
+    };
+  }
+  const client = Deno.createHttpClient({ caCerts: [ca] });
+  return {
+    fetch: (input, init) => fetch(input, Object.assign({ ...init }, { client })),
+    close: () => Promise.resolve(client.close()),
+  };
+}
+
+let made: Promise<{ key: string; cert: string }> | undefined;
+
+/** A key and its certificate, made once a run: none is kept in the repository. */
+export function certificate(): Promise<{ key: string; cert: string }> {
+  return made ??= makeCertificate();
+}
+
+async function makeCertificate(): Promise<{ key: string; cert: string }> {
+  const folder = await mkdtemp(join(tmpdir(), "duplex-cert-"));
+  const key = join(folder, "key.pem");
+  const cert = join(folder, "cert.pem");
+  try {
+    await promisify(execFile)(command("openssl") ?? "openssl", [
+      ..."req -x509 -nodes -days 2 -subj /CN=localhost".split(" "),
+      ..."-newkey ec -pkeyopt ec_paramgen_curve:P-256".split(" "),
+      // Deno refuses a certificate authority's own certificate on a server.
+      ...["-addext", "basicConstraints=critical,CA:FALSE"],
+      ...["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
+      ...["-keyout", key, "-out", cert],
+    ]);
+    return {
+      key: await readFile(key, "utf8"),
+      cert: await readFile(cert, "utf8"),
+    };
+  } finally {
+    await rm(folder, { recursive: true });
+  }
+}

@@ -1,0 +1,115 @@
+/**
+ * Runs the suite under Deno and under Bun: `node tests/run.mjs`, which is what
+ * `npm test` does. Arguments: `--only deno|bun` (or DUPLEX_ONLY in the
+ * environment), and files or parts of their names. With CI=true a test may be
+ * skipped only because it needs JSR.
+ */
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join, relative, resolve } from "node:path";
+import { binary, count, root, run } from "./tools.mjs";
+
+const runners = {
+  deno: (report, files) => [
+    ...["test", "-A", `--junit-path=${report}`],
+    ...files,
+  ],
+  bun: (report, files) => [
+    ...["test", "--reporter=junit", `--reporter-outfile=${report}`],
+    ...files,
+  ],
+};
+
+const { only, files } = parse(process.argv.slice(2));
+const names = only ? [only] : Object.keys(runners);
+const results = [];
+for (const name of names) results.push(await test(name));
+
+for (const { name, failed, skipped } of results) {
+  for (const test of failed) console.log(`failed (${name}): ${test}`);
+  for (const test of skipped) console.log(`skipped (${name}): ${test}`);
+}
+const total = { passed: 0, failed: 0, skipped: 0 };
+for (const { passed, failed, skipped } of results) {
+  total.passed += passed;
+  total.failed += failed.length;
+  total.skipped += skipped.length;
+}
+if (total.passed + total.failed === 0) console.log("No test ran.");
+console.log(`\n${count(total)}`);
+process.exitCode = total.passed > 0 && total.failed === 0 ? 0 : 1;
+
+function parse(args) {
+  const parsed = { only: process.env.DUPLEX_ONLY || undefined, files: [] };
+  for (let arg; (arg = args.shift()) !== undefined;) {
+    if (arg === "--only") parsed.only = args.shift();
+    else parsed.files.push(...find(arg));
+  }
+  if (parsed.only && !runners[parsed.only]) {
+    fail(`not a runner: ${parsed.only}`);
+  }
+  // Bun takes a path for a filter unless it begins with a dot.
+  if (parsed.files.length === 0) parsed.files.push("./tests/");
+  return parsed;
+}
+
+/** A path as it is, or the test files that have the word in their names. */
+function find(word) {
+  const path = resolve(word);
+  if (existsSync(path)) return [`./${relative(root, path)}`];
+  const found = readdirSync(join(root, "tests"))
+    .filter((file) => file.endsWith(".test.ts") && file.includes(word));
+  return found.length > 0 ? found.map((file) => `./tests/${file}`) : fail(`no test file: ${word}`);
+}
+
+function fail(message) {
+  console.error(message);
+  process.exit(2);
+}
+
+/** Runs one runner and reads the counts from the report it writes. */
+async function test(name) {
+  console.log(`\n${name} test`);
+  const folder = mkdtempSync(join(tmpdir(), "duplex-test-"));
+  const report = join(folder, "report.xml");
+  try {
+    const code = await run(binary(name), runners[name](report, files));
+    const result = read(name, existsSync(report) ? readFileSync(report) : "");
+    // A file that could not be loaded, a crash or a leak shows only here.
+    if (code !== 0 && result.failed.length === 0) {
+      result.failed.push(`the run itself: ${code}`);
+    }
+    return result;
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
+}
+
+/** Sorts the cases of a JUnit report. */
+function read(name, report) {
+  const result = { name, passed: 0, failed: [], skipped: [] };
+  const cases = /<testcase\b([^>]*?)(?:\/>|>([\s\S]*?)<\/testcase>)/g;
+  for (const [, attributes, inner = ""] of String(report).matchAll(cases)) {
+    const test = unescape(/\bname="([^"]*)"/.exec(attributes)?.[1] ?? "?");
+    if (/<(failure|error)\b/.test(inner)) result.failed.push(test);
+    else if (!/<skipped\b/.test(inner)) result.passed++;
+    else if (allowed(test)) result.skipped.push(test);
+    else {result.failed.push(
+        `${test}: nothing else may be skipped with CI=true`,
+      );}
+  }
+  return result;
+}
+
+function allowed(test) {
+  return process.env.CI !== "true" || test.includes("needs JSR");
+}
+
+function unescape(text) {
+  const named = { lt: "<", gt: ">", quot: '"', apos: "'", amp: "&" };
+  return text.replace(
+    /&(?:#(\d+)|#x([\da-f]+)|(\w+));/gi,
+    (all, dec, hex, of) =>
+      of ? named[of] ?? all : String.fromCodePoint(dec ? Number(dec) : parseInt(hex, 16)),
+  );
+}

@@ -1,0 +1,48 @@
+/** The runner behind `npm test`: what it counts, names and exits with. */
+import { execFile } from "node:child_process";
+import process from "node:process";
+import { assertEquals, assertStringIncludes, root, runtime, test } from "./harness.ts";
+
+/** Runs tests/run.mjs on this runtime; its exit code and what it says. */
+function runTests(
+  file: string,
+  env: Record<string, string>,
+): Promise<{ code: number; output: string }> {
+  return new Promise((resolve) => {
+    const child = execFile(
+      "node",
+      ["tests/run.mjs", "--only", runtime, file],
+      { cwd: root, env: { ...process.env, ...env } },
+      (_error, output) => resolve({ code: child.exitCode!, output }),
+    );
+  });
+}
+
+const lastLine = (output: string) => output.trimEnd().split("\n").at(-1);
+
+test("run.mjs names what failed and what was skipped, and why", async () => {
+  const { code, output } = await runTests("tests/fixtures/outcomes.ts", {
+    CI: "",
+  });
+  assertEquals(code, 1);
+  assertEquals(lastLine(output), "1 passed, 1 failed, 2 skipped");
+  assertStringIncludes(output, `failed (${runtime}): fails & says so\n`);
+  assertStringIncludes(
+    output,
+    `skipped (${runtime}): needs a thing ` +
+      "(skipped: needs no-such: npm install)\n",
+  );
+}, { timeout: 30_000 });
+
+test("run.mjs with CI=true allows skipping only for JSR", async () => {
+  const { output } = await runTests("tests/fixtures/outcomes.ts", {
+    CI: "true",
+  });
+  assertEquals(lastLine(output), "1 passed, 2 failed, 1 skipped");
+}, { timeout: 30_000 });
+
+test("run.mjs fails when a file cannot be loaded", async () => {
+  const { code, output } = await runTests("tests/fixtures/broken.ts", {});
+  assertEquals(code, 1);
+  assertEquals(lastLine(output), "0 passed, 1 failed");
+}, { timeout: 30_000 });
