@@ -269,16 +269,20 @@ export class WebSocketSSE extends EventTarget {
   constructor(url: string | URL, init: string | string[] | WebSocketSSEOptions = {}) {
     super();
     if (arguments.length === 0) throw new TypeError("WebSocketSSE needs a URL");
-    const options = typeof init === "string" || Array.isArray(init) ? { protocols: init } : init;
+    // As in Web IDL: whatever can be iterated is a list, whatever is no object a string.
+    const options: WebSocketSSEOptions =
+      typeof init === "object" && init && !(Symbol.iterator in init)
+        ? init
+        : { protocols: init as string };
     this.#url = parseURL(String(url));
     this.#protocols = checkProtocols(options.protocols ?? []);
     this.#options = options;
     const target = new URL(this.#url);
     if (target.username || target.password) {
-      const credentials = `${decodeURIComponent(target.username)}:${
-        decodeURIComponent(target.password)
-      }`;
-      this.#authorization = `Basic ${toBase64(encoder.encode(credentials))}`;
+      // The bytes as they are, since what is escaped need not be UTF-8.
+      const credentials = `${target.username}:${target.password}`
+        .replace(/%([\da-f]{2})/gi, (_, hex) => String.fromCharCode(parseInt(hex, 16)));
+      this.#authorization = `Basic ${btoa(credentials)}`;
       target.username = target.password = "";
     }
     this.#target = target.href.replace(/^ws/, "http");
@@ -379,7 +383,7 @@ export class WebSocketSSE extends EventTarget {
     if (this.#readyState === CONNECTING) {
       throw new DOMException("Still connecting", "InvalidStateError");
     }
-    if ((this.#options.bidir ?? this.#options.bdir) === false) {
+    if (!this.#sends) {
       throw new DOMException("Sending is off: bidir is false", "InvalidStateError");
     }
     this.#bufferedAmount += size;
@@ -402,9 +406,10 @@ export class WebSocketSSE extends EventTarget {
    * @param reason At most 123 bytes of UTF-8.
    * @throws {DOMException} InvalidAccessError for another code, SyntaxError for a longer reason.
    */
-  close(code?: number, reason?: string): void {
+  close(code: number | undefined = undefined, reason: string | undefined = ""): void {
     if (code !== undefined) {
-      code = Math.round(Math.min(Math.max(Number(code) || 0, 0), 65535)); // [Clamp] unsigned short
+      // [Clamp] unsigned short: a half goes to the even neighbour, as it does up here.
+      code = Math.min(Math.max(Number(code) || 0, 0), 65535) + 2 ** 52 - 2 ** 52;
       if (code !== 1000 && !(code >= 3000 && code <= 4999)) {
         throw new DOMException(
           `${code} is not a close code that may be used`,
@@ -412,7 +417,7 @@ export class WebSocketSSE extends EventTarget {
         );
       }
     }
-    const text = encoder.encode(reason === undefined ? "" : String(reason));
+    const text = encoder.encode(String(reason));
     if (text.length > 123) throw new DOMException("The reason is over 123 bytes", "SyntaxError");
     if (this.#readyState >= CLOSING) return;
     const connecting = this.#readyState === CONNECTING;
@@ -472,18 +477,15 @@ export class WebSocketSSE extends EventTarget {
   /** HTML: a handler takes its place among the listeners when it is first set, and leaves it at null. */
   #setHandler<E>(name: keyof WebSocketSSEEventMap, value: EventHandler<E>): void {
     const handler = this.#handlers[name];
-    if (typeof value !== "function") {
+    if (typeof value !== "function" && (typeof value !== "object" || !value)) {
       if (handler) super.removeEventListener(name, handler.listener);
       delete this.#handlers[name];
     } else if (handler) {
       handler.value = value;
     } else {
       const listener = (event: Event) => {
-        const result = (this.#handlers[name]?.value as EventHandler<Event> | undefined)?.call(
-          this,
-          event,
-        );
-        if (result === false) event.preventDefault();
+        const value = this.#handlers[name]?.value as EventHandler<Event> | undefined;
+        if (typeof value === "function") value.call(this, event); // any object may be set
       };
       this.#handlers[name] = { value, listener };
       super.addEventListener(name, listener);
@@ -492,6 +494,10 @@ export class WebSocketSSE extends EventTarget {
 
   #dispatch(event: Event): void {
     this.dispatchEvent(event);
+  }
+
+  get #sends(): boolean {
+    return (this.#options.bidir ?? this.#options.bdir) !== false;
   }
 
   // --- Opening ---
@@ -575,17 +581,23 @@ export class WebSocketSSE extends EventTarget {
       connection.end();
       throw new Error(`Refused: ${status}`);
     }
+    this.#closeTimer = setTimeout(() => this.#fail(), OPEN_TIMEOUT);
     this.#full = this.#grants(connection);
     this.#token = headers.get(TOKEN_HEADER) ?? "";
     if (!this.#full) {
       this.#transport = "post";
       learn(this.#url.host, "post");
-      this.#opened(headers.get("sec-websocket-protocol") ?? "");
+      if (this.#token || !this.#sends) this.#openedPlain();
     }
     return connection;
   }
 
+  #openedPlain(): void {
+    this.#opened(this.#connection?.response!.headers.get("sec-websocket-protocol") ?? "");
+  }
+
   #opened(protocol: string): void {
+    clearTimeout(this.#closeTimer);
     if (protocol && !this.#protocols.includes(protocol)) return this.#fail();
     this.#deliver(() => {
       if (this.#readyState !== CONNECTING) return;
@@ -659,6 +671,8 @@ export class WebSocketSSE extends EventTarget {
   }
 
   #onEvent(type: string, data: string): void {
+    // Any other event stream: we could not send.
+    if (!this.#full && !this.#token && this.#sends && type !== TOKEN_EVENT) return this.#fail();
     switch (type) {
       case "":
       case "message":
@@ -668,8 +682,11 @@ export class WebSocketSSE extends EventTarget {
       case BINARY_EVENT:
         return this.#receive(fromBase64(data));
       case TOKEN_EVENT:
-        this.#token ||= data;
-        return this.#full ? undefined : this.#pump();
+        if (!this.#full && !this.#token) {
+          this.#token = data; // the header could not be read
+          this.#openedPlain();
+        }
+        return this.#pump();
       case OPEN_EVENT:
         return this.#onOpen(JSON.parse(data));
       case ACK_EVENT: {
@@ -736,9 +753,10 @@ export class WebSocketSSE extends EventTarget {
   /** Each event in a task of its own, so that promises settle in between. */
   #drain(): Promise<void> | undefined {
     if (this.#draining || !this.#inbox.length) return this.#draining;
-    if (!this.#dispatchedInTask && this.#connection?.reader && this.#inbox.length === 1) {
+    const isTaken = this.#mayBePageTask;
+    this.#dispatchedInTask = true;
+    if (!isTaken && this.#connection?.reader && this.#inbox.length === 1) {
       // Nothing was dispatched in this task: no need to wait for another.
-      this.#dispatchedInTask = true;
       nextTask(() => this.#dispatchedInTask = false);
       this.#inbox.pop()!();
       return;
@@ -750,7 +768,20 @@ export class WebSocketSSE extends EventTarget {
       }
       this.#inbox = [];
       this.#draining = undefined;
+      nextTask(() => this.#dispatchedInTask = false);
     })();
+  }
+
+  /** The page may have run in this task: an own `fetch` can answer within the caller's. */
+  get #mayBePageTask(): boolean {
+    return this.#dispatchedInTask || !!this.#options.fetch;
+  }
+
+  /** "bufferedAmount never falls within a task." */
+  #release(size: number): void {
+    const fall = () => this.#bufferedAmount -= size;
+    if (this.#mayBePageTask) nextTask(fall);
+    else fall();
   }
 
   /** "The client acknowledges at half a window." A part of an event counts for the next time. */
@@ -872,9 +903,9 @@ export class WebSocketSSE extends EventTarget {
   #confirm(received: number): void {
     if (received < this.#first) return this.#pump();
     if (!(received < this.#first + this.#out.length)) return this.#distrust();
-    for (const entry of this.#out.splice(0, received - this.#first + 1)) {
-      this.#bufferedAmount -= entry.size;
-    }
+    let size = 0;
+    for (const entry of this.#out.splice(0, received - this.#first + 1)) size += entry.size;
+    this.#release(size);
     this.#first = received + 1;
     this.#quietWatches = 0;
     this.#streamFailures = 0;
@@ -1111,7 +1142,7 @@ export class WebSocketSSE extends EventTarget {
       response?.body?.cancel().catch(() => {});
       if (!response?.ok) return this.#fail();
       this.#out.shift();
-      this.#bufferedAmount -= size;
+      this.#release(size);
     }
     this.#posting = false;
   }
@@ -1394,7 +1425,9 @@ function parseURL(value: string): URL {
 }
 
 function checkProtocols(value: string | string[]): string[] {
-  const protocols = typeof value === "string" ? [value] : [...value].map(String);
+  const protocols = typeof value === "object" && value
+    ? [...value].map(String)
+    : [String(value)];
   if (
     new Set(protocols).size < protocols.length ||
     protocols.some((name) => !/^[!#-'*+\-.^-z|~\w]+$/.test(name))

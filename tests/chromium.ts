@@ -1,0 +1,78 @@
+/**
+ * One Chromium for a test file. Each test connects to it, gets windows of its
+ * own, and leaves: so that nothing of a test outlives it.
+ *
+ * @module
+ */
+import { type ChildProcess, spawn } from "node:child_process";
+import { mkdir, mkdtemp, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import process from "node:process";
+import { type BrowserContext, type BrowserContextOptions, chromium, type Page } from "playwright-core";
+import { command, runtime, strip, type TestContext, until } from "./harness.ts";
+
+const flags =
+  "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --remote-debugging-port=0";
+
+const executable = command("chromium");
+const profile = executable && await mkdtemp(join(tmpdir(), "duplex-chromium-"));
+const child: ChildProcess | undefined = executable
+  ? spawn(executable, [...flags.split(" "), `--user-data-dir=${profile}`, "about:blank"], {
+    stdio: "ignore",
+  })
+  : undefined;
+const exited = new Promise((resolve) => child?.once("exit", resolve));
+if (child) (await afterAll())(end);
+
+/** The runner's own way to tell that the file's tests are over. */
+async function afterAll(): Promise<(action: () => Promise<void>) => void> {
+  if (runtime === "deno") return (action) => Deno.test.afterAll(action);
+  const specifier = "bun:test";
+  return (await import(specifier)).afterAll;
+}
+
+async function end(): Promise<void> {
+  child!.kill("SIGKILL");
+  await exited;
+  await rm(profile!, { recursive: true, force: true, maxRetries: 5 });
+}
+
+/** Where Chromium wants to be spoken to: it writes the port into its profile. */
+async function endpoint(): Promise<string> {
+  const file = join(profile!, "DevToolsActivePort");
+  const text = await until(() => readFile(file, "utf8").catch(() => ""), {
+    timeout: 30_000,
+    interval: 50,
+  });
+  const [port, path] = text.split("\n");
+  return `ws://127.0.0.1:${port}${path}`;
+}
+
+/** Windows of a browser profile of its own: cookies and cache are not shared with other tests. */
+export async function windows(
+  t: TestContext,
+  options: BrowserContextOptions = {},
+): Promise<BrowserContext> {
+  const browser = await chromium.connectOverCDP(await endpoint(), {
+    artifactsDir: profile!, // a folder of its own it would remove too late for Deno's sanitizers
+  });
+  t.defer(() => browser.close());
+  const context = await browser.newContext({ ignoreHTTPSErrors: true, ...options });
+  t.defer(() => context.close());
+  return context;
+}
+
+/** The client as a browser can load it. */
+export async function clientScript(): Promise<string> {
+  await using stripped = await strip("client.ts");
+  return await readFile(stripped.file, "utf8");
+}
+
+const artifacts = process.env.DUPLEX_ARTIFACTS ?? "/tmp/duplex-artifacts";
+
+/** Takes a picture for people to look at; no test depends on it. */
+export async function picture(page: Page, name: string): Promise<void> {
+  await mkdir(artifacts, { recursive: true });
+  await page.screenshot({ path: join(artifacts, `${name}.png`) });
+}

@@ -1,0 +1,227 @@
+// README.md and PROTOCOL.md tell the truth: every snippet is executed or type-checked here, and
+// every HTTP exchange of PROTOCOL.md is held against a real server.
+
+import { readFile, writeFile } from "node:fs/promises";
+import { existsSync } from "node:fs";
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { execFile } from "node:child_process";
+import { sseAdapter } from "../mod.ts";
+import {
+  assert,
+  assertEquals,
+  assertMatch,
+  binary,
+  rawRequest,
+  root,
+  test,
+  within,
+} from "./harness.ts";
+
+interface Block {
+  language: string;
+  text: string;
+}
+
+async function blocks(file: string): Promise<Block[]> {
+  const text = await readFile(join(root, file), "utf8");
+  return [...text.matchAll(/^```([a-z][a-z ]*)\n([\s\S]*?)^```$/gm)]
+    .map(([, language, text]) => ({ language: language!, text: text! }));
+}
+
+/** Runs a program to its end, or until it has printed what is awaited. */
+function output(args: string[], awaited?: string): Promise<{ code: number | null; out: string }> {
+  return new Promise((resolve) => {
+    let out = "";
+    const child = execFile(binary("deno")!, args, { env: { ...process.env, NO_COLOR: "1" } });
+    const take = (chunk: string) => {
+      out += chunk;
+      if (awaited !== undefined && out.includes(awaited)) child.kill();
+    };
+    child.stdout!.on("data", take);
+    child.stderr!.on("data", take);
+    child.on("close", (code) => resolve({ code, out }));
+  });
+}
+
+/** A folder where `jsr:@duplex/sse` is this checkout. */
+async function consumer(): Promise<{ dir: string; [Symbol.asyncDispose](): Promise<void> }> {
+  const dir = await mkdtemp(join(tmpdir(), "duplex-docs-"));
+  const imports = Object.fromEntries(
+    ["", "/server", "/client"].flatMap((entry) =>
+      ["jsr:@duplex/sse", "@duplex/sse"].map((name) => [
+        name + entry,
+        `file://${root}/${entry ? entry.slice(1) : "mod"}.ts`,
+      ])
+    ),
+  );
+  await writeFile(
+    join(dir, "deno.json"),
+    JSON.stringify({
+      imports,
+      compilerOptions: {
+        lib: ["deno.window", "dom", "dom.iterable", "dom.asynciterable", "esnext"],
+      },
+    }),
+  );
+  return { dir, [Symbol.asyncDispose]: () => rm(dir, { recursive: true, force: true }) };
+}
+
+/** The `@example` snippets of a source file's doc comments, those marked `ignore` aside. */
+async function examples(file: string): Promise<string[]> {
+  const source = await readFile(join(root, file), "utf8");
+  return [...source.matchAll(/\/\*\*[\s\S]*?\*\//g)].flatMap(([comment]) =>
+    [...comment.replace(/^ *\* ?/gm, "").matchAll(/^```ts\n([\s\S]*?)^```$/gm)].map((m) => m[1]!)
+  );
+}
+
+test("README.md's snippets type-check, as do the examples in doc comments", async (t) => {
+  const { dir } = t.use(await consumer());
+  const snippets = (await blocks("README.md")).filter(({ language }) => language === "ts")
+    .map(({ text }) => text);
+  for (const file of ["mod.ts", "server.ts", "client.ts"]) snippets.push(...await examples(file));
+  assert(snippets.length >= 8, `only ${snippets.length} snippets found`);
+  const files = await Promise.all(snippets.map(async (text, i) => {
+    const file = join(dir, `snippet-${i}.ts`);
+    await writeFile(file, `${text}\nexport {};\n`);
+    return file;
+  }));
+  const { code, out } = await output(["check", ...files]);
+  assertEquals(code, 0, out);
+}, { timeout: 60_000 });
+
+test("README.md's first snippet prints what stands below it", async (t) => {
+  const { dir } = t.use(await consumer());
+  const [program, result] = await blocks("README.md");
+  assertEquals([program!.language, result!.language], ["ts", "text"]);
+  const port = 20_000 + Math.floor(Math.random() * 20_000);
+  await writeFile(join(dir, "first.ts"), program!.text.replaceAll("8000", String(port)));
+  const { out } = await within(output(["run", "-A", join(dir, "first.ts")], result!.text), 30_000);
+  assert(out.includes(result!.text), out);
+}, { timeout: 40_000 });
+
+test("README.md's two commands are scripts of package.json", async () => {
+  const { scripts } = JSON.parse(await readFile(join(root, "package.json"), "utf8"));
+  const commands = (await blocks("README.md")).filter(({ language }) => language === "sh")
+    .map(({ text }) => text.trim());
+  assertEquals(commands, ["npm start", "npm it"]);
+  assertMatch(scripts.start, /examples\/deno\.ts$/);
+  assertMatch(scripts.test, /tests\/run\.mjs$/);
+});
+
+test("links in the documents lead somewhere", async () => {
+  let links = 0;
+  for (const file of ["README.md", "PROTOCOL.md", "CHANGELOG.md", "examples/README.md"]) {
+    const text = await readFile(join(root, file), "utf8");
+    for (const [, target] of text.matchAll(/\]\((?!https?:)([^)#]+)/g)) {
+      links++;
+      assert(existsSync(join(root, file, "..", target!)), `${file} links to ${target}`);
+    }
+  }
+  assert(links > 4);
+});
+
+test("PROTOCOL.md's exchanges happen as they stand there", async (t) => {
+  const ws = sseAdapter({
+    bidir: true,
+    hooks: {
+      open: (peer) => void peer.send("Welcome"),
+      message: (peer, message) => void peer.send(message.rawData),
+    },
+  });
+  const server = t.use(await t.serve((request, info) => ws.fetch(request, info)));
+  t.defer(() => {
+    for (const peers of ws.peers.values()) for (const peer of peers) peer.terminate();
+    return ws.close();
+  });
+  const found = new Map<string, string>();
+  let answer: Awaited<ReturnType<typeof rawRequest>> | undefined;
+  let stream: Reading | undefined;
+  let checked = 0;
+  for (const { language, text } of await blocks("PROTOCOL.md")) {
+    if (language === "http request") {
+      answer = t.use(await rawRequest(server.port, ...splitRequest(fill(text, found))));
+    } else if (language === "http response") {
+      const [head, body] = text.split(/\n\n([\s\S]*)/) as [string, string?];
+      checkHead(answer!, head, found);
+      const reading = new Reading(answer!);
+      if (body) await reading.expect(body, found);
+      if (answer!.headers.get("content-type")?.startsWith("text/event-stream")) stream = reading;
+      checked++;
+    } else if (language === "sse") {
+      await stream!.expect(text, found);
+      checked++;
+    }
+  }
+  assertEquals(checked, 11, `only ${checked} exchanges found`);
+});
+
+/** What a response's body brings, piece by piece. */
+class Reading {
+  readonly #answer: Awaited<ReturnType<typeof rawRequest>>;
+  #text = "";
+
+  constructor(answer: Awaited<ReturnType<typeof rawRequest>>) {
+    this.#answer = answer;
+  }
+
+  async expect(expected: string, found: Map<string, string>): Promise<void> {
+    const pattern = template(expected, found);
+    const decoder = new TextDecoder();
+    while (!pattern.test(this.#text)) {
+      const chunk = await within(this.#answer.read(), 3_000, `${expected}\n-- had:\n${this.#text}`);
+      if (!chunk) throw new Error(`expected\n${expected}\nbut the body was\n${this.#text}`);
+      this.#text += decoder.decode(chunk, { stream: true });
+    }
+    const match = pattern.exec(this.#text)!;
+    for (const [name, value] of Object.entries(match.groups ?? {})) found.set(name, value);
+    this.#text = this.#text.slice(match[0].length).replace(/^\n+/, "");
+  }
+}
+
+function checkHead(
+  answer: Awaited<ReturnType<typeof rawRequest>>,
+  head: string,
+  found: Map<string, string>,
+): void {
+  const [status, ...headers] = head.trimEnd().split("\n");
+  assertEquals(answer.status, Number(status!.split(" ")[1]));
+  for (const header of headers) {
+    const [name, value] = header.split(": ") as [string, string];
+    const match = template(value, found).exec(answer.headers.get(name) ?? "");
+    assert(match, `${name}: ${answer.headers.get(name)} is not ${value}`);
+    for (const [name, value] of Object.entries(match.groups ?? {})) found.set(name, value);
+  }
+}
+
+/** A pattern of the expected text, where `{name}` is what was found before, or anything new. */
+function template(expected: string, found: Map<string, string>): RegExp {
+  const seen = new Set<string>();
+  const source = expected.split(/(\{[a-z]+\})/).map((part) => {
+    const name = /^\{([a-z]+)\}$/.exec(part)?.[1];
+    if (!name) return part.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+    if (found.has(name)) return found.get(name)!.replace(".", "\\.");
+    if (seen.has(name)) return `\\k<${name}>`;
+    seen.add(name);
+    return `(?<${name}>[0-9a-f]+(?:\\.[0-9a-f]{32})?)`;
+  });
+  return new RegExp(`^${source.join("")}`);
+}
+
+function fill(text: string, found: Map<string, string>): string {
+  return text.replace(/\{([a-z]+)\}/g, (_, name) => found.get(name) ?? `{${name}}`);
+}
+
+/** The request's head and body, with the line breaks of HTTP and of uplink frames. */
+function splitRequest(text: string): [string, string[]] {
+  const [head, body] = text.split(/\n\n([\s\S]*)/) as [string, string?];
+  const frames = head.includes("websocket-events");
+  const payload = body === undefined || body === ""
+    ? ""
+    : frames
+    ? body.replaceAll("\n", "\r\n")
+    : body.trimEnd();
+  const length = head.startsWith("POST") ? `\ncontent-length: ${payload.length}` : "";
+  return [`${head.trimEnd()}${length}\n\n`.replaceAll("\n", "\r\n"), payload ? [payload] : []];
+}
