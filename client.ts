@@ -226,7 +226,10 @@ export class WebSocketSSE extends EventTarget {
   #strikes = 0;
   #ticker: ReturnType<typeof setInterval> | undefined;
   #closeTimer: ReturnType<typeof setTimeout> | undefined;
-  #wakeRetry: (() => void) | undefined;
+  /** Ends the pauses before retries. */
+  readonly #pauses: Set<() => void> = new Set();
+  /** Resumptions since something last came of a connection. */
+  #retries = 0;
   /** Set by the server's close: what to do once ours has been answered. */
   #answered: (() => void) | undefined;
 
@@ -251,8 +254,14 @@ export class WebSocketSSE extends EventTarget {
   #posting = false;
   #controlPosting = false;
   #postAbort: AbortController | undefined;
+  #controlAbort: AbortController | undefined;
+  #controlRetries = 0;
   #maxBatch = MAX_BODY;
   #streamFailures = 0;
+  /** A streaming body has been confirmed in this session. */
+  #streamWorked = false;
+  /** Waits before it tries another stream. */
+  #resting = false;
   /** What to remember for the origin, once it has shown that it works. */
   #unlearned: Transport | undefined;
   #watch: ReturnType<typeof setInterval> | undefined;
@@ -424,8 +433,7 @@ export class WebSocketSSE extends EventTarget {
     this.#readyState = CLOSING;
     if (connecting || !this.#full) return this.#fail(!connecting);
     this.#enqueueClose(code ?? (text.length ? 1000 : undefined), text);
-    // "wasClean is true after the handshake"; a server that never answers must not hold us.
-    this.#closeTimer = setTimeout(() => this.#fail(), this.#terms!.resumeTimeout || OPEN_TIMEOUT);
+    this.#awaitClose();
   }
 
   /** As `EventTarget`'s, typed by event name. */
@@ -536,7 +544,8 @@ export class WebSocketSSE extends EventTarget {
       if (this.#ended) throw new Error("Closed");
       const status = connection?.response?.status ?? 0;
       // Anything but our own answer, or a refusal for good, may be the fault of the transport.
-      if (connection && (this.#grants(connection) || [401, 403, 429, 503].includes(status))) {
+      // crossws answers with a plain stream: another request would open another peer there.
+      if (connection && (isStream(connection) || [401, 403, 429, 503].includes(status))) {
         return this.#accept(connection);
       }
       connection?.end();
@@ -577,7 +586,7 @@ export class WebSocketSSE extends EventTarget {
   /** Checks what came back for an opening request; the session is open with its first events. */
   #accept(connection: Connection): Connection {
     const { status, headers } = connection.response!;
-    if (this.#ended || status !== 200 || !headers.get("content-type")?.startsWith(STREAM_TYPE)) {
+    if (this.#ended || !isStream(connection)) {
       connection.end();
       throw new Error(`Refused: ${status}`);
     }
@@ -585,6 +594,7 @@ export class WebSocketSSE extends EventTarget {
     this.#full = this.#grants(connection);
     this.#token = headers.get(TOKEN_HEADER) ?? "";
     if (!this.#full) {
+      connection.body?.finish();
       this.#transport = "post";
       learn(this.#url.host, "post");
       if (this.#token || !this.#sends) this.#openedPlain();
@@ -593,7 +603,7 @@ export class WebSocketSSE extends EventTarget {
   }
 
   #openedPlain(): void {
-    this.#opened(this.#connection?.response!.headers.get("sec-websocket-protocol") ?? "");
+    this.#opened(this.#connection!.response!.headers.get("sec-websocket-protocol") ?? "");
   }
 
   #opened(protocol: string): void {
@@ -643,7 +653,12 @@ export class WebSocketSSE extends EventTarget {
     const reader = connection.response!.body!.getReader();
     connection.reader = reader;
     const parser = new EventParser((type, data) => {
-      if (connection === this.#connection) this.#onEvent(type, data);
+      if (connection !== this.#connection) return;
+      try {
+        this.#onEvent(type, data);
+      } catch {
+        this.#distrust(); // what cannot be parsed would be sent again for ever
+      }
     });
     const text = new TextDecoder("utf-8", { ignoreBOM: true });
     let first = true;
@@ -653,13 +668,13 @@ export class WebSocketSSE extends EventTarget {
         // "A client detaches its old reader before it reads its count."
         if (done || connection !== this.#connection || this.#ended) break;
         connection.quietTicks = 0;
-        this.#rawBytes += value.length;
         let decoded = text.decode(value, { stream: true });
         if (first && decoded) {
           first = false;
           if (decoded.startsWith("\uFEFF")) decoded = decoded.slice(1);
         }
         parser.push(decoded);
+        this.#rawBytes += value.length; // after: what came with duplex-open is yet to be acknowledged
         this.#acknowledgeWindow(parser.partial);
         await this.#drain(); // the next chunk waits until this one is dispatched
       }
@@ -678,7 +693,7 @@ export class WebSocketSSE extends EventTarget {
       case "message":
         return this.#receive(data);
       case JSON_EVENT:
-        return this.#receive(JSON.parse(data));
+        return this.#receive(asText(JSON.parse(data)));
       case BINARY_EVENT:
         return this.#receive(fromBase64(data));
       case TOKEN_EVENT:
@@ -691,7 +706,7 @@ export class WebSocketSSE extends EventTarget {
         return this.#onOpen(JSON.parse(data));
       case ACK_EVENT: {
         const [received, handled] = data.split(" ").map(Number);
-        this.#handledBytes = Math.max(this.#handledBytes, handled!);
+        this.#handledBytes = Math.max(this.#handledBytes, handled || 0);
         return this.#confirm(received!);
       }
       case PING_EVENT: {
@@ -709,9 +724,12 @@ export class WebSocketSSE extends EventTarget {
 
   #onOpen(terms: Terms): void {
     if (!this.#full || !this.#token || this.#ended) return;
-    if (terms.next !== this.#received + 1 || terms.attempt !== this.#attempt) {
-      return this.#distrust();
-    }
+    const { next, attempt, received, window, heartbeatInterval, resumeTimeout } = terms;
+    const numbers = [received, window, heartbeatInterval, resumeTimeout];
+    if (
+      next !== this.#received + 1 || attempt !== this.#attempt ||
+      !numbers.every((number) => Number.isFinite(number) && number >= 0)
+    ) return this.#distrust();
     const opening = !this.#terms;
     this.#terms = terms;
     this.#acknowledged = this.#received;
@@ -720,7 +738,9 @@ export class WebSocketSSE extends EventTarget {
     if (opening) this.#opened(terms.protocol);
     else {
       this.#droppedAt = 0;
+      this.#streamFailures = 0;
       this.#stats.resumes++;
+      for (const wake of this.#pauses) wake(); // the network is back
       this.#deliver(() => this.#dispatch(new Event("resume")));
     }
     if (this.#connection?.body && !this.#body) {
@@ -733,6 +753,7 @@ export class WebSocketSSE extends EventTarget {
   /** "The count advances when the event's blank line is parsed, not when it is dispatched." */
   #receive(data: string | Bytes): void {
     this.#received++;
+    this.#retries = 0;
     this.#deliver(() => {
       if (this.#readyState !== OPEN) return;
       this.#stats.received++;
@@ -753,10 +774,9 @@ export class WebSocketSSE extends EventTarget {
   /** Each event in a task of its own, so that promises settle in between. */
   #drain(): Promise<void> | undefined {
     if (this.#draining || !this.#inbox.length) return this.#draining;
-    const isTaken = this.#mayBePageTask;
-    this.#dispatchedInTask = true;
-    if (!isTaken && this.#connection?.reader && this.#inbox.length === 1) {
+    if (!this.#mayBePageTask && this.#connection?.reader && this.#inbox.length === 1) {
       // Nothing was dispatched in this task: no need to wait for another.
+      this.#dispatchedInTask = true;
       nextTask(() => this.#dispatchedInTask = false);
       this.#inbox.pop()!();
       return;
@@ -764,6 +784,7 @@ export class WebSocketSSE extends EventTarget {
     return this.#draining = (async () => {
       for (let at = 0; at < this.#inbox.length; at++) {
         await new Promise<void>(nextTask);
+        this.#dispatchedInTask = true;
         this.#inbox[at]!();
       }
       this.#inbox = [];
@@ -806,10 +827,13 @@ export class WebSocketSSE extends EventTarget {
     clearInterval(this.#ticker);
     this.#ticker = setInterval(() => {
       const connection = this.#connection;
+      if (connection?.reader) this.#retries = 0;
       // "The client treats 2 heartbeats without a byte as a drop." Ticks, not clocks: after a
       // long pause of this process they say nothing of the network.
       if (connection?.reader && ++connection.quietTicks > 4) this.#drop();
-      if (this.#body?.asked && !this.#body.wroteSinceTick) this.#body.write([frame("PING", EMPTY)]);
+      if (this.#body?.open && this.#body.asked && !this.#body.wroteSinceTick) {
+        this.#body.write([frame("PING", EMPTY)]);
+      }
       if (this.#body) this.#body.wroteSinceTick = false;
     }, this.#terms!.heartbeatInterval / 2);
   }
@@ -833,16 +857,20 @@ export class WebSocketSSE extends EventTarget {
       this.#droppedAt = Date.now();
       this.#deliver(() => this.#dispatch(new Event("drop")));
     }
-    const { resumeTimeout } = this.#terms!;
-    for (let retries = 0; !this.#ended; retries++) {
+    const { resumeTimeout, heartbeatInterval } = this.#terms!;
+    const patience = Math.max(Math.min(resumeTimeout / 3, 2 * heartbeatInterval), 1000);
+    this.#postAbort?.abort(); // whatever cut this connection may hold that one for ever
+    this.#controlAbort?.abort();
+    while (!this.#ended) {
       const left = this.#droppedAt + resumeTimeout - Date.now();
       if (left <= 0) break;
-      await this.#pause(retries, left);
+      await this.#pause(this.#retries++, left);
+      if (this.#ended) break;
       this.#attempt++;
       const connection = await this.#connect({
         [ATTEMPT_HEADER]: `${this.#attempt}`,
         "last-event-id": `${this.#received}`,
-      }, Math.min(left, Math.max(resumeTimeout / 3, 1000))).catch(() => undefined);
+      }, Math.min(left, patience)).catch(() => undefined);
       if (!connection?.response) continue;
       if (this.#grants(connection)) return connection;
       connection.end();
@@ -856,8 +884,13 @@ export class WebSocketSSE extends EventTarget {
     const delay = Math.min(MAX_RETRY_DELAY, 50 * 2 ** retries, atMost) * (0.5 + Math.random() / 2);
     if (retries === 0 || this.#ended) return;
     await new Promise<void>((resolve) => {
-      this.#wakeRetry = resolve;
-      setTimeout(resolve, delay);
+      const wake = () => {
+        clearTimeout(timer);
+        this.#pauses.delete(wake);
+        resolve();
+      };
+      const timer = setTimeout(wake, delay);
+      this.#pauses.add(wake);
     });
   }
 
@@ -907,14 +940,16 @@ export class WebSocketSSE extends EventTarget {
     for (const entry of this.#out.splice(0, received - this.#first + 1)) size += entry.size;
     this.#release(size);
     this.#first = received + 1;
+    this.#retries = 0;
     this.#quietWatches = 0;
     this.#streamFailures = 0;
     if (this.#unlearned) learn(this.#url.host, this.#unlearned);
     this.#unlearned = undefined;
     if (this.#body) {
-      this.#body.confirmed = true;
+      this.#body.confirmed = this.#streamWorked = true;
       if (!this.#body.open && this.#first >= this.#body.next) this.#body = undefined;
     }
+    if (this.#readyState === CLOSING && !this.#answered) this.#awaitClose();
     if (!this.#out.length) this.#answered?.();
     this.#pump();
   }
@@ -931,10 +966,12 @@ export class WebSocketSSE extends EventTarget {
     if (this.#transport !== "post" && this.#droppedAt) return; // the resumption brings a new stream
     if (this.#canBegin(this.#first)) {
       if (this.#transport === "post" && !this.#posting) return void this.#post();
-      if (this.#transport !== "post" && !this.#body) return void this.#stream();
+      if (this.#transport !== "post" && !this.#body && !this.#resting) return void this.#stream();
     }
     // "A control-only POST may run beside the one message POST."
-    if ((acknowledge || this.#pongs.length) && !this.#controlPosting) this.#postControl();
+    if (!this.#controlPosting) {
+      if (acknowledge || this.#pongs.length) this.#postControl();
+    } else if (acknowledge) this.#acknowledged = -1; // in the one after: the server may wait for it
   }
 
   /** Acknowledgement and answers to pings go along with any body that is sent anyway. */
@@ -970,9 +1007,18 @@ export class WebSocketSSE extends EventTarget {
     }
     if (this.#ended || this.#body !== body) return; // we ended it ourselves
     this.#endBody();
-    if (status === 413 || ++this.#streamFailures > 1) this.#leaveTransport("post");
-    else if (isFinal(status)) return this.#fail();
-    this.#pump();
+    this.#acknowledged = -1; // what it carried may be lost
+    // One that has worked was cut; one that has not may never work, or the network is down.
+    const most = this.#streamWorked ? 5 : 2;
+    if (status === 413 || !body.confirmed && ++this.#streamFailures > most) {
+      this.#leaveTransport("post");
+    } else if (isFinal(status)) return this.#fail();
+    else if (this.#streamFailures) {
+      this.#resting = true;
+      await this.#pause(this.#streamFailures, MAX_RETRY_DELAY);
+      this.#resting = false;
+    }
+    this.#pump(true);
   }
 
   /** Gives a streaming body what is due, when its reader has asked. */
@@ -1010,7 +1056,9 @@ export class WebSocketSSE extends EventTarget {
   /** The body has had its share. What follows goes in another, once this one is confirmed. */
   #finishBody(body: UplinkBody): void {
     body.finish();
-    this.#startWatch();
+    if (body.next > this.#first) return this.#startWatch();
+    this.#body = undefined; // nothing of it is to be confirmed
+    this.#pump();
   }
 
   #endBody(): void {
@@ -1032,7 +1080,8 @@ export class WebSocketSSE extends EventTarget {
       else body.end();
       this.#body = undefined;
       this.#stopWatch();
-      this.#pump();
+      this.#acknowledged = -1; // what it carried may be lost
+      this.#pump(true);
     }, WATCH_PERIOD);
   }
 
@@ -1071,6 +1120,7 @@ export class WebSocketSSE extends EventTarget {
       else if (status === 413) this.#maxBatch = Math.max(1, size >> 1);
       else if (isFinal(status)) return this.#fail();
       else {
+        this.#acknowledged = -1; // what it carried may be lost
         since ||= Date.now();
         const left = since + (this.#terms!.resumeTimeout || OPEN_TIMEOUT) - Date.now();
         if (left <= 0) return this.#fail();
@@ -1078,7 +1128,7 @@ export class WebSocketSSE extends EventTarget {
       }
     }
     this.#posting = false;
-    this.#pump();
+    this.#pump(this.#acknowledged < 0);
   }
 
   /** Sends one body and takes what its answer confirms. 200 means progress, 0 that there was no answer. */
@@ -1092,11 +1142,10 @@ export class WebSocketSSE extends EventTarget {
       }, body);
       response.body?.cancel().catch(() => {});
       if (!response.ok) return response.status;
-      const before = this.#first;
       this.#confirm(Number(response.headers.get(RECEIVED_HEADER) ?? 0));
-      return this.#first > before || this.#first > seq ? 200 : 0;
+      return this.#first > seq ? 200 : 0;
     } catch {
-      return 0;
+      return this.#first > seq ? 200 : 0; // the event stream may have told more than the answer
     } finally {
       clearTimeout(timer);
     }
@@ -1105,8 +1154,9 @@ export class WebSocketSSE extends EventTarget {
   async #postControl(): Promise<void> {
     this.#controlPosting = true;
     const parts = this.#takeControl(true);
-    const abort = new AbortController();
+    const abort = this.#controlAbort = new AbortController();
     const timer = setTimeout(() => abort.abort(), 15_000);
+    let status = 0;
     try {
       const response = await this.#request(
         "POST",
@@ -1115,13 +1165,20 @@ export class WebSocketSSE extends EventTarget {
         concat(parts),
       );
       response.body?.cancel().catch(() => {});
-      if (isFinal(response.status)) this.#drop(); // the resume will tell what is the matter
+      status = response.status;
     } catch {
-      this.#acknowledged = Math.min(this.#acknowledged, this.#received - 1); // to be said again
-    } finally {
-      clearTimeout(timer);
-      this.#controlPosting = false;
+      // told by the status
     }
+    clearTimeout(timer);
+    if (isFinal(status)) this.#drop(); // the resume will tell what is the matter
+    if (status >= 200 && status < 300) this.#controlRetries = 0;
+    else {
+      // The server may be waiting for nothing but this. (A resume acknowledges, too.)
+      this.#acknowledged = -1;
+      await this.#pause(++this.#controlRetries, MAX_RETRY_DELAY);
+    }
+    this.#controlPosting = false;
+    if (this.#acknowledged < 0 || this.#pongs.length) this.#pump(this.#acknowledged < 0);
   }
 
   /** "A 413 that is not ours (a proxy's) on a lone message is 1009 too." */
@@ -1168,6 +1225,12 @@ export class WebSocketSSE extends EventTarget {
     else this.#pump();
   }
 
+  /** A server that answers nothing must not hold us; one that takes what is queued has its time. */
+  #awaitClose(): void {
+    clearTimeout(this.#closeTimer);
+    this.#closeTimer = setTimeout(() => this.#fail(), this.#terms!.resumeTimeout || OPEN_TIMEOUT);
+  }
+
   /** "Failures give error, then close 1006." */
   #fail(quietly = false): void {
     if (this.#answered) this.#answered();
@@ -1186,7 +1249,7 @@ export class WebSocketSSE extends EventTarget {
     this.#connection = undefined;
     connection?.end();
     this.#postAbort?.abort();
-    this.#wakeRetry?.();
+    for (const wake of this.#pauses) wake();
     this.#options.signal?.removeEventListener("abort", this.#abort);
     if ("document" in globalThis) globalThis.removeEventListener("pagehide", this.#leave);
     this.#deliver(() => {
@@ -1259,6 +1322,8 @@ class Connection {
 
   /** Ends both directions; a read in progress ends, too. */
   end(): void {
+    // Deno reports the error of a body that it has not begun to read as uncaught.
+    if (!this.body?.total) this.abort.abort();
     this.body?.end();
     this.reader?.cancel().catch(() => {});
     this.abort.abort();
@@ -1314,6 +1379,7 @@ class UplinkBody {
 
   /** "End the body with controller.error(): an abort would deliver the part." */
   end(): void {
+    if (!this.total) this.abort?.abort();
     if (this.open) this.#controller.error(new Error("Abandoned"));
     this.open = false;
     this.abort?.abort();
@@ -1378,11 +1444,19 @@ class EventParser {
       this.#type = line.slice(line[6] === " " ? 7 : 6);
     } else if (line === "data") {
       this.#data = this.#data === undefined ? "" : `${this.#data}\n`;
+    } else if (line === "event") {
+      this.#type = "";
     }
   }
 }
 
 // --- Small things ---
+
+/** What is no text is as bad as what is no JSON. */
+function asText(value: unknown): string {
+  if (typeof value === "string") return value;
+  throw new TypeError("Not a string");
+}
 
 /** A frame of the uplink: WebSocket-over-HTTP. */
 function frame(type: string, payload: Bytes): Bytes {
@@ -1425,11 +1499,9 @@ function parseURL(value: string): URL {
 }
 
 function checkProtocols(value: string | string[]): string[] {
-  const protocols = typeof value === "object" && value
-    ? [...value].map(String)
-    : [String(value)];
+  const protocols = typeof value === "object" && value ? [...value].map(String) : [String(value)];
   if (
-    new Set(protocols).size < protocols.length ||
+    new Set(protocols.map((name) => name.toLowerCase())).size < protocols.length ||
     protocols.some((name) => !/^[!#-'*+\-.^-z|~\w]+$/.test(name))
   ) {
     throw new DOMException("A subprotocol is offered twice or is no token", "SyntaxError");
@@ -1440,6 +1512,11 @@ function checkProtocols(value: string | string[]): string[] {
 function learn(host: string, transport: Transport): void {
   if (learned.size >= MAX_LEARNED) learned.delete(learned.keys().next().value!);
   learned.set(host, transport);
+}
+
+function isStream({ response }: Connection): boolean {
+  return response!.status === 200 &&
+    !!response!.headers.get("content-type")?.startsWith(STREAM_TYPE);
 }
 
 /** Node 20 has no CloseEvent. */
@@ -1523,10 +1600,6 @@ function concat(parts: Bytes[]): Bytes {
     at += part.length;
   }
   return whole;
-}
-
-function toBase64(bytes: Bytes): string {
-  return btoa(String.fromCharCode(...bytes));
 }
 
 function fromBase64(text: string): Bytes {

@@ -73,6 +73,9 @@ const DEFAULT_MAX_PEERS = 100_000;
 const PLAIN_HISTORY = 64 * 1024;
 /** The most that one chunk gathers, a single larger message aside. */
 const MAX_CHUNK = 256 * 1024;
+/** So many messages that wait, of this size on average or less, are kept in one piece. */
+const PACK_COUNT = 512;
+const PACK_SIZE = 1024;
 const MAX_BODIES = 2;
 const MAX_PENDING_PINGS = 16;
 
@@ -141,7 +144,9 @@ export interface Hooks<Context = PeerContext> {
    * credentials are checked each time; there only a refusal counts. Return or
    * throw a `Response` (or `{ response }`) to refuse.
    */
-  upgrade(request: UpgradeRequest): MaybePromise<UpgradeResult<Context> | Response | void>;
+  upgrade(
+    request: UpgradeRequest,
+  ): MaybePromise<UpgradeResult<Context> | Response | { response: Response } | void>;
   /** A session has begun: once a session, not once a connection. */
   open(peer: Peer<Context>): MaybePromise<void>;
   /** A message has come, in order, exactly once. */
@@ -521,11 +526,11 @@ class Hub {
     }
     if (!cors) return response;
     try {
-      cors.forEach((value, name) => response.headers.append(name, value));
+      addCors(response.headers, cors);
       return response;
     } catch { // a hook's Response may have immutable headers
       const headers = new Headers(response.headers);
-      cors.forEach((value, name) => headers.append(name, value));
+      addCors(headers, cors);
       return new Response(response.body, { status: response.status, headers });
     }
   }
@@ -549,7 +554,8 @@ class Hub {
     }
     // "A POST without a token opens a session only with x-duplex-version: 1, our content type,
     // Accept: text/event-stream and a body": a cross-site simple request can have none of these.
-    if (wire.version && wire.isUplink && duplex && request.body) {
+    const empty = !request.body || request.headers.get("content-length") === "0";
+    if (wire.version && wire.isUplink && duplex && !empty) {
       return await this.#open(request, wire, runtime);
     }
     throw new Refusal(400, `Missing ${TOKEN_HEADER}`);
@@ -615,6 +621,7 @@ class Hub {
       received: tombstone.received,
       next: wire.lastEventId! + 1,
       attempt: wire.attempt!,
+      heartbeatInterval: this.heartbeatInterval,
     });
     const body = concat([encoder.encode(preface), encodeClose(tombstone.ending)]);
     return new Response(body, { headers: streamHeaders(wire.token) });
@@ -660,6 +667,7 @@ class Hub {
         } else await readUplink(reader, wire.seq, receiver, this.maxMessageSize);
       } catch (error) {
         if (error instanceof Refusal) refusal = error; // any other is the connection's end
+        reader.cancel().catch(() => {}); // nobody will read the rest
       }
     }
     // "Failed requests never end a session": what is malformed in the bytes may be a proxy's doing.
@@ -713,6 +721,7 @@ class Hub {
         const result = await hooks.upgrade?.(request);
         if (result instanceof Response) return result;
         if (!result) continue;
+        if ("response" in result) return result.response;
         if (result.namespace) admission.namespace = result.namespace;
         if (result.context) Object.assign(admission.context, result.context);
         if (result.headers) addHeaders(admission.headers, new Headers(result.headers));
@@ -800,19 +809,20 @@ class Hub {
 
   /** The first events of a full session's stream. */
   preface(session: Session): string {
-    const { token, protocol, received, next, attempt } = session;
-    return this.#preface(token, { protocol, received, next, attempt });
+    const { token, protocol, received, next, attempt, heartbeatInterval } = session;
+    return this.#preface(token, { protocol, received, next, attempt, heartbeatInterval });
   }
 
   #preface(
     token: string,
-    state: Record<"received" | "next" | "attempt", number> & { protocol: string },
+    state: Record<"received" | "next" | "attempt" | "heartbeatInterval", number> & {
+      protocol: string;
+    },
   ): string {
-    const { heartbeatInterval, idleTimeout, resumeTimeout, maxMessageSize, window } = this;
+    const { idleTimeout, resumeTimeout, maxMessageSize, window } = this;
     const open = {
       version: Number(VERSION),
       ...state,
-      heartbeatInterval,
       idleTimeout,
       resumeTimeout,
       maxMessageSize,
@@ -927,13 +937,20 @@ class Hub {
 
   /** Fine enough for the shortest of the deadlines; one timer for all sessions. */
   get #period(): number {
-    const { heartbeatInterval, resumeTimeout, idleTimeout } = this;
+    const { resumeTimeout, idleTimeout } = this;
     const shortest = Math.min(
-      heartbeatInterval / 2,
+      this.heartbeatOf(false) / 2,
       resumeTimeout / 4 || Infinity,
       idleTimeout / 4 || Infinity,
     );
     return Math.max(5, shortest);
+  }
+
+  /** "5 s where the runtime's idle cut could not be lifted." */
+  heartbeatOf(attended: boolean): number {
+    return attended || this.options.heartbeatInterval !== undefined
+      ? this.heartbeatInterval
+      : UNATTENDED_HEARTBEAT_INTERVAL;
   }
 
   #startTimer(): void {
@@ -1033,6 +1050,7 @@ class Session implements Receiver {
   readonly full: boolean;
   readonly namespace: string;
   readonly protocol: string;
+  readonly heartbeatInterval: number;
   readonly peer: ServerPeer;
   readonly topics: Set<string> = new Set();
   readyState = OPEN;
@@ -1048,7 +1066,6 @@ class Session implements Receiver {
 
   readonly #hub: Hub;
   readonly #hooks: Partial<Hooks>[];
-  readonly #heartbeatInterval: number;
   #connection: Connection | undefined;
   readonly #log: Log = new Log();
   /** The number of the last message that any connection has been given. */
@@ -1085,9 +1102,7 @@ class Session implements Receiver {
     this.full = full;
     this.namespace = admission.namespace;
     this.protocol = admission.protocol;
-    this.#heartbeatInterval = runtime.attended || hub.options.heartbeatInterval !== undefined
-      ? hub.heartbeatInterval
-      : UNATTENDED_HEARTBEAT_INTERVAL;
+    this.heartbeatInterval = hub.heartbeatOf(runtime.attended);
     this.peer = new ServerPeer(this, hub, request, admission.context, runtime.remoteAddress);
   }
 
@@ -1162,6 +1177,7 @@ class Session implements Receiver {
     this.#log.push(bytes);
     this.bufferedAmount += bytes.length;
     if (!this.full && !this.#connection) this.#keepHistory();
+    else this.#log.pack(this.#written);
     this.#schedule();
     return this.#clogged ? -1 : bytes.length;
   }
@@ -1322,7 +1338,8 @@ class Session implements Receiver {
         () => readUplink(reader, seq, this, this.#hub.maxMessageSize),
       );
     } catch (error) {
-      if (!(error instanceof Refusal)) return; // the connection's end; the stream's cancel tells of it
+      // The connection's end. Deno tells the stream of it only when it is written to.
+      if (!(error instanceof Refusal)) return this.#beat();
       reader.cancel().catch(() => {});
       // No status can be told any more. A gap leaves the session to a resume, the rest is final.
       if (error.closeCode) this.close(error.closeCode, error.reason);
@@ -1374,7 +1391,9 @@ class Session implements Receiver {
       if (this.readyState === OPEN) this.callHooks("ping", payload);
     } else {
       const count = parseNumber(decoder.decode(payload), "ACK");
-      if (count >= this.next) throw new Refusal(400, "ACK of what was not sent", {}, 1002);
+      if (count > this.#written) throw new Refusal(400, "ACK of what was not sent", {}, 1002);
+      // The client has more than this connection has been given: a repeated resume took its place.
+      if (count >= this.next) this.#drop();
       const before = this.#log.bytes;
       this.#log.trim(count);
       this.#inFlight -= before - this.#log.bytes;
@@ -1395,8 +1414,7 @@ class Session implements Receiver {
       const payload: Bytes = new Uint8Array(await request.arrayBuffer());
       if (payload.length > max) return tooLarge();
       const type = request.headers.get("content-type");
-      const binary = type === null || type.startsWith("application/octet-stream");
-      const pending = this.#receivePlain(binary ? payload : decoder.decode(payload));
+      const pending = this.#receivePlain(plainMessage(payload, type));
       // "Such a body is paused while hooks are behind."
       if (this.#unhandledBytes > this.#hub.window) await pending;
       return;
@@ -1433,21 +1451,28 @@ class Session implements Receiver {
     name: "open" | "message" | "close" | "drain" | "ping" | "pong",
     argument?: Message | CloseDetails | Uint8Array,
   ): Promise<unknown> | undefined {
-    let pending: Promise<unknown>[] | undefined;
+    let pending: Promise<unknown> | undefined;
+    const fail = (error: unknown) => this.#fail(error);
     for (const hooks of this.#hooks) {
+      const hook = hooks[name] as ((peer: Peer, argument: unknown) => unknown) | undefined;
+      if (!hook) continue;
+      const call = () => hook.call(hooks, this.peer, argument);
+      if (pending) {
+        pending = pending.then(call).catch(fail); // as in crossws, a later hook waits for an earlier one
+        continue;
+      }
       try {
-        const hook = hooks[name] as ((peer: Peer, argument: unknown) => unknown) | undefined;
-        const result = hook?.call(hooks, this.peer, argument);
-        if (isPromise(result)) (pending ??= []).push(result.catch((error) => this.#fail(error)));
+        const result = call();
+        if (isPromise(result)) pending = result.catch(fail);
       } catch (error) {
         this.#fail(error);
       }
     }
-    return pending && Promise.all(pending);
+    return pending;
   }
 
   #fail(cause: unknown): void {
-    const error = cause instanceof Error ? cause : new Error(String(cause), { cause });
+    const error = cause instanceof Error ? cause : new Error("A hook failed", { cause });
     let told = false;
     for (const hooks of this.#hooks) {
       if (!hooks.error) continue;
@@ -1495,7 +1520,9 @@ class Session implements Receiver {
     if (payload.length === 1) throw new Refusal(400, "CLOSE of one byte", {}, 1002);
     const code = payload.length ? payload[0]! << 8 | payload[1]! : 1005;
     const reason = decodeText(payload.subarray(2));
-    if (code !== 1005 && !isCloseCode(code)) throw new Refusal(400, "Invalid close code", {}, 1002);
+    if (payload.length && !isCloseCode(code)) {
+      throw new Refusal(400, "Invalid close code", {}, 1002);
+    }
     this.received++;
     this.#acknowledge();
     if (this.readyState === OPEN) {
@@ -1563,10 +1590,13 @@ class Session implements Receiver {
       this.#asked = true;
       this.ping(new Uint8Array());
     }
-    if (now - this.#lastWrite >= this.#heartbeatInterval / 2 - 1 && connection.asked) {
-      this.#lastWrite = now;
-      connection.write(HEARTBEAT);
-    }
+    if (now - this.#lastWrite >= this.heartbeatInterval / 2 - 1) this.#beat();
+  }
+
+  #beat(): void {
+    if (!this.#connection?.asked) return;
+    this.#lastWrite = Date.now();
+    this.#connection.write(HEARTBEAT);
   }
 }
 
@@ -1880,8 +1910,10 @@ class Log {
   base = 1;
   /** All that is kept, in bytes. */
   bytes = 0;
-  #frames: Bytes[] = [];
+  #frames: (Bytes | Pack)[] = [];
   #head = 0;
+  /** The number of the last message that has been packed, or was not worth it. */
+  #packed = 0;
 
   /** The number of the last message ever pushed. */
   get last(): number {
@@ -1894,14 +1926,26 @@ class Log {
   }
 
   get(number: number): Bytes {
-    return this.#frames[this.#head + number - this.base]!;
+    const frame = this.#frames[this.#head + number - this.base]!;
+    return frame instanceof Pack ? frame.get(number) : frame;
+  }
+
+  /** Packs the messages after this number, once they are many and if they are small. */
+  pack(after: number): void {
+    const first = Math.max(after, this.#packed) + 1;
+    if (this.last - first < PACK_COUNT - 1) return;
+    this.#packed = this.last;
+    const at = this.#head + first - this.base;
+    const frames = this.#frames.slice(at) as Bytes[];
+    const size = frames.reduce((size, frame) => size + frame.length, 0);
+    if (size < PACK_COUNT * PACK_SIZE) this.#frames.fill(new Pack(first, frames), at);
   }
 
   /** Lets go of everything up to this number. */
   trim(number: number): void {
     const keep = Math.min(number, this.last);
     while (this.base <= keep) {
-      this.bytes -= this.#frames[this.#head]!.length;
+      this.bytes -= this.get(this.base).length;
       this.#frames[this.#head++] = HEARTBEAT; // frees what was there
       this.base++;
     }
@@ -1914,6 +1958,29 @@ class Log {
 
   clear(): void {
     this.trim(this.last);
+  }
+}
+
+/**
+ * Small messages that have to wait, in one piece: an array of bytes for each would cost
+ * hundreds of bytes, and `maxBufferedAmount` is to bound memory.
+ */
+class Pack {
+  readonly #first: number;
+  readonly #bytes: Bytes;
+  /** Where each message ends. */
+  readonly #ends: Uint32Array;
+
+  constructor(first: number, frames: Bytes[]) {
+    this.#first = first;
+    this.#bytes = concat(frames);
+    let end = 0;
+    this.#ends = Uint32Array.from(frames, (frame) => end += frame.length);
+  }
+
+  get(number: number): Bytes {
+    const at = number - this.#first;
+    return this.#bytes.subarray(this.#ends[at - 1] ?? 0, this.#ends[at]);
   }
 }
 
@@ -2011,7 +2078,9 @@ class UplinkParser {
   #length = 0;
   /** Bytes still missing to the payload and its line break. */
   #missing = 0;
-  #parts: Bytes[] = [];
+  /** Those that came: one copy that grows, since chunks of a byte each would cost a hundred times that. */
+  #buffer: Bytes = new Uint8Array();
+  #filled = 0;
 
   constructor(max: number, onFrame: (type: string, payload: Bytes, size: number) => void) {
     this.#max = max;
@@ -2029,10 +2098,25 @@ class UplinkParser {
       const part = chunk.subarray(at, end);
       this.#missing -= end - at;
       at = end;
-      if (!this.#missing && !this.#parts.length) this.#complete(part);
-      else this.#parts.push(part);
-      if (!this.#missing && this.#parts.length) this.#complete(concat(this.#parts));
+      if (!this.#missing && !this.#filled) {
+        this.#complete(part);
+        continue;
+      }
+      this.#keep(part);
+      if (!this.#missing) this.#complete(this.#buffer.subarray(0, this.#filled));
     }
+  }
+
+  #keep(part: Bytes): void {
+    const filled = this.#filled + part.length;
+    if (filled > this.#buffer.length) {
+      const size = Math.min(this.#length + 2, Math.max(filled, 2 * this.#buffer.length));
+      const grown = new Uint8Array(size);
+      grown.set(this.#buffer.subarray(0, this.#filled));
+      this.#buffer = grown;
+    }
+    this.#buffer.set(part, this.#filled);
+    this.#filled = filled;
   }
 
   #readHeader(chunk: Bytes, at: number): number {
@@ -2056,7 +2140,8 @@ class UplinkParser {
   }
 
   #complete(bytes: Bytes): void {
-    this.#parts = [];
+    this.#buffer = new Uint8Array();
+    this.#filled = 0;
     if (bytes[this.#length] !== 13 || bytes[this.#length + 1] !== 10) {
       throw malformed("a frame's length is wrong");
     }
@@ -2228,6 +2313,14 @@ function streamHeaders(token?: string | null): Headers {
   return headers;
 }
 
+/** Said once, even if a hook's Response says it, too: two values would be none to a browser. */
+function addCors(target: Headers, cors: Headers): void {
+  cors.forEach((value, name) => {
+    if (name === "vary") target.append(name, value);
+    else target.set(name, value);
+  });
+}
+
 function addHeaders(target: Headers, source: Headers): void {
   source.forEach((value, name) => {
     if (name === "set-cookie") target.append(name, value);
@@ -2264,6 +2357,16 @@ function decodeText(bytes: Bytes): string {
     return strictDecoder.decode(bytes);
   } catch {
     throw new Refusal(400, "Not UTF-8", {}, 1007);
+  }
+}
+
+/** "Without a type": Bun's fetch tells none for a string, so what is UTF-8 is text. */
+function plainMessage(payload: Bytes, type: string | null): string | Bytes {
+  if (type?.startsWith("application/octet-stream")) return payload;
+  try {
+    return (type === null ? strictDecoder : decoder).decode(payload);
+  } catch {
+    return payload;
   }
 }
 

@@ -22,6 +22,10 @@ const checks = {
   "deno publish --dry-run": () => run(deno, ["publish", "--dry-run", "--allow-dirty"]),
   "tsc with the DOM's types, strict and erasable": () =>
     run(process.execPath, [tsc, "-p", "tests/tsconfig.web.json"]),
+  "tsc with the hooks of crossws and graphql-ws, and DOM's WebSocket": () =>
+    run(process.execPath, [tsc, "-p", "tests/tsconfig.types.json"]),
+  "deno check against the WebSocket of Deno alone": () =>
+    run(deno, ["check", "--no-config", "tests/types/websocket.ts"]),
   "tsc with Bun's types alone": () => run(process.execPath, [tsc, "-p", "tests/tsconfig.bun.json"]),
   "the same version in deno.json and package.json": sameVersion,
   "no root tsconfig.json, which Deno would read": noTsconfig,

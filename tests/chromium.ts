@@ -5,11 +5,17 @@
  * @module
  */
 import { type ChildProcess, spawn } from "node:child_process";
+import fs from "node:fs";
 import { mkdir, mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import { type BrowserContext, type BrowserContextOptions, chromium, type Page } from "playwright-core";
+import {
+  type BrowserContext,
+  type BrowserContextOptions,
+  chromium,
+  type Page,
+} from "playwright-core";
 import { command, runtime, strip, type TestContext, until } from "./harness.ts";
 
 const flags =
@@ -35,7 +41,8 @@ async function afterAll(): Promise<(action: () => Promise<void>) => void> {
 async function end(): Promise<void> {
   child!.kill("SIGKILL");
   await exited;
-  await rm(profile!, { recursive: true, force: true, maxRetries: 5 });
+  // Its other processes may still write for a moment.
+  await until(() => rm(profile!, { recursive: true }).then(() => true, () => false));
 }
 
 /** Where Chromium wants to be spoken to: it writes the port into its profile. */
@@ -49,6 +56,19 @@ async function endpoint(): Promise<string> {
   return `ws://127.0.0.1:${port}${path}`;
 }
 
+// As it disconnects, Playwright removes a file without waiting for it. Deno's sanitizers would
+// count that as a leak of the test.
+const { unlink } = fs.promises;
+const removals = new Set<Promise<void>>();
+Object.assign(fs.promises, {
+  unlink(path: string): Promise<void> {
+    const removal = unlink(path);
+    removals.add(removal);
+    removal.catch(() => {}).then(() => removals.delete(removal));
+    return removal;
+  },
+});
+
 /** Windows of a browser profile of its own: cookies and cache are not shared with other tests. */
 export async function windows(
   t: TestContext,
@@ -57,7 +77,10 @@ export async function windows(
   const browser = await chromium.connectOverCDP(await endpoint(), {
     artifactsDir: profile!, // a folder of its own it would remove too late for Deno's sanitizers
   });
-  t.defer(() => browser.close());
+  t.defer(async () => {
+    await browser.close();
+    await Promise.allSettled(removals);
+  });
   const context = await browser.newContext({ ignoreHTTPSErrors: true, ...options });
   t.defer(() => context.close());
   return context;

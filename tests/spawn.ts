@@ -51,6 +51,8 @@ export function onPath(command: string): string | undefined {
 }
 
 export interface SpawnOptions {
+  /** What the runtime is told before the script's name. Default for Deno: that all is allowed. */
+  flags?: string[];
   args?: string[];
   env?: Record<string, string>;
 }
@@ -89,7 +91,7 @@ export async function spawn(
     const stripped = stack.use(await strip(script));
     script = stripped.file;
   }
-  const flags = runtime.startsWith("deno") ? ["run", "-A", "--no-check"] : [];
+  const { flags = runtime.startsWith("deno") ? ["run", "-A", "--no-check"] : [] } = options;
   const child = start(command, [...flags, script, ...options.args ?? []], {
     cwd: root,
     env: { ...process.env, NO_COLOR: "1", ...options.env },

@@ -1,0 +1,41 @@
+/**
+ * Round trip of one message between real clients and an echo.
+ *
+ * @module
+ */
+import { figure, interleaved, type Outcome, ratio, type Samples, type Scale } from "../measure.ts";
+import { Remote } from "../rpc.ts";
+
+const NAMES = ["native", "crossws", "ours"] as const;
+
+export async function roundTrip({ short, rounds, runtimes }: Scale): Promise<Outcome> {
+  const outcome: Outcome = { figures: [], ratios: [] };
+  for (const runtime of runtimes) {
+    await using stack = new AsyncDisposableStack();
+    const client = stack.use(await Remote.start(runtime, "client.ts"));
+    const ports = {} as Record<string, number>;
+    for (const name of NAMES) {
+      const server = stack.use(await Remote.start(runtime, "server.ts", name));
+      ports[name] = await server.call("port");
+    }
+    const trips = short ? 1000 : 4000;
+    const p99: Samples = { native: [], crossws: [], ours: [] };
+    const p50 = await interleaved(NAMES, rounds, async (kind) => {
+      const times = await client.call<{ p50: number; p99: number }>(
+        "roundTrip",
+        { kind, port: ports[kind], trips },
+      );
+      p99[kind]!.push(times.p99);
+      return times.p50;
+    });
+    outcome.figures.push(
+      figure("round trip p50", runtime, "ms", p50),
+      figure("round trip p99", runtime, "ms", p99),
+    );
+    outcome.ratios.push(
+      ratio(`${runtime}: round trip p50, ours / native`, p50.ours, p50.native, { atMost: 1.5 }),
+      ratio(`${runtime}: round trip p99, ours / native`, p99.ours!, p99.native!, { atMost: 2 }),
+    );
+  }
+  return outcome;
+}

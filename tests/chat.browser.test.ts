@@ -1,0 +1,149 @@
+/** The chat page as two people see it, in two tabs of Chromium, served by Deno and by Bun. */
+import type { Page } from "playwright-core";
+import { picture, windows } from "./chromium.ts";
+import {
+  assertEquals,
+  assertGreaterOrEqual,
+  assertMatch,
+  needs,
+  test,
+  type TestContext,
+  until,
+} from "./harness.ts";
+
+const timeout = 90_000;
+
+/** Starts an example on a free port; the address of its page. */
+async function start(t: TestContext, server: "deno" | "bun"): Promise<string> {
+  const child = await t.spawn(server, `examples/${server}.ts`, { env: { PORT: "0" } });
+  return (await child.line()).replace("Chat on ", "");
+}
+
+/** What a part of the page says, one string an element. */
+function texts(page: Page, selector: string): Promise<string[]> {
+  return page.locator(selector).allTextContents();
+}
+
+/** Waits until a part of the page says exactly this. */
+async function sees(page: Page, selector: string, expected: string[]): Promise<void> {
+  let last: string[] = [];
+  await until(async () => {
+    last = await texts(page, selector);
+    return JSON.stringify(last) === JSON.stringify(expected);
+  }, { timeout: 20_000, interval: 50 }).catch(() => {});
+  assertEquals(last, expected, `${selector} in the tab`);
+}
+
+async function enter(page: Page, url: string, name: string): Promise<void> {
+  await page.goto(url);
+  await sees(page, "#state", ["open"]);
+  await page.fill("#name", name);
+  await page.press("#name", "Enter");
+  await page.waitForFunction(
+    (name) => document.querySelector("#who [data-me]")?.textContent === name,
+    name,
+  );
+}
+
+async function say(page: Page, text: string): Promise<void> {
+  await page.fill("#text", text);
+  await page.press("#text", "Enter");
+}
+
+const messages = "#log [data-testid=message] p";
+
+for (const server of ["deno", "bun"] as const) {
+  test(`two tabs chat through ${server}`, async (t) => {
+    const url = await start(t, server);
+    const context = await windows(t);
+    const [ada, grace] = [await context.newPage(), await context.newPage()];
+    const errors: string[] = [];
+    for (const page of [ada, grace]) page.on("pageerror", (error) => errors.push(`${error}`));
+    await enter(ada, url, "Ada");
+    await enter(grace, url, "Grace");
+    for (const page of [ada, grace]) await sees(page, "#who li", ["Ada", "Grace"]);
+
+    await say(ada, "Good morning!");
+    for (const page of [ada, grace]) await sees(page, messages, ["Good morning!"]);
+    await say(grace, "Hello, Ada. Can you read this?");
+    const before = ["Good morning!", "Hello, Ada. Can you read this?"];
+    for (const page of [ada, grace]) {
+      await sees(page, messages, before);
+      await sees(page, "#log [data-testid=message] b", ["Ada", "Grace"]);
+      await sees(page, "#transport", ["post"]); // over HTTP/1.1 a browser cannot stream
+      await page.waitForFunction(() => /\d ms$/.test(document.querySelector("#rtt")!.textContent!));
+    }
+    await picture(ada, `chat-${server}-open`);
+
+    await ada.click("#cut");
+    await sees(ada, "#state", ["reconnecting"]);
+    const lost = ["I am in a tunnel", "Nobody hears this yet", "Or is it kept?"];
+    const meanwhile = ["Ada?", "Are you there?"];
+    for (const text of lost) await say(ada, text);
+    await sees(ada, "#outbox p", lost);
+    for (const text of meanwhile) await say(grace, text);
+    await picture(ada, `chat-${server}-cut`);
+    await sees(ada, "#state", ["reconnected"]);
+    await sees(ada, "#outbox p", []);
+    await sees(
+      grace,
+      messages,
+      await until(async () => {
+        const all = await texts(ada, messages);
+        return all.length >= before.length + lost.length + meanwhile.length && all;
+      }, { timeout: 20_000 }),
+    );
+    // Each exactly once; who came first the server decides, but each one's are in order.
+    const after = (await texts(ada, messages)).slice(before.length);
+    assertEquals(after.filter((text) => !meanwhile.includes(text)), lost);
+    assertEquals(after.filter((text) => !lost.includes(text)), meanwhile);
+    await sees(ada, "#resumes", ["1"]);
+    await sees(grace, "#resumes", ["0"]);
+    assertMatch((await texts(ada, ".note")).join("\n"), /^Connection lost.*\nResumed after \d/);
+    assertGreaterOrEqual(Number((await texts(ada, "#resent"))[0]), 0);
+    await picture(ada, `chat-${server}-reconnected`);
+
+    await ada.click("#close");
+    await sees(ada, "#closed p", ["Closed with code 1000: closed on this page"]);
+    await sees(ada, "#state", ["closed"]);
+    await sees(ada, "#who li", []);
+    await sees(grace, "#who li", ["Grace"]);
+    await picture(ada, `chat-${server}-closed`);
+
+    await ada.click("#reconnect");
+    for (const page of [ada, grace]) await sees(page, "#who li", ["Grace", "Ada"]);
+    await ada.close();
+    await sees(grace, "#who li", ["Grace"]);
+    assertEquals(errors, []);
+  }, { timeout, skip: needs("chromium") });
+}
+
+test("the chat is usable by keyboard on a narrow, dark screen", async (t) => {
+  const url = await start(t, "bun");
+  const context = await windows(t, {
+    viewport: { width: 360, height: 640 },
+    colorScheme: "dark",
+  });
+  const page = await context.newPage();
+  await enter(page, url, "Someone with a long name");
+  await page.locator("#text:focus").waitFor(); // leaving the name leads to the message
+  await page.keyboard.type("Typed without a mouse, and long enough that it needs two lines");
+  await page.keyboard.press("Enter");
+  await sees(page, messages, ["Typed without a mouse, and long enough that it needs two lines"]);
+  await picture(page, "chat-narrow-dark");
+  const { scroll, width } = await page.evaluate(() => ({
+    scroll: document.documentElement.scrollWidth,
+    width: document.documentElement.clientWidth,
+  }));
+  assertEquals(scroll, width, "nothing sticks out to the right");
+  const reached: string[] = [];
+  while (reached.length < 4 && !reached.includes("close")) {
+    await page.keyboard.press("Shift+Tab");
+    reached.push(await page.evaluate(() => document.activeElement!.id));
+  }
+  assertEquals(reached, ["messages", "close"]);
+  await page.keyboard.press("Enter");
+  await sees(page, "#state", ["closed"]);
+  await page.locator("#reconnect:focus").waitFor();
+  await picture(page, "chat-narrow-dark-closed");
+}, { timeout, skip: needs("chromium") });

@@ -1,0 +1,667 @@
+/** Flow control: a slow reader costs a bounded amount, itself alone, and loses nothing. */
+import { WebSocketSSE } from "../client.ts";
+import { type Peer, type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
+import {
+  assert,
+  assertEquals,
+  assertGreater,
+  assertLess,
+  assertLessOrEqual,
+  assertRejects,
+  deferred,
+  once,
+  runtime,
+  sleep,
+  test,
+  type TestContext,
+  until,
+  within,
+} from "./harness.ts";
+import { MB, type Measured, measured, type MeasuredState, RawStream, soak } from "./measured.ts";
+
+const WINDOW = 256 * 1024;
+const transports = ["duplex", "stream", "post"] as const;
+
+/**
+ * What the server's memory may rise by beyond `maxBufferedAmount` and `window`:
+ * the runtime's own buffers for a connection, its heap's slack, pages not given back.
+ */
+const CONSTANT = 48 * MB;
+
+// ---------------------------------------------------------------- down: a reader that stops
+
+/** Runs in the child: sends, and takes a breath whenever asked to. */
+async function sendWaiting(s: MeasuredState, count: number, size: number): Promise<void> {
+  const peer = s.peers[0]!;
+  const padding = "x".repeat(size);
+  for (let i = 0; i < count; i++) {
+    peer.send(`${i}:${padding}`);
+    s.sent = i + 1;
+    s.most = Math.max(s.most, peer.bufferedAmount);
+    await peer.waitForDrain();
+  }
+}
+
+const bare = (s: MeasuredState): SSEOptions => ({
+  bidir: true,
+  idleTimeout: 0,
+  hooks: {
+    open: (peer) => void s.peers.push(peer),
+    close: (peer, details) => void s.closed.push({ id: peer.id, ...details }),
+    drain: () => void s.drains++,
+  },
+});
+
+/** Waits until the sender in the child gets no further; how far it came. */
+async function stalled(server: Measured): Promise<number> {
+  let before = -1;
+  return await until(async () => {
+    const sent = await server.run((s) => s.sent);
+    const still = sent > 0 && sent === before;
+    before = sent;
+    return still && sent;
+  }, { timeout: 20_000, interval: 250 });
+}
+
+for (const full of [true, false]) {
+  const level = full ? "full" : "plain";
+  const total = (soak ? 1024 : 64) * MB;
+  test(
+    `a sender that waits for drain sends ${total / MB} MB to a reader that had stopped (${level})`,
+    async (t) => {
+      const server = t.use(await measured(runtime, bare));
+      const reader = t.use(await RawStream.open(server.port, { full }));
+      const size = 64 * 1024;
+      const count = total / size;
+      const before = await server.run((s) => s.memory());
+      const given = await server.run((s) => s.given);
+      const sending = server.run(sendWaiting, count, size);
+      const sent = await stalled(server);
+      const frame = size + (full ? 20 : 40);
+      const held = await server.run((s) => ({
+        buffered: s.peers[0]!.bufferedAmount,
+        given: s.given,
+        drains: s.drains,
+      }));
+      // The sender is held after one message beyond what the connection took.
+      assertGreater(held.buffered, 0);
+      assertLessOrEqual(held.buffered, frame);
+      assertLess(
+        Math.abs(held.given - given + held.buffered - sent * (size + 12)),
+        sent * 60 + 4096,
+      );
+      if (full) assertLessOrEqual(held.given - given, WINDOW + frame + 4096, "window");
+      else assertLess(held.given - given, 24 * MB, "the kernel's buffers hold a plain reader");
+      const stopped = await server.run((s) => s.memory());
+      assertLess(stopped.rss - before.rss, WINDOW + 16 * MB + CONSTANT);
+
+      for (let i = 0; i < count; i++) {
+        const message = await reader.message();
+        assertEquals(message.slice(0, message.indexOf(":")), String(i));
+        assertEquals(message.length, String(i).length + 1 + size);
+      }
+      await sending;
+      const end = await server.run((s) => ({
+        buffered: s.peers[0]!.bufferedAmount,
+        most: s.most,
+        drains: s.drains,
+        closed: s.closed,
+      }));
+      assertEquals([end.buffered, end.closed], [0, []]);
+      assertLessOrEqual(end.most, frame);
+      assertGreater(end.drains, held.drains);
+      const after = await server.run((s) => s.memory());
+      assertLess(after.rss - before.rss, WINDOW + 16 * MB + CONSTANT);
+    },
+    { timeout: soak ? 600_000 : 60_000 },
+  );
+
+  test(
+    `a sender that does not wait is closed with 1013 past maxBufferedAmount, that peer alone (${level})`,
+    async (t) => {
+      const server = t.use(await measured(runtime, bare));
+      const reader = t.use(await RawStream.open(server.port, { full }));
+      const other = t.use(await RawStream.open(server.port, { full }));
+      for (const size of [64 * 1024, 1024 * 1024, 1]) {
+        await using victim = await RawStream.open(server.port, { full });
+        const before = await server.run((s) => s.memory());
+        const result = await server.run(async (s, size) => {
+          const peer = s.peers.at(-1)!;
+          const text = "y".repeat(size);
+          let bytes = 0;
+          let most = 0;
+          let peak = { rss: 0, heap: 0 };
+          for (let i = 0; peer.websocket.readyState === 1; i++) {
+            if (bytes > 256 * 1024 * 1024) throw new Error("never closed");
+            most = Math.max(most, peer.bufferedAmount);
+            // Measured when nearly full: collected, so that it is what is held.
+            if (peak.rss === 0 && peer.bufferedAmount > 15 * 1024 * 1024) peak = await s.memory();
+            peer.send(text);
+            bytes += size;
+            if (i % 1000 === 0 || size > 1000) await s.later(0);
+          }
+          return { most, peak, buffered: peer.bufferedAmount, closed: s.closed.splice(0) };
+        }, size);
+        const limit = 16 * MB;
+        assertEquals(result.closed.map(({ code }) => code), [1013]);
+        assertEquals(result.buffered, 0);
+        assertLess(result.most, limit + 2 * size + 100);
+        if (size > 1) assertGreater(result.most, limit - 2 * size);
+        if (result.peak.rss) {
+          const rise = (key: "rss" | "heap") => result.peak[key] - before[key];
+          if (process.env.DUPLEX_FIGURES) console.log(level, size, rise("rss"), rise("heap"));
+          assertLess(rise("heap"), limit + WINDOW + CONSTANT, `heap with messages of ${size}`);
+          // Millions of small messages leave pages behind that nothing holds any more.
+          if (size > 1) assertLess(rise("rss"), limit + WINDOW + CONSTANT, `rss, ${size}`);
+        }
+        victim.response.destroy();
+        const after = await server.run((s) => s.memory());
+        assertLess(after.heap - before.heap, 8 * MB, `freed after messages of ${size}`);
+      }
+      await server.run((s) => void s.peers.slice(0, 2).forEach((peer) => peer.send("still here")));
+      assertEquals(await reader.message(), "still here");
+      assertEquals(await other.message(), "still here");
+    },
+    { timeout: 60_000 },
+  );
+}
+
+test(
+  "99 subscribers of a topic lose nothing and are not slowed by one that stops reading",
+  async (t) => {
+    const server = t.use(
+      await measured(runtime, (s) => ({
+        bidir: true,
+        idleTimeout: 0,
+        maxBufferedAmount: 512 * 1024,
+        hooks: {
+          open(peer) {
+            s.peers.push(peer);
+            peer.subscribe("news");
+          },
+          close: (peer, details) => void s.closed.push({ id: peer.id, ...details }),
+        },
+      })),
+    );
+    const count = 400;
+    const size = 2000;
+    const clients: WebSocketSSE[] = [];
+    t.defer(() => closeAll(clients));
+    for (let i = 0; i < 99; i++) clients.push(new WebSocketSSE(server.url, { transport: "post" }));
+    await Promise.all(clients.map((client) => once(client, "open", { timeout: 20_000 })));
+
+    /** Publishes to all, and waits until all 99 have had everything. */
+    async function round(name: string): Promise<number> {
+      const all = clients.map((client) => {
+        const done = deferred();
+        let next = 0;
+        client.onmessage = ({ data }) => {
+          if (!data.startsWith(`${name}:${next}:`)) done.reject(new Error(data.slice(0, 20)));
+          if (++next === count) done.resolve();
+        };
+        return done.promise;
+      });
+      const start = performance.now();
+      const publishing = server.run(
+        async (s, name, count, size) => {
+          for (let i = 0; i < count; i++) {
+            s.ws.publish("news", `${name}:${i}:${"z".repeat(size)}`);
+            if (i % 20 < 19) continue;
+            // At the pace of the 99: the test is about the one that takes nothing.
+            await Promise.all(s.peers.slice(0, 99).map((peer) => peer.waitForDrain()));
+          }
+        },
+        name,
+        count,
+        size,
+      );
+      await within(Promise.all([...all, publishing]), 40_000, `round ${name}`);
+      return performance.now() - start;
+    }
+
+    await round("warm");
+    const alone = Math.max(await round("a"), 100);
+    const stuck = t.use(await RawStream.open(server.port));
+    const beside = await round("b"); // 1 MB of frames: held back, and in the end too much
+    assertEquals(await server.run((s) => s.closed.map(({ code }) => code)), []);
+    assertGreater(await server.run((s) => s.peers.at(-1)!.bufferedAmount), WINDOW);
+    const closing = await round("c");
+    assertEquals(await server.run((s) => s.closed.map(({ code }) => code)), [1013]);
+    assertEquals(stuck.received, 0);
+    if (process.env.DUPLEX_FIGURES) console.log({ alone, beside, closing });
+    assertLess(beside / alone, 4, "beside a stalled one");
+    assertLess(closing / alone, 4, "while it is closed");
+  },
+  { timeout: 90_000 },
+);
+
+// ---------------------------------------------------------------- down: exactly, in one process
+
+/** An adapter that ends with the test, its sessions and its timer too. */
+function adapter(t: TestContext, options: SSEOptions): SSEAdapter {
+  const ws = sseAdapter(options);
+  t.defer(() => end(ws));
+  return ws;
+}
+
+async function end(ws: SSEAdapter): Promise<void> {
+  for (const peers of [...ws.peers.values()]) for (const peer of [...peers]) peer.terminate();
+  await ws.close();
+}
+
+/** A session without a network: what is read here is all that the server was asked for. */
+async function open(options: SSEOptions = {}) {
+  const opened = deferred<Peer>();
+  const ws = sseAdapter({
+    bidir: true,
+    ...options,
+    hooks: { open: (peer) => opened.resolve(peer), ...options.hooks },
+  });
+  const headers = { accept: "text/event-stream", "x-duplex-version": "1" };
+  const response = await ws.fetch(new Request("http://x/", { headers }));
+  const token = response.headers.get("x-crossws-id")!;
+  const reader = response.body!.getReader();
+  const peer = options.hooks?.open ? undefined as never : await opened.promise;
+  return {
+    ws,
+    peer,
+    reader,
+    token,
+    post: (body: string, more: Record<string, string> = {}) =>
+      ws.fetch(
+        new Request("http://x/", {
+          method: "POST",
+          headers: {
+            "content-type": "application/websocket-events",
+            "x-crossws-id": token,
+            ...more,
+          },
+          body,
+        }),
+      ),
+    async [Symbol.asyncDispose]() {
+      await reader.cancel();
+      await end(ws);
+    },
+  };
+}
+
+test("bufferedAmount counts to the byte what the connection has not been given", async (t) => {
+  const drains: number[] = [];
+  const session = t.use(
+    await open({
+      window: 3000,
+      hooks: { drain: (peer) => void drains.push(peer.bufferedAmount) },
+    }),
+  );
+  const { peer, reader, post } = session;
+  await reader.read();
+  const text = "a".repeat(1000 - "data: \n\n".length);
+  assertEquals(peer.send(text), 1000);
+  assertEquals(peer.bufferedAmount, 1000);
+  for (let i = 1; i < 10; i++) peer.send(text);
+  assertEquals(peer.bufferedAmount, 10_000);
+  const { value } = await reader.read();
+  assertEquals(value!.length, 3000, "a window");
+  assertEquals(peer.bufferedAmount, 7000);
+  assertEquals(peer.send(text), -1);
+  const held = reader.read();
+  await sleep(20);
+  assertEquals(peer.bufferedAmount, 8000, "nothing moves without an acknowledgement");
+  await post("ACK 1\r\n1\r\n");
+  assertEquals((await held).value!.length, 1000);
+  assertEquals(peer.bufferedAmount, 7000);
+  assertEquals(drains, []);
+  for (let acked = 4; acked <= 10; acked += 3) {
+    const more = reader.read();
+    await post(
+      `ACK 1\r\n${acked.toString(16)}\r\n`.replace("a", "10").replace("ACK 1\r\n10", "ACK 2\r\n10"),
+    );
+    await more;
+  }
+  assertEquals(peer.bufferedAmount, 0);
+  assertEquals(drains, [0]);
+});
+
+test("a sender at the window goes on with control events, and below it begins one message of any size", async (t) => {
+  const session = t.use(await open({ window: 1000 }));
+  const { peer, reader, post } = session;
+  await reader.read();
+  peer.send("b".repeat(900));
+  peer.send("b".repeat(500_000));
+  peer.send("c");
+  const first = (await reader.read()).value!;
+  assertEquals(first.length, 900 + 500_000 + 16);
+  peer.ping("x");
+  const text = new TextDecoder().decode((await reader.read()).value);
+  assertEquals(text, "event: duplex-ping\ndata: 2 eA==\n\n");
+  const rest = reader.read();
+  await post("ACK 1\r\n2\r\n");
+  assertEquals(new TextDecoder().decode((await rest).value), "data: c\n\n");
+});
+
+test("waitForDrain resolves at its threshold, and not before", async (t) => {
+  const session = t.use(await open({ window: 1000 }));
+  const { peer, reader, post } = session;
+  await reader.read();
+  const frame = "d".repeat(1000 - 8);
+  for (let i = 0; i < 6; i++) peer.send(frame);
+  const order: string[] = [];
+  const wait = (name: string, threshold?: number) =>
+    peer.waitForDrain(threshold === undefined ? {} : { threshold })
+      .then(() => order.push(`${name} at ${peer.bufferedAmount}`));
+  const all = [wait("four", 4500), wait("two", 2000), wait("empty")];
+  for (let i = 1; i <= 6; i++) {
+    await reader.read();
+    await Promise.resolve();
+    if (i < 6) await post(`ACK 1\r\n${i}\r\n`);
+  }
+  await within(Promise.all(all), 1000);
+  assertEquals(order, ["four at 4000", "two at 2000", "empty at 0"]);
+  await within(peer.waitForDrain(), 100, "nothing to wait for");
+});
+
+test("waitForDrain rejects with its signal's reason", async (t) => {
+  const session = t.use(await open());
+  const { peer } = session;
+  for (let i = 0; i < 100; i++) peer.send("e".repeat(10_000));
+  const early = new Error("before");
+  assertEquals(
+    await assertRejects(() => peer.waitForDrain({ signal: AbortSignal.abort(early) })),
+    early,
+  );
+  const abort = new AbortController();
+  const waiting = peer.waitForDrain({ signal: abort.signal });
+  const late = new Error("meanwhile");
+  abort.abort(late);
+  assertEquals(await assertRejects(() => waiting), late);
+});
+
+for (
+  const [how, end] of Object.entries({
+    close: (peer: Peer) => peer.close(4000),
+    terminate: (peer: Peer) => peer.terminate(),
+    "too much": (peer: Peer) => {
+      while (peer.websocket.readyState === 1) peer.send("f".repeat(100_000));
+    },
+  })
+) {
+  test(`waitForDrain resolves when the peer ends (${how})`, async (t) => {
+    const session = t.use(await open({ maxBufferedAmount: 1_000_000 }));
+    const { peer } = session;
+    for (let i = 0; i < 9; i++) peer.send("g".repeat(100_000));
+    const waiting = peer.waitForDrain();
+    end(peer);
+    await within(waiting, 1000);
+    await within(peer.waitForDrain(), 1000, "and afterwards");
+    assertEquals(peer.send("more"), 0);
+  });
+}
+
+// ---------------------------------------------------------------- the client acknowledges
+
+for (const transport of transports) {
+  test(`a window smaller than the first chunk does not hold the server back (${transport})`, async (t) => {
+    const count = 300;
+    const ws = adapter(t, {
+      bidir: true,
+      window: 2000,
+      idleTimeout: 0,
+      hooks: {
+        open(peer) {
+          for (let i = 0; i < count; i++) peer.send(`${i}:${"h".repeat(500)}`);
+        },
+      },
+    });
+    const server = await t.serve(ws.fetch);
+    const client = connect(t, server.url, transport);
+    let next = 0;
+    const done = deferred();
+    client.onmessage = ({ data }) => {
+      if (!data.startsWith(`${next++}:`)) done.reject(new Error(data));
+      if (next === count) done.resolve();
+    };
+    // Far below what its timers would need: 150 windows.
+    await within(done.promise, 8000, "all messages");
+  });
+}
+
+for (const transport of ["stream", "post"] as const) {
+  test(`acknowledgements that are refused for a while are said again (${transport})`, async (t) => {
+    const count = 400;
+    const ws = adapter(t, {
+      bidir: true,
+      idleTimeout: 0,
+      window: 20_000,
+      hooks: {
+        async open(peer) {
+          for (let i = 0; i < count; i++) peer.send(`${i}:${"i".repeat(1000)}`);
+          await peer.waitForDrain();
+          peer.send("end");
+        },
+      },
+    });
+    let refused = 0;
+    const server = await t.serve(async (request, info) => {
+      if (request.method !== "POST" || refused >= 4) return await ws.fetch(request, info);
+      refused++;
+      await request.body?.cancel();
+      return new Response("busy", { status: 503 });
+    });
+    const client = connect(t, server.url, transport);
+    const done = deferred();
+    let messages = 0;
+    client.onmessage = ({ data }) => {
+      messages++;
+      if (data === "end") done.resolve();
+    };
+    await within(done.promise, 10_000, "the end");
+    assertEquals(messages, count + 1);
+    assertEquals(client.stats.resumes, 0);
+    assertEquals(refused, 4);
+  }, { timeout: 15_000 });
+}
+
+// ---------------------------------------------------------------- up: a server that is slow
+
+/** A client that is closed with the test. */
+function connect(
+  t: TestContext,
+  url: string,
+  transport: typeof transports[number],
+): WebSocketSSE {
+  const client = new WebSocketSSE(url, { transport });
+  t.defer(() => closeAll([client]));
+  return client;
+}
+
+async function closeAll(clients: WebSocketSSE[]): Promise<void> {
+  await Promise.all(clients.map(async (client) => {
+    if (client.readyState === WebSocketSSE.CLOSED) return;
+    const closed = once(client, "close", { timeout: 8000 });
+    client.close();
+    await closed;
+  }));
+}
+
+for (const transport of transports) {
+  test(`a slow message hook holds the client at the window (${transport})`, async (t) => {
+    let unhandled = 0;
+    let most = 0;
+    let received = 0;
+    let gate = deferred();
+    const ws = adapter(t, {
+      bidir: true,
+      hooks: {
+        async message(_peer, message) {
+          assertEquals(message.text().split(":")[0], String(received));
+          received++;
+          unhandled += message.text().length;
+          most = Math.max(most, unhandled);
+          await gate.promise;
+          unhandled -= message.text().length;
+        },
+      },
+    });
+    const server = await t.serve(ws.fetch);
+    const client = connect(t, server.url, transport);
+    t.defer(() => gate.resolve());
+    await once(client, "open");
+    const size = 16_000;
+    const count = 300;
+    let total = 0;
+    for (let i = 0; i < count; i++) {
+      const text = `${i}:`.padEnd(size, "j");
+      total += text.length;
+      client.send(text);
+    }
+    assertEquals(client.bufferedAmount, total);
+    const least = Math.floor(WINDOW / size);
+    await until(() => received > least && client.bufferedAmount === total - received * size);
+    await sleep(300); // long enough for a client that does not hold itself back
+    assertEquals(client.readyState, WebSocketSSE.OPEN);
+    assertLessOrEqual(most, WINDOW + size);
+    assertEquals(client.bufferedAmount, total - received * size);
+    assertLess(received, count / 4);
+
+    const held = gate;
+    gate = deferred();
+    held.resolve(); // one window is handled, the next one waits at the new gate
+    await until(() => received > 2 * least);
+    await sleep(100);
+    assertLessOrEqual(most, WINDOW + size);
+    gate.resolve();
+    await until(() => received === count && client.bufferedAmount === 0, { timeout: 10_000 });
+    assertEquals(unhandled, 0);
+    assertLessOrEqual(most, WINDOW + size);
+  }, { timeout: 20_000 });
+
+  test(`a hook that never settles costs only its own message's bytes (${transport})`, async (t) => {
+    let received = 0;
+    const ws = adapter(t, {
+      bidir: true,
+      window: 50_000,
+      hooks: {
+        message(_peer, message) {
+          received++;
+          if (message.text().startsWith("never")) return new Promise<void>(() => {});
+        },
+      },
+    });
+    const server = await t.serve(ws.fetch);
+    const client = connect(t, server.url, transport);
+    await once(client, "open");
+    client.send("never".padEnd(10_000));
+    for (let i = 0; i < 200; i++) client.send("fine".padEnd(10_000));
+    await until(() => received === 201 && client.bufferedAmount === 0);
+    // Five of them fill the window: what comes then is not sent.
+    for (let i = 0; i < 4; i++) client.send("never".padEnd(10_000));
+    client.send("held");
+    await until(() => received === 205);
+    await sleep(100);
+    assertEquals([received, client.bufferedAmount], [205, 4]);
+    assertEquals(client.readyState, WebSocketSSE.OPEN);
+    for (const peers of ws.peers.values()) for (const peer of peers) peer.terminate();
+    await once(client, "close");
+  }, { timeout: 15_000 });
+}
+
+for (const transport of ["stream", "post"] as const) {
+  test(
+    `messages wait while the server refuses them, and none is lost (${transport})`,
+    async (t) => {
+      const got: string[] = [];
+      const ws = adapter(t, {
+        bidir: true,
+        hooks: { message: (_peer, message) => void got.push(message.text().split(":")[0]!) },
+      });
+      let refusing = true;
+      let refused = 0;
+      const server = await t.serve(async (request, info) => {
+        if (request.method !== "POST" || !refusing) return await ws.fetch(request, info);
+        refused++;
+        await request.body?.cancel();
+        return new Response("busy", { status: 503, headers: { "retry-after": "0" } });
+      });
+      const client = connect(t, server.url, transport);
+      await once(client, "open");
+      const size = 10_000;
+      const count = 300;
+      for (let i = 0; i < count; i++) client.send(`${i}:`.padEnd(size, "k"));
+      await until(() => refused >= 3);
+      assertEquals(client.bufferedAmount, size * count);
+      assertEquals(got, []);
+      refusing = false;
+      await until(() => client.bufferedAmount === 0, { timeout: 10_000 });
+      assertEquals(got, Array.from({ length: count }, (_, i) => String(i)));
+      assertEquals(client.readyState, WebSocketSSE.OPEN);
+    },
+    { timeout: 20_000 },
+  );
+}
+
+test("a client that overruns the window is closed with 1008", async (t) => {
+  const sizes: number[] = [];
+  const closed = deferred<number | undefined>();
+  const session = t.use(
+    await open({
+      window: 10_000,
+      hooks: {
+        message(_peer, message) {
+          sizes.push(message.text().length);
+          return new Promise<void>(() => {});
+        },
+        close: (_peer, { code }) => closed.resolve(code),
+      },
+    }),
+  );
+  const frame = `TEXT 7d0\r\n${"l".repeat(2000)}\r\n`;
+  // Five are just over the window, as any client may be; the sixth is too much.
+  const response = await session.post(frame.repeat(4), { "x-duplex-seq": "1" });
+  assertEquals(response.status, 204);
+  assertEquals((await session.post(frame, { "x-duplex-seq": "5" })).status, 204);
+  assertEquals((await session.post(frame, { "x-duplex-seq": "6" })).status, 413);
+  assertEquals(sizes, [2000, 2000, 2000, 2000, 2000]);
+  let text = "";
+  while (!text.includes("duplex-close")) {
+    text += new TextDecoder().decode((await session.reader.read()).value);
+  }
+  assert(text.includes(`"code":1008`), text);
+  session.peer.terminate();
+  await within(closed.promise, 1000, "the close hook");
+});
+
+test(
+  "a message hook that waits for drain still hears the acknowledgement behind its message",
+  async (t) => {
+    const ws = adapter(t, {
+      bidir: true,
+      window: 20_000,
+      idleTimeout: 0,
+      hooks: {
+        async message(peer, message) {
+          for (let i = 0; i < 100; i++) {
+            peer.send(message.text());
+            await peer.waitForDrain();
+          }
+          peer.send("done");
+        },
+      },
+    });
+    const server = await t.serve(ws.fetch);
+    for (const transport of transports) {
+      const client = connect(t, server.url, transport);
+      await once(client, "open");
+      let messages = 0;
+      const done = deferred();
+      client.onmessage = ({ data }) => {
+        messages++;
+        if (data === "done") done.resolve();
+      };
+      client.send("m".repeat(15_000));
+      await within(done.promise, 8000, transport);
+      assertEquals(messages, 101);
+    }
+  },
+  { timeout: 30_000 },
+);

@@ -1,0 +1,227 @@
+/**
+ * A server and its clients, for tests of what passes between them: queues of
+ * what has happened, so that a test waits for events and never for time.
+ *
+ * @module
+ */
+import { WebSocketSSE, type WebSocketSSEOptions } from "../client.ts";
+import { type Peer, type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
+import {
+  type Deferred,
+  deferred,
+  type ServeOptions,
+  type TestContext,
+  type TestServer,
+  within,
+} from "./harness.ts";
+
+/** Things in the order they came, each taken once. */
+export class Queue<T> {
+  /** Everything that ever came. */
+  readonly all: T[] = [];
+  #taken = 0;
+  #waiting: Deferred<void> | undefined;
+
+  push(item: T): void {
+    this.all.push(item);
+    this.#waiting?.resolve();
+    this.#waiting = undefined;
+  }
+
+  async next({ timeout = 5_000 } = {}): Promise<T> {
+    while (this.#taken === this.all.length) {
+      this.#waiting ??= deferred();
+      await within(this.#waiting.promise, timeout, `item ${this.#taken + 1} of a queue`);
+    }
+    return this.all[this.#taken++]!;
+  }
+
+  /** The next so many. */
+  async take(count: number, options?: { timeout?: number }): Promise<T[]> {
+    const items: T[] = [];
+    while (items.length < count) items.push(await this.next(options));
+    return items;
+  }
+
+  /** How many have come and were not taken. */
+  get left(): number {
+    return this.all.length - this.#taken;
+  }
+}
+
+export interface Pair<Context> extends TestServer {
+  readonly ws: SSEAdapter<Context>;
+}
+
+/** What may stand between the runtime and the adapter. */
+export type Around = (
+  request: Request,
+  next: (request: Request) => Promise<Response>,
+) => Response | Promise<Response>;
+
+/** Serves an adapter until the test ends. Bidirectional, if not told otherwise. */
+export async function listen<Context extends Record<string, unknown>>(
+  t: TestContext,
+  options: SSEOptions<Context>,
+  around?: Around,
+  serving?: ServeOptions,
+): Promise<Pair<Context>> {
+  const ws = sseAdapter<Context>({ bidir: true, ...options });
+  const server = await t.serve(
+    around ? (request, info) => around(request, (request) => ws.fetch(request, info)) : ws.fetch,
+    serving,
+  );
+  t.defer(() => shutDown(ws));
+  return Object.assign(server, { ws });
+}
+
+/** Ends an adapter without waiting for clients that have gone. */
+// deno-lint-ignore no-explicit-any
+export async function shutDown(ws: SSEAdapter<any>): Promise<void> {
+  for (const peers of [...ws.peers.values()]) {
+    for (const peer of [...peers] as Peer[]) peer.terminate();
+  }
+  await ws.close();
+}
+
+export interface Connected {
+  readonly socket: WebSocketSSE;
+  /** The data of its messages. */
+  readonly messages: Queue<unknown>;
+  /** The types of all its events but messages. */
+  readonly events: string[];
+  readonly opened: Promise<void>;
+  readonly closed: Promise<CloseEvent>;
+}
+
+/** A socket of ours that ends with the test. */
+export function connect(
+  t: TestContext,
+  url: string,
+  init: WebSocketSSEOptions = {},
+): Connected {
+  const socket = new WebSocketSSE(url, { signal: t.signal, ...init });
+  socket.binaryType = "arraybuffer";
+  const messages = new Queue<unknown>();
+  const events: string[] = [];
+  const opened = deferred();
+  const closed = deferred<CloseEvent>();
+  for (const type of ["open", "error", "close", "drop", "resume"]) {
+    socket.addEventListener(type, () => void events.push(type));
+  }
+  socket.addEventListener("message", (event) => messages.push(event.data));
+  socket.addEventListener("open", () => opened.resolve());
+  socket.addEventListener("close", (event) => closed.resolve(event));
+  return {
+    socket,
+    messages,
+    events,
+    // Getters: a limit that nobody waits for would outlive the test.
+    get opened() {
+      return within(opened.promise, 10_000, "opening");
+    },
+    get closed() {
+      return within(closed.promise, 10_000, "closing");
+    },
+  };
+}
+
+/** An event as it stands in an event stream. */
+export interface StreamEvent {
+  event: string;
+  data: string;
+  id: string | undefined;
+}
+
+/** The events of a stream, parsed with as little as will do. */
+export class EventReader {
+  readonly #reader: ReadableStreamDefaultReader<string>;
+  #text = "";
+
+  constructor(body: ReadableStream<Uint8Array>) {
+    // deno-lint-ignore no-explicit-any -- the runtimes' types of streams differ
+    this.#reader = (body as any).pipeThrough(new TextDecoderStream()).getReader();
+  }
+
+  /** The next event, or undefined at the end. Comments are none. */
+  async next(): Promise<StreamEvent | undefined> {
+    for (;;) {
+      const end = this.#text.indexOf("\n\n");
+      if (end >= 0) {
+        const block = this.#text.slice(0, end);
+        this.#text = this.#text.slice(end + 2);
+        const parsed = parse(block);
+        if (parsed) return parsed;
+        continue;
+      }
+      const { done, value } = await within(this.#reader.read(), 5_000, "an event");
+      if (done) return;
+      this.#text += value;
+    }
+  }
+
+  /** The next event of a name; those before it are dropped. */
+  async find(name: string): Promise<StreamEvent> {
+    for (;;) {
+      const event = await this.next();
+      if (!event) throw new Error(`The stream ended before "${name}"`);
+      if (event.event === name) return event;
+    }
+  }
+
+  async cancel(): Promise<void> {
+    await this.#reader.cancel().catch(() => {});
+  }
+}
+
+function parse(block: string): StreamEvent | undefined {
+  let event = "message";
+  let id: string | undefined;
+  const data: string[] = [];
+  for (const line of block.split("\n")) {
+    const [, name, value] = /^(\w*):? ?(.*)$/s.exec(line) ?? [];
+    if (name === "event") event = value!;
+    else if (name === "data") data.push(value!);
+    else if (name === "id") id = value!;
+  }
+  return data.length ? { event, data: data.join("\n"), id } : undefined;
+}
+
+export interface RawSession {
+  readonly token: string;
+  readonly response: Response;
+  readonly events: EventReader;
+  /** POSTs frames of the uplink. */
+  post(frames: string, seq?: number): Promise<Response>;
+}
+
+/** A session of the full level, by hand: nothing acknowledges unless the test does. */
+export async function openRaw(
+  t: TestContext,
+  url: string,
+  headers: Record<string, string> = {},
+): Promise<RawSession> {
+  const response = await fetch(url, {
+    headers: { accept: "text/event-stream", "x-duplex-version": "1", ...headers },
+  });
+  if (!response.ok) throw new Error(`${response.status}: ${await response.text()}`);
+  const events = new EventReader(response.body!);
+  t.defer(() => events.cancel());
+  const { data: token } = await events.find("crossws-id");
+  return {
+    token,
+    response,
+    events,
+    post: (frames, seq) =>
+      fetch(url, {
+        method: "POST",
+        headers: {
+          "content-type": "application/websocket-events",
+          "x-crossws-id": token,
+          "x-duplex-version": "1",
+          ...seq !== undefined && { "x-duplex-seq": `${seq}` },
+        },
+        body: frames,
+      }),
+  };
+}

@@ -1,0 +1,603 @@
+/**
+ * Sessions across dropped connections, one case at a time: the server by raw
+ * requests, the client before a scripted server, and both through a proxy that
+ * drops connections when it is told to.
+ */
+import { EventSource } from "eventsource";
+import { WebSocketSSE } from "../client.ts";
+import { type CloseDetails, type Peer, sseAdapter, type SSEOptions } from "../server.ts";
+import { chaos, type ChaosProxy } from "./chaos.ts";
+import {
+  assert,
+  assertEquals,
+  assertLess,
+  deferred,
+  once,
+  sleep,
+  test,
+  type TestContext,
+  until,
+} from "./harness.ts";
+import { ack, CLOSE_3127, RawSession, ScriptedServer, text } from "./session.ts";
+
+const TRANSPORTS = ["duplex", "stream", "post"] as const;
+
+/** A server that keeps account of what its hooks were told. */
+async function host(t: TestContext, options: SSEOptions = {}) {
+  const log: string[] = [];
+  const opened = deferred<Peer>();
+  const closed = deferred<CloseDetails>();
+  const { hooks, ...rest } = options;
+  const ws = sseAdapter({
+    bidir: true,
+    heartbeatInterval: 200,
+    resumeTimeout: 10_000,
+    ...rest,
+    hooks: {
+      ...hooks,
+      open(peer) {
+        log.push("open");
+        opened.resolve(peer);
+        return hooks?.open?.(peer);
+      },
+      message(peer, message) {
+        log.push(message.text());
+        return hooks?.message?.(peer, message);
+      },
+      close(peer, details) {
+        log.push(`close ${details.code}`);
+        closed.resolve(details);
+        return hooks?.close?.(peer, details);
+      },
+    },
+  });
+  t.defer(() => ws.close());
+  const server = await t.serve(ws.fetch);
+  return { ws, log, port: server.port, opened: opened.promise, closed: closed.promise };
+}
+
+/** An open session of raw requests. */
+async function rawSession(t: TestContext, options: SSEOptions = {}) {
+  const server = await host(t, options);
+  const session = new RawSession(server.port);
+  const stream = t.use(await session.open());
+  await stream.until("duplex-open");
+  const peer = await server.opened;
+  const resume = async (attempt: number, lastEventId: number) =>
+    t.use(await session.resume(attempt, lastEventId));
+  return { ...server, session, stream, peer, resume };
+}
+
+/** A client before a server, through a proxy. */
+async function connected(
+  t: TestContext,
+  transport: typeof TRANSPORTS[number],
+  options: SSEOptions = {},
+) {
+  const server = await host(t, options);
+  const proxy = t.use(await chaos(server.port));
+  const client = connect(t, proxy.url, transport);
+  await once(client.socket, "open");
+  return { ...server, ...client, proxy, peer: await server.opened };
+}
+
+function connect(t: TestContext, url: string, transport: typeof TRANSPORTS[number], fetch?: never) {
+  const socket = new WebSocketSSE(url, { transport, ...fetch && { fetch } });
+  const events: string[] = [];
+  t.defer(() => socket.close());
+  for (const type of ["open", "error", "drop", "resume"] as const) {
+    socket.addEventListener(type, () => events.push(type));
+  }
+  socket.onmessage = ({ data }) => events.push(data);
+  const closed = new Promise<void>((resolve) => {
+    socket.addEventListener("close", ({ code, wasClean }) => {
+      events.push(`close ${code} ${wasClean ? "clean" : "unclean"}`);
+      resolve();
+    });
+  });
+  return { socket, events, closed };
+}
+
+const told = (events: string[]) => events.filter((event) => event !== "drop" && event !== "resume");
+const numbers = (from: number, to: number) =>
+  Array.from({ length: to - from + 1 }, (_, i) => `${from + i}`);
+
+// ---------------------------------------------------------------- the server, by raw requests
+
+test("a drop before the first message loses nothing of what is sent meanwhile", async (t) => {
+  const { peer, stream, resume } = await rawSession(t);
+  stream.drop();
+  peer.send("1");
+  peer.send("2");
+  const again = await resume(1, 0);
+  assertEquals(JSON.parse(await again.until("duplex-open")).next, 1);
+  assertEquals(await again.messages(2), ["1", "2"]);
+});
+
+test("what was sent and not acknowledged comes again, what was acknowledged does not", async (t) => {
+  const { peer, session, stream, resume } = await rawSession(t);
+  for (const n of numbers(1, 10)) peer.send(n);
+  await stream.messages(10);
+  assertEquals(await session.send(ack(4)), [204, 0]);
+  stream.drop();
+  assertEquals((await resume(1, 3)).status, 409); // 4 is gone: it was acknowledged
+  const again = await resume(2, 6); // which acknowledges up to 6
+  assertEquals(JSON.parse(await again.until("duplex-open")).next, 7);
+  assertEquals(await again.messages(4), numbers(7, 10));
+  assertEquals((await resume(3, 5)).status, 409);
+});
+
+test("the highest attempt wins, an equal one replaces, a lower one gets 409 and changes nothing", async (t) => {
+  const { peer, stream, resume, log } = await rawSession(t);
+  peer.send("1");
+  await stream.messages(1);
+  const fifth = await resume(5, 1); // while the old connection lives
+  assertEquals(await stream.ended(), []);
+  assertEquals(JSON.parse(await fifth.until("duplex-open")).attempt, 5);
+  assertEquals((await resume(4, 1)).status, 409); // late
+  peer.send("2");
+  assertEquals(await fifth.messages(1), ["2"]);
+  const twice = await resume(5, 1);
+  await fifth.ended();
+  assertEquals(await twice.messages(1), ["2"]);
+  const sixth = await resume(6, 2);
+  await twice.ended();
+  assertEquals((await resume(5, 2)).status, 409);
+  peer.send("3");
+  assertEquals(await sixth.messages(1), ["3"]);
+  assertEquals(log, ["open"]);
+});
+
+test("a resume that is repeated after its client has acknowledged more harms nobody", async (t) => {
+  const { peer, session, resume, log } = await rawSession(t);
+  peer.send("0"); // given to the first connection
+  const first = await resume(1, 0);
+  for (const n of numbers(1, 3)) peer.send(n);
+  assertEquals(await first.messages(4), numbers(0, 3));
+  const repeated = await resume(1, 0);
+  // The client's acknowledgement was on its way while the repeated resume arrived.
+  assertEquals(await session.send(ack(4)), [204, 0]);
+  await repeated.ended();
+  peer.send("4");
+  const again = await resume(2, 4);
+  assertEquals(await again.messages(1), ["4"]);
+  assertEquals(await session.send(text("alive"), 1), [204, 1]);
+  assertEquals(log, ["open", "alive"]);
+});
+
+test("an acknowledgement of what was never sent is refused, and harms nobody", async (t) => {
+  const { peer, session, stream } = await rawSession(t);
+  peer.send("1");
+  await stream.messages(1);
+  assertEquals(await session.send(ack(2)), [400, 0]);
+  peer.send("2");
+  assertEquals(await stream.messages(1), ["2"]);
+});
+
+test("a Last-Event-ID of the future or of another session gets 409, and harms nobody", async (t) => {
+  const { peer, session, stream, resume, port } = await rawSession(t);
+  const other = new RawSession(port);
+  t.use(await other.open());
+  peer.send("1");
+  await stream.messages(1);
+  assertEquals((await resume(1, 2)).status, 409);
+  assertEquals(t.use(await other.resume(1, 1)).status, 409);
+  peer.send("2");
+  assertEquals(await stream.messages(1), ["2"]);
+  assertEquals(await session.send(text("up"), 1), [204, 1]);
+});
+
+test("a repeated uplink request changes nothing, an overlapping one adds its end", async (t) => {
+  const { session, log } = await rawSession(t);
+  const frames = text("a") + text("b");
+  assertEquals(await session.send(frames, 1), [204, 2]);
+  assertEquals(await session.send(frames, 1), [204, 2]);
+  assertEquals(await session.send(text("b") + text("c"), 2), [204, 3]);
+  assertEquals(await session.send(frames, 1), [204, 3]);
+  assertEquals(log, ["open", "a", "b", "c"]);
+});
+
+test("a gap in the uplink gets 409 and reaches no hook", async (t) => {
+  const { session, log } = await rawSession(t);
+  assertEquals(await session.send(text("b"), 2), [409, 0]);
+  assertEquals(await session.send(text("a"), 1), [204, 1]);
+  assertEquals(await session.send(text("b") + "SEQ 1\r\n4\r\n" + text("d"), 2), [409, 2]);
+  assertEquals(await session.send(text("b") + "SEQ 1\r\n3\r\n" + text("c"), 2), [204, 3]);
+  assertEquals(log, ["open", "a", "b", "c"]);
+});
+
+test("half a message at the end of a body does not count", async (t) => {
+  const { session, log } = await rawSession(t);
+  assertEquals(await session.send(text("a") + "TEXT 5\r\nhal", 1), [204, 1]);
+  assertEquals(await session.send(text("whole"), 2), [204, 2]);
+  assertEquals(log, ["open", "a", "whole"]);
+});
+
+test("the server's close comes after what was sent, again and again until it is answered", async (t) => {
+  const { peer, session, stream, resume, log } = await rawSession(t);
+  peer.send("1");
+  peer.close(4000, "done");
+  for (const connection of [stream, await resume(1, 0), await resume(2, 0)]) {
+    const events = await connection.ended();
+    const [message, close] = events.slice(-2);
+    assertEquals([message!.data, close!.type], ["1", "duplex-close"]);
+    assertEquals(JSON.parse(close!.data), { code: 4000, reason: "done", sent: 1 });
+  }
+  assertEquals(log, ["open"]);
+  assertEquals(await session.send(CLOSE_3127, 1), [204, 1]);
+  assertEquals(log, ["open", "close 3127"]);
+});
+
+test("a tombstone replays the close, answers a repeated CLOSE with 2xx, and expires", async (t) => {
+  const { session, stream, resume, log } = await rawSession(t, { resumeTimeout: 1_000 });
+  stream.drop();
+  const frames = text("last") + CLOSE_3127;
+  assertEquals(await session.send(frames, 1), [204, 2]);
+  for (const attempt of [1, 2]) {
+    assertEquals(await session.send(frames, 1), [204, 2]);
+    const again = await resume(attempt, 0);
+    assertEquals(JSON.parse(await again.until("duplex-open")).received, 2);
+    assertEquals(JSON.parse(await again.until("duplex-close")).code, 3127);
+    assertEquals(await again.ended(), []);
+  }
+  assertEquals(log, ["open", "last", "close 3127"]);
+  await until(async () => (await session.send(frames, 1))[0] === 404);
+  assertEquals((await resume(3, 0)).status, 404);
+});
+
+test("a session that expires closes once with 1006, and nothing of it is left", async (t) => {
+  const { ws, peer, session, stream, resume, log, closed } = await rawSession(t, {
+    resumeTimeout: 300,
+  });
+  peer.subscribe("news");
+  peer.send("unread");
+  stream.drop();
+  assertEquals(await closed, { code: 1006, reason: "" });
+  assertEquals([ws.peers.size, peer.topics.size, peer.peers.size, peer.bufferedAmount], [
+    0,
+    0,
+    0,
+    0,
+  ]);
+  assertEquals((await resume(1, 0)).status, 404);
+  assertEquals((await session.send(text("late"), 1))[0], 404);
+  ws.publish("news", "to nobody");
+  assertEquals(log, ["open", "close 1006"]);
+});
+
+test("with resumeTimeout 0 a drop is the end of the session", async (t) => {
+  const { ws, stream, resume, log, closed } = await rawSession(t, { resumeTimeout: 0 });
+  stream.drop();
+  assertEquals(await closed, { code: 1006, reason: "" });
+  assertEquals(ws.peers.size, 0);
+  assertEquals((await resume(1, 0)).status, 404);
+  assertEquals(log, ["open", "close 1006"]);
+});
+
+// ---------------------------------------------------------------- the client, before a script
+
+/** A client whose session a script has opened. */
+async function scriptedClient(t: TestContext, terms = {}) {
+  const server = new ScriptedServer();
+  const client = connect(t, "http://scripted.test/", "post", server.fetch as never);
+  const stream = (await server.next()).stream(terms);
+  t.defer(() => stream.end());
+  await once(client.socket, "open");
+  return { ...client, server, stream };
+}
+
+test("the client resumes through statuses that pass and through network errors", async (t) => {
+  const { server, stream, events, socket } = await scriptedClient(t);
+  stream.write("data: 1\n\ndata: hal");
+  stream.fail();
+  let attempt = 0;
+  for (const status of [408, 425, 429, 500, 503, 0]) {
+    const asked = await server.next();
+    assertEquals(asked.headers.get("last-event-id"), "1"); // half an event does not count
+    assertEquals(asked.headers.get("x-duplex-attempt"), `${++attempt}`);
+    if (status) asked.respond(status);
+    else asked.fail();
+  }
+  const again = (await server.next()).stream();
+  t.defer(() => again.end());
+  again.write("data: half\n\n");
+  await once(socket, "message");
+  assertEquals(events, ["open", "1", "drop", "resume", "half"]);
+});
+
+for (const status of [204, 400, 401, 403, 404, 409, 410]) {
+  test(`a resume answered by ${status} is final: error, then close 1006`, async (t) => {
+    const { server, stream, events, closed } = await scriptedClient(t);
+    stream.end();
+    (await server.next()).respond(status);
+    await closed;
+    assertEquals(events, ["open", "drop", "error", "close 1006 unclean"]);
+    assertEquals(server.asked, []);
+  });
+}
+
+test("an uplink request is repeated through statuses that pass, with the same number and bytes", async (t) => {
+  const { server, socket } = await scriptedClient(t);
+  socket.send("hello");
+  for (const status of [408, 425, 429, 500, 503, 0]) {
+    const asked = await server.next();
+    assertEquals([asked.headers.get("x-duplex-seq"), asked.body], ["1", text("hello")]);
+    if (status) asked.respond(status);
+    else asked.fail();
+  }
+  assertEquals(socket.bufferedAmount, 5);
+  (await server.next()).respond(204, { "x-duplex-received": "1" });
+  await until(() => socket.bufferedAmount === 0);
+  assertEquals(socket.stats.resent, 6);
+});
+
+test("an uplink request answered by another status is final", async (t) => {
+  const { server, socket, events, closed } = await scriptedClient(t);
+  socket.send("hello");
+  (await server.next()).respond(409);
+  await closed;
+  assertEquals(events, ["open", "error", "close 1006 unclean"]);
+});
+
+const DAMAGE: Record<string, { wrong: (state: { count: number }) => string }> = {
+  "a ping with a number that does not fit": {
+    wrong: ({ count }) => `event: duplex-ping\ndata: ${count + 1} \n\n`,
+  },
+  "an acknowledgement of what was not sent": { wrong: () => "event: duplex-ack\ndata: 7 0\n\n" },
+  "an event that cannot be parsed": { wrong: () => "event: duplex-json\ndata: {oops\n\n" },
+};
+
+for (const [what, { wrong }] of Object.entries(DAMAGE)) {
+  test(`${what} makes the client resume once, then close with 1006`, async (t) => {
+    const { server, stream, events, closed } = await scriptedClient(t);
+    stream.write(`data: 1\n\n${wrong({ count: 1 })}data: not counted\n\n`);
+    const asked = await server.next();
+    assertEquals(asked.headers.get("last-event-id"), "1");
+    const again = asked.stream();
+    again.write(`data: 2\n\n${wrong({ count: 2 })}`);
+    await closed;
+    assertEquals(events, [
+      "open",
+      "1",
+      "drop",
+      "resume",
+      "2",
+      "error",
+      "close 1006 unclean",
+    ]);
+    assertEquals(server.asked, []);
+  });
+}
+
+for (const name of ["next", "attempt"] as const) {
+  test(`a resumed stream with another \`${name}\` is resumed once more, then closed with 1006`, async (t) => {
+    const { server, stream, events, closed } = await scriptedClient(t);
+    stream.write("data: 1\n\n");
+    stream.end();
+    (await server.next()).stream({ [name]: 7 });
+    const third = await server.next();
+    assertEquals(third.headers.get("last-event-id"), "1");
+    third.stream({ [name]: 7 });
+    await closed;
+    assertEquals(events, ["open", "1", "drop", "error", "close 1006 unclean"]);
+    assertEquals(server.asked, []);
+  });
+}
+
+test("an acknowledgement that was lost is said again", async (t) => {
+  const { server, stream } = await scriptedClient(t, { window: 1000 });
+  stream.write(`data: ${"x".repeat(600)}\n\n`);
+  for (const status of [0, 503]) {
+    const asked = await server.next();
+    assertEquals(asked.body, ack(1));
+    if (status) asked.respond(status);
+    else asked.fail();
+  }
+  const asked = await server.next();
+  assertEquals(asked.body, ack(1));
+  asked.respond(204);
+});
+
+test("messages that come in one chunk with the session's opening are acknowledged", async (t) => {
+  const server = new ScriptedServer();
+  connect(t, "http://scripted.test/", "post", server.fetch as never);
+  const stream = (await server.next()).stream({ window: 1000 });
+  t.defer(() => stream.end());
+  // Before the client has read anything: the runtime hands it over in one or in two pieces.
+  const resumed = async () => {
+    const asked = await server.next();
+    assertEquals(asked.body, ack(1));
+    asked.respond(204);
+  };
+  stream.write(`data: ${"x".repeat(1000)}\n\n`);
+  await resumed();
+});
+
+test("a server that opens and ends at once is not asked without pause", async (t) => {
+  const { server, stream } = await scriptedClient(t);
+  stream.end();
+  const until = performance.now() + 1_000;
+  let asked = 0;
+  while (performance.now() < until) {
+    const request = await Promise.race([server.next(), sleep(until - performance.now(), t.signal)]);
+    if (!request) break;
+    asked++;
+    request.stream().end();
+  }
+  assert(asked > 2 && asked < 12, `${asked} requests in a second`);
+});
+
+test("the client gives up when resumeTimeout is over", async (t) => {
+  const { server, stream, events, closed } = await scriptedClient(t, { resumeTimeout: 500 });
+  const began = performance.now();
+  stream.end();
+  const refusing = (async () => {
+    for (;;) (await server.next()).fail();
+  })();
+  await Promise.race([closed, refusing]);
+  const took = performance.now() - began;
+  assertEquals(events, ["open", "drop", "error", "close 1006 unclean"]);
+  assert(took > 400 && took < 2_000, `${took} ms`);
+});
+
+test("with resumeTimeout 0 the client does not come back", async (t) => {
+  const { server, stream, events, closed } = await scriptedClient(t, { resumeTimeout: 0 });
+  stream.end();
+  await closed;
+  assertEquals(events, ["open", "drop", "error", "close 1006 unclean"]);
+  assertEquals(server.asked, []);
+});
+
+// ---------------------------------------------------------------- both, through a proxy
+
+/** Silence first, so that what is sent in it is under way when the connections are cut. */
+async function dropWith(proxy: ChaosProxy, action: () => void): Promise<void> {
+  proxy.stallAll();
+  action();
+  await sleep(30); // time to write into the silence
+  proxy.cutAll("rst");
+  proxy.resumeAll();
+}
+
+for (const transport of TRANSPORTS) {
+  test(`over ${transport}, a drop before the first message is not noticed`, async (t) => {
+    const { proxy, socket, peer, events, log } = await connected(t, transport);
+    await dropWith(proxy, () => {
+      socket.send("up");
+      peer.send("down");
+    });
+    await until(() => log.includes("up") && events.includes("down"));
+    assertEquals(told(events), ["open", "down"]);
+    assertEquals(log, ["open", "up"]);
+  });
+
+  test(`over ${transport}, a second drop during the resume loses nothing`, async (t) => {
+    const { proxy, socket, peer, events, log } = await connected(t, transport);
+    await dropWith(proxy, () => {
+      socket.send("1");
+      peer.send("1");
+    });
+    for (const n of ["2", "3"]) {
+      await until(() => proxy.open > 0, { interval: 1 });
+      proxy.cutAll("rst");
+      socket.send(n);
+      peer.send(n);
+    }
+    await until(() => log.includes("3") && events.includes("3"));
+    assertEquals(told(events), ["open", "1", "2", "3"]);
+    assertEquals(log, ["open", "1", "2", "3"]);
+  });
+
+  test(`over ${transport}, the client's close follows its messages across a drop`, async (t) => {
+    const { proxy, socket, events, log, closed } = await connected(t, transport);
+    await dropWith(proxy, () => {
+      for (const n of numbers(1, 5)) socket.send(n);
+      socket.close(4000, "bye");
+    });
+    await closed;
+    assertEquals(log, ["open", ...numbers(1, 5), "close 4000"]);
+    assertEquals(told(events), ["open", "close 4000 clean"]);
+    assertEquals(socket.bufferedAmount, 0);
+  });
+
+  test(`over ${transport}, the server's close follows its messages across a drop`, async (t) => {
+    const { proxy, peer, events, log, closed } = await connected(t, transport);
+    await dropWith(proxy, () => {
+      for (const n of numbers(1, 5)) peer.send(n);
+      peer.close(4001, "bye");
+    });
+    await closed;
+    assertEquals(told(events), ["open", ...numbers(1, 5), "close 4001 clean"]);
+    await until(() => log.length === 2);
+    assertEquals(log, ["open", "close 4001"]);
+  });
+
+  test(`over ${transport}, a hook that waits for drain gets the acknowledgement behind its message`, async (t) => {
+    const { socket, events, log } = await connected(t, transport, {
+      window: 4096,
+      heartbeatInterval: 5_000,
+      hooks: {
+        async message(peer, message) {
+          for (let n = 0; n < 50; n++) {
+            peer.send("x".repeat(2000));
+            await peer.waitForDrain();
+          }
+          peer.send(`end of ${message.text()}`);
+        },
+      },
+    });
+    socket.send("1");
+    socket.send("2");
+    await until(() => events.includes("end of 1") && events.includes("end of 2"), {
+      timeout: 8_000,
+    });
+    assertEquals(log, ["open", "1", "2"]);
+    assertEquals(events.length, 1 + 2 * 51);
+  });
+
+  test(`over ${transport}, an outage shorter than resumeTimeout is survived`, async (t) => {
+    const { proxy, socket, peer, events, log } = await connected(t, transport);
+    proxy.refuse(1_500);
+    proxy.cutAll();
+    socket.send("up");
+    peer.send("down");
+    await until(() => log.includes("up") && events.includes("down"), { timeout: 8_000 });
+    assert(proxy.stats.refusals > 1);
+    assertEquals(events, ["open", "drop", "resume", "down"]);
+    assertEquals(log, ["open", "up"]);
+  });
+
+  test(`over ${transport}, an outage beyond resumeTimeout closes both sides with 1006 in bounded time`, async (t) => {
+    const { proxy, socket, ws, events, log, closed } = await connected(t, transport, {
+      resumeTimeout: 500,
+    });
+    const began = performance.now();
+    proxy.refuse(20_000);
+    proxy.cutAll();
+    socket.send("lost");
+    await closed;
+    await until(() => log.length > 1);
+    assertLess(performance.now() - began, 3_000);
+    assertEquals(events, ["open", "drop", "error", "close 1006 unclean"]);
+    assertEquals(log, ["open", "close 1006"]);
+    assertEquals(ws.peers.size, 0);
+  });
+
+  test(`over ${transport}, a connection that falls silent is resumed`, async (t) => {
+    const { proxy, socket, peer, events, log } = await connected(t, transport);
+    proxy.stallAll({ newcomers: false });
+    socket.send("up");
+    peer.send("down");
+    await until(() => log.includes("up") && events.includes("down"), { timeout: 8_000 });
+    assertEquals(told(events), ["open", "down"]);
+    assertEquals(log, ["open", "up"]);
+  });
+}
+
+test("a session that the server has terminated is closed with 1006 at once", async (t) => {
+  const { peer, events, closed, log } = await connected(t, "duplex");
+  peer.terminate();
+  await closed;
+  assertEquals(events, ["open", "drop", "error", "close 1006 unclean"]);
+  assertEquals(log, ["open", "close 1006"]);
+});
+
+test("a native EventSource resumes by its id alone", async (t) => {
+  const server = await host(t, { bidir: false });
+  const proxy = t.use(await chaos(server.port));
+  const source = new EventSource(proxy.url);
+  t.defer(() => source.close());
+  const seen: string[] = [];
+  source.onmessage = ({ data }) => void seen.push(data);
+  const peer = await server.opened;
+  await once(source as unknown as EventTarget, "open").catch(() => {});
+  peer.send("1");
+  await until(() => seen.length === 1);
+  proxy.cutAll("rst");
+  peer.send("2");
+  await until(() => seen.length === 2, { timeout: 8_000 });
+  peer.send("3");
+  await until(() => seen.length === 3);
+  assertEquals(seen, ["1", "2", "3"]);
+  assertEquals(server.log, ["open"]);
+}, { timeout: 15_000 });

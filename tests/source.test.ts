@@ -1,0 +1,92 @@
+/** Rules of the two source files: they can be pasted, and loading them does nothing. */
+import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import {
+  assert,
+  assertEquals,
+  assertStringIncludes,
+  root,
+  type Runtime,
+  strip,
+  test,
+} from "./harness.ts";
+
+const files = ["server.ts", "client.ts"];
+const read = (file: string) => readFile(join(root, file), "utf8");
+
+/** Code without what stands in comments, which may well speak of imports. */
+const withoutComments = (code: string) =>
+  code.replace(/\/\*[\s\S]*?\*\//g, "").replace(/(^|\s)\/\/.*$/gm, "$1");
+
+for (const file of files) {
+  test(`${file} imports nothing, in no way`, async () => {
+    const code = withoutComments(await read(file));
+    assertEquals(code.match(/^.*\bimport\b.*$/gm), null);
+    assertEquals(code.match(/^.*\brequire\b.*$/gm), null);
+    assertEquals(code.match(/^.*\bexport\b.*\bfrom\b.*$/gm), null);
+    assertEquals(code.match(/^.*\bimportScripts\b.*$/gm), null);
+  });
+
+  test(`${file} names no runtime's own objects`, async () => {
+    const code = withoutComments(await read(file));
+    assertEquals(code.match(/^.*\b(Deno|Bun|process|__dirname)\.(?!customInspect).*$/gm), null);
+  });
+
+  test(`${file} loads with its types erased by the runtime that runs the tests`, async () => {
+    await using stripped = await strip(file);
+    await import(`file://${stripped.file}`);
+  });
+
+  for (const runtime of ["deno", "bun", "node"] as Runtime[]) {
+    test(`loading ${file} on ${runtime} starts no timer, no I/O, draws no randomness`, async (t) => {
+      const stripped = t.use(await strip(file));
+      const child = await t.spawn(runtime, "tests/fixtures/load.mjs", { args: [stripped.file] });
+      const lines: string[] = [];
+      for await (const line of child.lines()) lines.push(line);
+      const { code } = await child.exited;
+      const name = file === "server.ts" ? "sseAdapter" : "WebSocketSSE";
+      assertEquals([lines, code], [[`loaded: ${name}`], 0], child.stderr());
+    });
+  }
+}
+
+for (const call of ["setTimeout(() => {})", "fetch('http://localhost:1')", "Math.random()"]) {
+  test(`${call} while loading would be noticed`, async (t) => {
+    const folder = await mkdtemp(join(tmpdir(), "duplex-load-"));
+    t.defer(() => rm(folder, { recursive: true }));
+    const file = join(folder, "module.mjs");
+    await writeFile(file, `export const value = ${call};`);
+    const child = await t.spawn("deno", "tests/fixtures/load.mjs", { args: [file] });
+    assertEquals((await child.exited).code, 1);
+    assertStringIncludes(child.stderr(), "while loading");
+  });
+}
+
+test("the wire's vocabulary is the same in both files", async () => {
+  const [server, client] = await Promise.all(
+    files.map(async (file) => vocabulary(await read(file))),
+  );
+  assert(server!.length > 10);
+  assertEquals(server, client);
+});
+
+/** The lines between the vocabulary's heading and the next. */
+function vocabulary(code: string): string[] {
+  const lines = code.split("\n");
+  const begin = lines.findIndex((line) => line.startsWith("// --- The wire's vocabulary."));
+  const end = lines.findIndex((line, i) => i > begin && line.startsWith("// ---"));
+  assert(begin > 0 && end > begin, "the heading of the vocabulary");
+  return lines.slice(begin + 1, end).filter((line) => line);
+}
+
+test("every name of the vocabulary is used, or at least known, in both files", async () => {
+  for (const file of files) {
+    const code = await read(file);
+    for (const line of vocabulary(code)) {
+      const [, name] = /^const ([A-Z_]+) = "[^"]+";$/.exec(line) ?? [];
+      assert(name, `${file}: ${line}`);
+      assert(code.split(new RegExp(`\\b${name}\\b`)).length > 2, `${file} does not use ${name}`);
+    }
+  }
+});

@@ -1,0 +1,348 @@
+/**
+ * A client by hand: it sends exactly the bytes and headers that a test says,
+ * over a real connection or into an adapter's `fetch`, and reads the stream
+ * event by event. And a server to misuse, with somebody else on it.
+ *
+ * @module
+ */
+import { type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
+import { type Hooks } from "../server.ts";
+import { assertEquals, type TestContext, until, within } from "./harness.ts";
+import { concat } from "./split.ts";
+
+export type Fetch = (request: Request) => Promise<Response>;
+type Headers_ = Record<string, string>;
+
+const encoder = new TextEncoder();
+const bytesOf = (data: string | Uint8Array) =>
+  (typeof data === "string" ? encoder.encode(data) : data) as Uint8Array<ArrayBuffer>;
+
+/** A frame of the uplink, with the length that is right. */
+export function frame(type: string, payload: string | Uint8Array = ""): Uint8Array<ArrayBuffer> {
+  const bytes = bytesOf(payload);
+  const head = encoder.encode(`${type} ${bytes.length.toString(16)}\r\n`);
+  return concat([head, bytes, encoder.encode("\r\n")]) as Uint8Array<ArrayBuffer>;
+}
+
+/** The payload of a CLOSE. */
+export function closePayload(code: number, reason: string | Uint8Array = ""): Uint8Array {
+  return concat([new Uint8Array([code >> 8, code & 255]), bytesOf(reason)]);
+}
+
+/** A body that goes as these chunks, and, unless it is to stay open, ends. */
+export function streamOf(
+  chunks: Iterable<string | Uint8Array>,
+  { open = false, cancelled = () => {} }: { open?: boolean; cancelled?: () => void } = {},
+): ReadableStream<Uint8Array<ArrayBuffer>> {
+  const iterator = chunks[Symbol.iterator]();
+  return new ReadableStream({
+    pull(controller) {
+      const { done, value } = iterator.next();
+      if (!done) return controller.enqueue(bytesOf(value));
+      if (!open) return controller.close();
+      return new Promise(() => {});
+    },
+    cancel: cancelled,
+  }, { highWaterMark: 0 });
+}
+
+/** A POST body by hand; a stream goes in chunks. */
+export function post(
+  url: string,
+  headers: Headers_,
+  body?: string | Uint8Array | ReadableStream | null,
+  signal?: AbortSignal,
+): Request {
+  return new Request(url, {
+    method: "POST",
+    headers,
+    ...signal && { signal },
+    ...body !== undefined && body !== null &&
+      { body: typeof body === "string" ? encoder.encode(body) : body as BodyInit },
+    ...body instanceof ReadableStream && { duplex: "half" },
+  } as RequestInit);
+}
+
+export interface WireEvent {
+  type: string;
+  data: string;
+}
+
+/** What a client of either level must say to open. */
+export const FULL: Headers_ = { accept: "text/event-stream", "x-duplex-version": "1" };
+export const UPLINK: Headers_ = { "content-type": "application/websocket-events" };
+
+/** One session, held by its stream. */
+export class WirePeer implements AsyncDisposable {
+  readonly response: Response;
+  readonly url: string;
+  readonly #fetch: Fetch;
+  readonly #reader: ReadableStreamDefaultReader<Uint8Array>;
+  readonly #full: boolean;
+  #text = "";
+  #decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  token = "";
+  /** What `duplex-open` said. */
+  terms: Record<string, number | string> = {};
+  /** The resume secret and number of the last `id:` line. */
+  id = "";
+  seq = 1;
+  /** Ends a duplex request; without it, its body would keep the connection. */
+  #abort: AbortController | undefined;
+
+  private constructor(fetch: Fetch, url: string, response: Response, full: boolean) {
+    this.#fetch = fetch;
+    this.url = url;
+    this.response = response;
+    this.#reader = response.body!.getReader();
+    this.#full = full;
+  }
+
+  static async open(
+    fetch: Fetch,
+    url: string,
+    { full = true, headers = {} }: { full?: boolean; headers?: Headers_ } = {},
+  ): Promise<WirePeer> {
+    const accept = full ? FULL : { accept: "text/event-stream" };
+    const request = new Request(url, { headers: { ...accept, ...headers } });
+    return await WirePeer.of(fetch, url, await fetch(request), full);
+  }
+
+  /** With the uplink in the body of the request that opens. */
+  static async duplex(
+    fetch: Fetch,
+    url: string,
+    body: ReadableStream,
+    headers: Headers_ = { "x-duplex-seq": "1" },
+  ): Promise<WirePeer> {
+    const abort = new AbortController();
+    const request = post(url, { ...FULL, ...UPLINK, ...headers }, body, abort.signal);
+    const peer = await WirePeer.of(fetch, url, await fetch(request), true);
+    peer.#abort = abort;
+    return peer;
+  }
+
+  /** A stream that has just been answered. */
+  static async of(
+    fetch: Fetch,
+    url: string,
+    response: Response,
+    full = true,
+  ): Promise<WirePeer> {
+    if (response.status !== 200) {
+      throw new Error(`not opened: ${response.status} ${await response.text()}`);
+    }
+    const peer = new WirePeer(fetch, url, response, full);
+    peer.token = response.headers.get("x-crossws-id") ?? "";
+    if (full) {
+      assertEquals(await peer.next(), { type: "crossws-id", data: peer.token });
+      peer.terms = JSON.parse((await peer.next("duplex-open"))!.data);
+      peer.seq = Number(peer.terms.received) + 1;
+    }
+    return peer;
+  }
+
+  /** The next event, or the next of a type; undefined at the end of the stream. */
+  async next(type?: string): Promise<WireEvent | undefined> {
+    for (;;) {
+      const event = await within(this.#event(), 5_000, `event ${type ?? ""}`);
+      if (!event || type === undefined || event.type === type) return event;
+    }
+  }
+
+  async #event(): Promise<WireEvent | undefined> {
+    for (;;) {
+      const end = this.#text.indexOf("\n\n");
+      if (end < 0) {
+        const { done, value } = await this.#reader.read();
+        if (done) return;
+        this.#text += this.#decoder.decode(value, { stream: true });
+        continue;
+      }
+      const lines = this.#text.slice(0, end).split("\n");
+      this.#text = this.#text.slice(end + 2);
+      const field = (name: string) =>
+        lines.filter((line) => line.startsWith(`${name}: `)).map((l) => l.slice(name.length + 2));
+      this.id = field("id")[0] ?? this.id;
+      const data = field("data");
+      if (data.length) return { type: field("event")[0] ?? "", data: data.join("\n") };
+    }
+  }
+
+  /** The next message, whichever level. */
+  async message(): Promise<string> {
+    return (await this.next(this.#full ? "" : "message"))!.data;
+  }
+
+  /** The code that the server's close gives. */
+  async closed(): Promise<number> {
+    return JSON.parse((await this.next(this.#full ? "duplex-close" : "close"))!.data).code;
+  }
+
+  /** Sends a body; `x-duplex-seq` is the next number unless told otherwise. */
+  async post(
+    body?: string | Uint8Array | ReadableStream | null,
+    headers: Headers_ = this.#full ? { ...UPLINK, "x-duplex-seq": `${this.seq}` } : {},
+  ): Promise<Response> {
+    return await this.#fetch(post(this.url, {
+      "x-crossws-id": this.token,
+      ...this.#full ? { "x-duplex-version": "1" } : { "content-type": "text/plain" },
+      ...headers,
+    }, body));
+  }
+
+  /** Sends one text and returns the status. */
+  async send(text: string): Promise<number> {
+    const response = await this.post(this.#full ? frame("TEXT", text) : text);
+    await response.body?.cancel();
+    if (response.ok) this.seq++;
+    return response.status;
+  }
+
+  /** Says, or answers, CLOSE. */
+  async close(code = 1000): Promise<number> {
+    const response = await this.post(frame("CLOSE", closePayload(code)));
+    await response.body?.cancel();
+    return response.status;
+  }
+
+  /** Drops the connection. */
+  async drop(): Promise<void> {
+    this.#abort?.abort();
+    await this.#reader.cancel().catch(() => {});
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.drop().catch(() => {});
+  }
+}
+
+/** What a hook was called with, in order. */
+export interface Call {
+  hook: string;
+  detail: unknown;
+}
+
+/** A server that echoes and counts, with a bystander who must not notice anything. */
+export class Scene {
+  readonly ws: SSEAdapter;
+  readonly calls: Call[] = [];
+  readonly fetch: Fetch;
+  readonly url: string;
+  readonly port: number;
+  readonly t: TestContext;
+
+  private constructor(
+    t: TestContext,
+    ws: SSEAdapter,
+    calls: Call[],
+    server: { url: string; port: number },
+  ) {
+    this.t = t;
+    this.ws = ws;
+    this.calls = calls;
+    this.url = `${server.url}/room`;
+    this.port = server.port;
+    this.fetch = (request) => fetch(request);
+  }
+
+  static async make(
+    t: TestContext,
+    options: SSEOptions = {},
+    hooks: Partial<Hooks> = {},
+  ): Promise<Scene> {
+    const calls: Call[] = [];
+    // Those of the bystander are not counted.
+    const log = (hook: string, namespace: string, detail: unknown) => {
+      if (namespace !== "/bystander") calls.push({ hook, detail });
+    };
+    const ws = sseAdapter({
+      bidir: true,
+      resumeTimeout: 150,
+      ...options,
+      hooks: {
+        upgrade: (request) => {
+          log("upgrade", new URL(request.url).pathname, request.method);
+        },
+        open: (peer) => log("open", peer.namespace, peer),
+        message(peer, message) {
+          log("message", peer.namespace, message.rawData);
+          peer.send(message.rawData);
+        },
+        close: (peer, { code }) => log("close", peer.namespace, code),
+        error: (peer, error) => log("error", peer.namespace, error),
+        drain: (peer) => log("drain", peer.namespace, undefined),
+        ping: (peer, data) => log("ping", peer.namespace, data),
+        pong: (peer, data) => log("pong", peer.namespace, data),
+        ...hooks,
+      },
+    });
+    const server = await t.serve((request, info) => ws.fetch(request, info));
+    t.defer(() => ws.close());
+    return new Scene(t, ws, calls, server);
+  }
+
+  /** The names of the hooks called, without those of admission. */
+  hooks(...but: string[]): string[] {
+    return this.calls.map(({ hook }) => hook).filter((hook) => !["upgrade", ...but].includes(hook));
+  }
+
+  /** How often a hook was called. */
+  count(hook: string): number {
+    return this.calls.filter((call) => call.hook === hook).length;
+  }
+
+  async open(options?: { full?: boolean; headers?: Headers_ }): Promise<WirePeer> {
+    return this.t.use(await WirePeer.open(this.fetch, this.url, options));
+  }
+
+  async duplex(body: ReadableStream, headers?: Headers_): Promise<WirePeer> {
+    return this.t.use(await WirePeer.duplex(this.fetch, this.url, body, headers));
+  }
+
+  /** A request by hand, whose answer is read to its end. */
+  async ask(request: Request): Promise<{ status: number; headers: Headers; text: string }> {
+    const { status, headers, ...response } = await this.fetch(request).then(async (response) => ({
+      status: response.status,
+      headers: response.headers,
+      text: await response.text(),
+    }));
+    return { status, headers, ...response };
+  }
+
+  /** Ends what is there, and shows that the server goes on serving others and keeps nobody. */
+  async check(bystander: WirePeer | undefined): Promise<void> {
+    if (bystander) {
+      assertEquals(await bystander.send("still there?"), 204);
+      assertEquals(await bystander.message(), "still there?");
+      assertEquals(await bystander.close(), 204);
+    }
+    await until(() => this.ws.peers.size === 0);
+    assertEquals(this.count("close"), this.count("open"), "close, once a session");
+  }
+}
+
+/** Misuses a server while another peer is on it, who must be served afterwards as before. */
+export async function misuse(
+  t: TestContext,
+  body: (scene: Scene) => Promise<void>,
+  options: SSEOptions = {},
+  hooks: Partial<Hooks> = {},
+): Promise<void> {
+  const scene = await Scene.make(t, options, hooks);
+  const url = scene.url.replace("/room", "/bystander");
+  const bystander = t.use(await WirePeer.open(scene.fetch, url));
+  await body(scene);
+  await scene.check(options.bidir === false ? undefined : bystander);
+}
+
+/** Collects what goes to the console instead of printing it, until the test ends. */
+export function quiet(t: TestContext): unknown[][] {
+  const said: unknown[][] = [];
+  for (const name of ["log", "error", "warn", "info", "debug"] as const) {
+    const original = console[name];
+    console[name] = (...args: unknown[]) => void said.push(args);
+    t.defer(() => console[name] = original);
+  }
+  return said;
+}
