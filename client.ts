@@ -54,7 +54,7 @@ const MAX_CHUNK = 64 * 1024;
 const MAX_KEEPALIVE = 60 * 1024;
 const OPEN_TIMEOUT = 30_000;
 /** How long a single request that carries both directions has to answer before we ask by GET. */
-const DUPLEX_TIMEOUT = 3_000;
+const DUPLEX_TIMEOUT = 2_000;
 const CLOSE_ANSWER_TIMEOUT = 3_000;
 const ACK_DELAY = 1_000;
 const WATCH_PERIOD = 250;
@@ -549,7 +549,8 @@ export class WebSocketSSE extends EventTarget {
         return this.#accept(connection);
       }
       connection?.end();
-      this.#leaveTransport("stream");
+      // No answer at all: the request is held until its body ends, as any streaming one would be.
+      this.#leaveTransport(connection ? "stream" : "post");
     }
     return this.#accept(await this.#connect(headers, OPEN_TIMEOUT));
   }
@@ -652,6 +653,10 @@ export class WebSocketSSE extends EventTarget {
   async #read(connection: Connection): Promise<void> {
     const reader = connection.response!.body!.getReader();
     connection.reader = reader;
+    // An answer without its first events: no ticker watches yet. (crossws's wire has no heartbeats.)
+    const opening = this.#full && !this.#terms
+      ? setTimeout(() => this.#terms || connection.end(), OPEN_TIMEOUT)
+      : undefined;
     const parser = new EventParser((type, data) => {
       if (connection !== this.#connection) return;
       try {
@@ -681,6 +686,7 @@ export class WebSocketSSE extends EventTarget {
     } catch {
       // the connection broke: as good as its end
     }
+    clearTimeout(opening);
     connection.end();
     if (connection === this.#connection) this.#connection = undefined;
   }

@@ -1123,7 +1123,7 @@ class Session implements Receiver {
     this.#asked = false;
     this.#ackDue = true;
     if (this.readyState === OPEN) this.deadline = Infinity;
-    const preface = this.full ? this.#hub.preface(this) : `id: ${this.key}.${received}\n` +
+    const preface = this.full ? this.#hub.preface(this) : `retry: 1000\nid: ${this.key}.${received}\n` +
       (this.#hub.bidir ? `event: ${TOKEN_EVENT}\ndata: ${this.token}\n\n` : "\n");
     this.#lastWrite = Date.now();
     this.#connection = new Connection(this, encoder.encode(preface));

@@ -41,7 +41,10 @@ interface Link {
 const links: Link[] = [];
 let left = Infinity;
 let bytes = 0;
+/** Connections that the server ended. */
+let closed = 0;
 let whenDone = () => {};
+let lastAt = 0;
 let onMessages = () => {};
 
 function onData(socket: Bun.Socket<Link>, data: Uint8Array): void {
@@ -95,7 +98,10 @@ function connect(kind: Kind, port: number, head: string): Promise<{ link: Link; 
           socket.data.rest = undefined;
           if (rest) write(socket.data, rest);
         },
-        close: (socket) => reject(new Error(`${socket.data.kind}: closed`)),
+        close(socket) {
+          if (links.includes(socket.data)) closed++;
+          reject(new Error(`${socket.data.kind}: closed`));
+        },
         connectError: (_, error) => reject(error),
       },
     }).catch(reject);
@@ -156,19 +162,23 @@ answer({
     }
   },
 
-  /** Waits for this many messages in all; answers with the time of the last. */
-  async expect({ messages, timeout = 60_000 }) {
+  /** Messages that are to come from now on. */
+  expect({ messages }) {
     left = messages;
-    const missing = await new Promise<boolean>((resolve) => {
-      const timer = setTimeout(() => resolve(true), timeout);
-      whenDone = () => {
-        clearTimeout(timer);
-        resolve(false);
-      };
-    });
-    if (missing) throw new Error(`${left} of ${messages} messages are missing`);
-    left = Infinity;
-    return Date.now();
+    lastAt = 0;
+    whenDone = () => {
+      lastAt = Date.now();
+      left = Infinity;
+    };
+  },
+
+  /** The time at which the last of them came. */
+  async arrived() {
+    for (const late = Date.now() + 60_000; !lastAt; await Bun.sleep(1)) {
+      if (Date.now() < late) continue;
+      throw new Error(`${left} messages are missing, ${closed} connections have closed`);
+    }
+    return lastAt;
   },
 
   /** Bytes of all connections until now. */

@@ -3,10 +3,11 @@ import type { Page } from "playwright-core";
 import type { WebSocketSSE, WebSocketSSEOptions } from "../client.ts";
 import type { Message, Peer, SSEOptions } from "../server.ts";
 import { chaos } from "./chaos.ts";
-import { clientScript, windows } from "./chromium.ts";
+import { clientScript, startChromium } from "./chromium.ts";
 import { assert, assertEquals, needs, runtime, test, type TestContext, until } from "./harness.ts";
 import { listen, Queue } from "./pair.ts";
 
+const browser = await startChromium();
 const skip = needs("chromium", "openssl");
 const timeout = 60_000;
 const MiB = 1024 * 1024;
@@ -90,7 +91,7 @@ async function site(
 
 /** A window that shows the page of a site. */
 async function visit(t: TestContext, url: string): Promise<Page> {
-  const page = await (await windows(t)).newPage();
+  const page = await (await browser.windows(t)).newPage();
   await page.goto(url);
   return page;
 }

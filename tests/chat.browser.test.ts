@@ -1,6 +1,6 @@
 /** The chat page as two people see it, in two tabs of Chromium, served by Deno and by Bun. */
 import type { Page } from "playwright-core";
-import { picture, windows } from "./chromium.ts";
+import { picture, startChromium } from "./chromium.ts";
 import {
   assertEquals,
   assertGreaterOrEqual,
@@ -11,6 +11,7 @@ import {
   until,
 } from "./harness.ts";
 
+const browser = await startChromium();
 const timeout = 90_000;
 
 /** Starts an example on a free port; the address of its page. */
@@ -55,7 +56,7 @@ const messages = "#log [data-testid=message] p";
 for (const server of ["deno", "bun"] as const) {
   test(`two tabs chat through ${server}`, async (t) => {
     const url = await start(t, server);
-    const context = await windows(t);
+    const context = await browser.windows(t);
     const [ada, grace] = [await context.newPage(), await context.newPage()];
     const errors: string[] = [];
     for (const page of [ada, grace]) page.on("pageerror", (error) => errors.push(`${error}`));
@@ -120,7 +121,7 @@ for (const server of ["deno", "bun"] as const) {
 
 test("the chat is usable by keyboard on a narrow, dark screen", async (t) => {
   const url = await start(t, "bun");
-  const context = await windows(t, {
+  const context = await browser.windows(t, {
     viewport: { width: 360, height: 640 },
     colorScheme: "dark",
   });

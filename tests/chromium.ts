@@ -4,7 +4,7 @@
  *
  * @module
  */
-import { type ChildProcess, spawn } from "node:child_process";
+import { spawn } from "node:child_process";
 import fs from "node:fs";
 import { mkdir, mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -21,15 +21,50 @@ import { command, runtime, strip, type TestContext, until } from "./harness.ts";
 const flags =
   "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --remote-debugging-port=0";
 
-const executable = command("chromium");
-const profile = executable && await mkdtemp(join(tmpdir(), "duplex-chromium-"));
-const child: ChildProcess | undefined = executable
-  ? spawn(executable, [...flags.split(" "), `--user-data-dir=${profile}`, "about:blank"], {
-    stdio: "ignore",
-  })
-  : undefined;
-const exited = new Promise((resolve) => child?.once("exit", resolve));
-if (child) (await afterAll())(end);
+/** A running Chromium, which ends with the file that started it. */
+export interface Chromium {
+  /** Windows of a profile of their own: cookies and cache are not shared with other tests. */
+  windows(t: TestContext, options?: BrowserContextOptions): Promise<BrowserContext>;
+}
+
+/**
+ * Starts Chromium, outside of any test, for all tests of the file. Where it is not
+ * installed those are skipped: see `needs`.
+ */
+export async function startChromium(): Promise<Chromium> {
+  const executable = command("chromium");
+  if (!executable) return { windows: () => Promise.reject(new Error("There is no Chromium")) };
+  const profile = await mkdtemp(join(tmpdir(), "duplex-chromium-"));
+  const child = spawn(
+    executable,
+    [...flags.split(" "), `--user-data-dir=${profile}`, "about:blank"],
+    { stdio: "ignore" },
+  );
+  const exited = new Promise((resolve) => child.once("exit", resolve));
+  const kill = () => child.kill("SIGKILL");
+  process.once("exit", kill); // where no test was chosen, nothing comes after all tests
+  (await afterAll())(async () => {
+    process.off("exit", kill);
+    kill();
+    await exited;
+    // Its other processes may still write for a moment.
+    await until(() => rm(profile, { recursive: true }).then(() => true, () => false));
+  });
+  return {
+    async windows(t, options) {
+      const browser = await chromium.connectOverCDP(await endpoint(profile), {
+        artifactsDir: profile, // a folder of its own it would remove too late for Deno's sanitizers
+      });
+      t.defer(async () => {
+        await browser.close();
+        await Promise.allSettled(removals);
+      });
+      const context = await browser.newContext({ ignoreHTTPSErrors: true, ...options });
+      t.defer(() => context.close());
+      return context;
+    },
+  };
+}
 
 /** The runner's own way to tell that the file's tests are over. */
 async function afterAll(): Promise<(action: () => Promise<void>) => void> {
@@ -38,21 +73,13 @@ async function afterAll(): Promise<(action: () => Promise<void>) => void> {
   return (await import(specifier)).afterAll;
 }
 
-async function end(): Promise<void> {
-  child!.kill("SIGKILL");
-  await exited;
-  // Its other processes may still write for a moment.
-  await until(() => rm(profile!, { recursive: true }).then(() => true, () => false));
-}
-
-/** Where Chromium wants to be spoken to: it writes the port into its profile. */
-async function endpoint(): Promise<string> {
-  const file = join(profile!, "DevToolsActivePort");
-  const text = await until(() => readFile(file, "utf8").catch(() => ""), {
-    timeout: 30_000,
-    interval: 50,
-  });
-  const [port, path] = text.split("\n");
+/** Where Chromium wants to be spoken to: it writes the port and a path into its profile. */
+async function endpoint(profile: string): Promise<string> {
+  const file = join(profile, "DevToolsActivePort");
+  const [, port, path] = await until(
+    async () => /^(\d+)\n(\/.+)/.exec(await readFile(file, "utf8").catch(() => "")),
+    { timeout: 30_000, interval: 50 },
+  );
   return `ws://127.0.0.1:${port}${path}`;
 }
 
@@ -68,23 +95,6 @@ Object.assign(fs.promises, {
     return removal;
   },
 });
-
-/** Windows of a browser profile of its own: cookies and cache are not shared with other tests. */
-export async function windows(
-  t: TestContext,
-  options: BrowserContextOptions = {},
-): Promise<BrowserContext> {
-  const browser = await chromium.connectOverCDP(await endpoint(), {
-    artifactsDir: profile!, // a folder of its own it would remove too late for Deno's sanitizers
-  });
-  t.defer(async () => {
-    await browser.close();
-    await Promise.allSettled(removals);
-  });
-  const context = await browser.newContext({ ignoreHTTPSErrors: true, ...options });
-  t.defer(() => context.close());
-  return context;
-}
 
 /** The client as a browser can load it. */
 export async function clientScript(): Promise<string> {

@@ -63,7 +63,7 @@ export function contract(
   { notNative = {} }: ContractOptions = {},
 ): void {
   // A deviation is said where the test is; it is no test that could not run.
-  const targets = notNative[runtime] && !(globalThis as any).process.env.ALLN ? ours : [native, ...ours];
+  const targets = notNative[runtime] ? ours : [native, ...ours];
   for (const target of targets) test(`${target.name}: ${sentence}`, (t) => body(t, target));
 }
 

@@ -123,7 +123,7 @@ for (const full of [true, false]) {
       const reader = t.use(await RawStream.open(server.port, { full }));
       const other = t.use(await RawStream.open(server.port, { full }));
       for (const size of [64 * 1024, 1024 * 1024, 1]) {
-        await using victim = await RawStream.open(server.port, { full });
+        await using _victim = await RawStream.open(server.port, { full });
         const before = await server.run((s) => s.memory());
         const result = await server.run(async (s, size) => {
           const peer = s.peers.at(-1)!;
@@ -154,8 +154,7 @@ for (const full of [true, false]) {
           // Millions of small messages leave pages behind that nothing holds any more.
           if (size > 1) assertLess(rise("rss"), limit + WINDOW + CONSTANT, `rss, ${size}`);
         }
-        victim.response.destroy();
-        const after = await server.run((s) => s.memory());
+        const after = await server.run((s) => s.memory()); // though the victim is still there
         assertLess(after.heap - before.heap, 8 * MB, `freed after messages of ${size}`);
       }
       await server.run((s) => void s.peers.slice(0, 2).forEach((peer) => peer.send("still here")));
@@ -173,7 +172,7 @@ test(
       await measured(runtime, (s) => ({
         bidir: true,
         idleTimeout: 0,
-        maxBufferedAmount: 512 * 1024,
+        maxBufferedAmount: 700 * 1024,
         hooks: {
           open(peer) {
             s.peers.push(peer);

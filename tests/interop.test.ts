@@ -6,7 +6,7 @@ import { spawn as start } from "node:child_process";
 import crosswsAdapter from "crossws/adapters/sse";
 import { WebSocketSSE as CrosswsClient } from "crossws/websocket/sse";
 import { EventSource as NpmEventSource } from "eventsource";
-import { type Message, type Peer, type SSEOptions } from "../mod.ts";
+import type { Message, Peer, SSEOptions } from "../mod.ts";
 import { chaos } from "./chaos.ts";
 import {
   assert,
@@ -321,16 +321,14 @@ test("an event id that is unknown, expired or of another path opens a new sessio
     await open(id);
     await peers.next();
   }
-  const { events, first } = await open(undefined);
+  const { first } = await open(undefined);
   const peer = await peers.next();
   await open(first.id, "/other");
   assertNotEquals((await peers.next()).id, peer.id);
-  await open(first.id); // the same session: no peer is opened
+  const { events } = await open(first.id); // the same session: no peer is opened
   assertEquals(peers.left, 0);
   await events.cancel();
-  // All vanish in their turn; then the id is as good as none.
-  for (const one of [peer]) one.terminate();
-  await closes.next();
+  assertEquals(await closes.next(), { code: 1006, reason: "" }); // expired
   await open(first.id);
   assertNotEquals((await peers.next()).id, peer.id);
 });

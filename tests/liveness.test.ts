@@ -66,6 +66,7 @@ async function proxy(
   watch: (state: Proxy, end: (last?: string) => void) => {
     up(data: Uint8Array): void;
     down(data: Uint8Array): void;
+    closed?(): void;
   },
 ): Promise<Proxy> {
   const sockets = new Set<net.Socket>();
@@ -89,6 +90,7 @@ async function proxy(
       from.on("error", () => {});
       from.on("close", () => {
         sockets.delete(from);
+        seen.closed?.();
         to.destroy();
       });
     }
@@ -126,6 +128,7 @@ function impatient(port: number, patience: number): Promise<Proxy> {
         // An answer that is complete: what follows is a connection kept for later.
         if (Buffer.from(data).toString("latin1").includes("HTTP/1.1 204")) clearTimeout(timer);
       },
+      closed: () => clearTimeout(timer),
     };
   });
 }
@@ -171,34 +174,37 @@ for (const transport of transports) {
   });
 }
 
-test("both legs of a quiet session carry bytes at least every heartbeatInterval", async (t) => {
-  const interval = 300;
-  const ws = adapter(t, { heartbeatInterval: interval });
-  const server = await t.serve(ws.fetch);
-  const gaps = { up: 0, down: 0 };
-  const last = { up: Infinity, down: Infinity };
-  const counts = { up: 0, down: 0 };
-  const see = (leg: "up" | "down") => () => {
-    const now = performance.now();
-    gaps[leg] = Math.max(gaps[leg], now - last[leg]);
-    last[leg] = now;
-    counts[leg]++;
-  };
-  const glass = t.use(await proxy(server.port, () => ({ up: see("up"), down: see("down") })));
-  const client = connect(t, glass.url, "duplex");
-  await once(client, "open");
-  // Messages at odd moments, after which a timer may forget that one is due.
-  for (const pause of [450, 370, 430, 610, 1500]) {
-    for (const peers of ws.peers.values()) for (const peer of peers) peer.send("x");
-    client.send("y");
-    await sleep(pause, t.signal);
-  }
-  for (const leg of ["up", "down"] as const) {
-    assertLessOrEqual(gaps[leg], interval + 150, leg); // 150 for a busy machine
-    // And not more often than it must.
-    assertLess(counts[leg], 60, leg);
-  }
-});
+for (const transport of ["duplex", "post"] as const) {
+  test(`a quiet session carries bytes at least every heartbeatInterval (${transport})`, async (t) => {
+    const interval = 300;
+    const ws = adapter(t, { heartbeatInterval: interval });
+    const server = await t.serve(ws.fetch);
+    const gaps = { up: 0, down: 0 };
+    const last = { up: Infinity, down: Infinity };
+    const counts = { up: 0, down: 0 };
+    const see = (leg: "up" | "down") => () => {
+      const now = performance.now();
+      gaps[leg] = Math.max(gaps[leg], now - last[leg]);
+      last[leg] = now;
+      counts[leg]++;
+    };
+    const glass = t.use(await proxy(server.port, () => ({ up: see("up"), down: see("down") })));
+    const client = connect(t, glass.url, transport);
+    await once(client, "open");
+    // Messages at odd moments, after which a timer may forget that one is due.
+    for (const pause of [450, 370, 430, 610, 1500]) {
+      for (const peers of ws.peers.values()) for (const peer of peers) peer.send("x");
+      if (transport === "duplex") client.send("y");
+      await sleep(pause, t.signal);
+    }
+    // "post" has no uplink that could be kept alive.
+    for (const leg of transport === "duplex" ? ["up", "down"] as const : ["down"] as const) {
+      assertLessOrEqual(gaps[leg], interval + 150, leg); // 150 for a busy machine
+      // And not more often than it must.
+      assertLess(counts[leg], 60, leg);
+    }
+  });
+}
 
 const long = soak ? 300 : 12;
 test(
@@ -324,7 +330,7 @@ for (const transport of transports) {
 }
 
 test("a peer whose network has died is closed within idleTimeout and resumeTimeout", async (t) => {
-  for (const transport of transports) {
+  await Promise.all(transports.map(async (transport) => {
     const closed = deferred<{ code?: number; at: number }>();
     const ws = adapter(t, {
       heartbeatInterval: 100,
@@ -348,8 +354,8 @@ test("a peer whose network has died is closed within idleTimeout and resumeTimeo
     assertEquals(ws.peers.size, 0);
     const { code: seen } = await gone; // the client gives up as well
     assertEquals(seen, 1006);
-  }
-}, { timeout: 25_000 });
+  }));
+}, { timeout: 15_000 });
 
 test("a client that only receives answers pings by post, and stays", async (t) => {
   let pongs = 0;
@@ -386,6 +392,25 @@ test("a client that is closed by a server that never answers ends in bounded tim
   const { code, wasClean } = await closed;
   assertEquals([code, wasClean], [1006, false]);
   assertLess(performance.now() - start, 1500);
+});
+
+test("a client whose opening is answered by silence fails in bounded time", async (t) => {
+  const { setTimeout } = globalThis;
+  t.defer(() => globalThis.setTimeout = setTimeout);
+  // The 30 s that a client gives an opening, at a hundredth.
+  globalThis.setTimeout =
+    ((task: () => void, delay = 0) => setTimeout(task, delay === 30_000 ? 300 : delay)) as never;
+  const silent = new ReadableStream({
+    start: (controller) => controller.enqueue(new Uint8Array([58])),
+  });
+  const server = await t.serve(() =>
+    new Response(silent, {
+      headers: { "content-type": "text/event-stream", "x-duplex-version": "1" },
+    })
+  );
+  const client = new WebSocketSSE(server.url, { transport: "post" });
+  const { code } = await once<CloseEvent>(client, "close");
+  assertEquals(code, 1006);
 });
 
 // ---------------------------------------------------------------- timers

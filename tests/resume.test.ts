@@ -51,7 +51,10 @@ async function host(t: TestContext, options: SSEOptions = {}) {
       },
     },
   });
-  t.defer(() => ws.close());
+  t.defer(() => {
+    for (const peers of ws.peers.values()) for (const peer of peers) peer.terminate();
+    return ws.close();
+  });
   const server = await t.serve(ws.fetch);
   return { ws, log, port: server.port, opened: opened.promise, closed: closed.promise };
 }
@@ -81,10 +84,14 @@ async function connected(
   return { ...server, ...client, proxy, peer: await server.opened };
 }
 
-function connect(t: TestContext, url: string, transport: typeof TRANSPORTS[number], fetch?: never) {
-  const socket = new WebSocketSSE(url, { transport, ...fetch && { fetch } });
+function connect(
+  t: TestContext,
+  url: string,
+  transport: typeof TRANSPORTS[number],
+  fetch = globalThis.fetch,
+) {
+  const socket = new WebSocketSSE(url, { transport, fetch, signal: t.signal });
   const events: string[] = [];
-  t.defer(() => socket.close());
   for (const type of ["open", "error", "drop", "resume"] as const) {
     socket.addEventListener(type, () => events.push(type));
   }
@@ -279,7 +286,7 @@ test("with resumeTimeout 0 a drop is the end of the session", async (t) => {
 /** A client whose session a script has opened. */
 async function scriptedClient(t: TestContext, terms = {}) {
   const server = new ScriptedServer();
-  const client = connect(t, "http://scripted.test/", "post", server.fetch as never);
+  const client = connect(t, "http://scripted.test/", "post", server.fetch as typeof fetch);
   const stream = (await server.next()).stream(terms);
   t.defer(() => stream.end());
   await once(client.socket, "open");
@@ -321,7 +328,8 @@ test("an uplink request is repeated through statuses that pass, with the same nu
   socket.send("hello");
   for (const status of [408, 425, 429, 500, 503, 0]) {
     const asked = await server.next();
-    assertEquals([asked.headers.get("x-duplex-seq"), asked.body], ["1", text("hello")]);
+    assertEquals(asked.headers.get("x-duplex-seq"), "1");
+    assert(asked.body.endsWith(text("hello"))); // an acknowledgement may go before
     if (status) asked.respond(status);
     else asked.fail();
   }
@@ -400,7 +408,7 @@ test("an acknowledgement that was lost is said again", async (t) => {
 
 test("messages that come in one chunk with the session's opening are acknowledged", async (t) => {
   const server = new ScriptedServer();
-  connect(t, "http://scripted.test/", "post", server.fetch as never);
+  connect(t, "http://scripted.test/", "post", server.fetch as typeof fetch);
   const stream = (await server.next()).stream({ window: 1000 });
   t.defer(() => stream.end());
   // Before the client has read anything: the runtime hands it over in one or in two pieces.

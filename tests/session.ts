@@ -70,8 +70,8 @@ export class EventStream implements AsyncDisposable {
     this.response.destroy();
   }
 
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.response[Symbol.asyncDispose]();
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.response[Symbol.asyncDispose]();
   }
 }
 

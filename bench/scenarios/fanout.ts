@@ -75,7 +75,7 @@ async function fanOut(
   { subscribers, bursts, burst }: Shape,
 ): Promise<number> {
   const messages = subscribers * bursts * burst;
-  const ended = load.call<number>("expect", { messages });
+  await load.call("expect", { messages });
   const started = await server.call<number>("fanOut", { bursts, burst });
-  return messages / (await ended - started) * 1000;
+  return messages / (await load.call<number>("arrived") - started) * 1000;
 }

@@ -86,9 +86,9 @@ async function costs(
   const every = Math.max(2, subscribers * 0.06); // ms: enough to write one before the next
   const messages = bursts * burst * subscribers;
   const run = async () => {
-    const arrived = load.call("expect", { messages });
+    await load.call("expect", { messages });
     const cpu = await server.call<number>("paced", { bursts, burst, topics, every });
-    await arrived;
+    await load.call("arrived");
     return cpu * 1000 / messages;
   };
   await run(); // warming up

@@ -37,7 +37,9 @@ export class Room {
     bidir: true,
     hooks: {
       open: (peer) => peer.subscribe("room"),
-      message: (peer, message) => this.#ws.publish("room", `${peer}: ${message}`),
+      message: (peer, message) => {
+        this.#ws.publish("room", `${peer}: ${message}`);
+      },
     },
   });
 

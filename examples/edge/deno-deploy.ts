@@ -16,7 +16,9 @@ const ws = sseAdapter({
   bidir: true,
   hooks: {
     open: (peer) => peer.subscribe("room"),
-    message: (peer, message) => ws.publish("room", `${peer}: ${message}`),
+    message(peer, message) {
+      ws.publish("room", `${peer}: ${message}`);
+    },
   },
 });
 

@@ -18,7 +18,9 @@ const ws = sseAdapter({
   cors: ["https://example.com"],
   hooks: {
     open: (peer) => peer.subscribe("room"),
-    message: (peer, message) => ws.publish("room", `${peer}: ${message}`),
+    message(peer, message) {
+      ws.publish("room", `${peer}: ${message}`);
+    },
   },
 });
 
