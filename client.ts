@@ -58,7 +58,7 @@ const DUPLEX_TIMEOUT = 2_000;
 const CLOSE_ANSWER_TIMEOUT = 3_000;
 const ACK_DELAY = 1_000;
 const WATCH_PERIOD = 250;
-const MAX_RETRY_DELAY = 5_000;
+const MAX_RETRY_DELAY = 2_000;
 const MAX_LEARNED = 100;
 
 const encoder: TextEncoder = new TextEncoder();
@@ -1215,6 +1215,7 @@ export class WebSocketSSE extends EventTarget {
   /** The server's close: its own, or the answer to ours. Ours goes out, then the socket is closed. */
   #onClose({ code, reason, sent }: { code: number; reason: string; sent: number }): void {
     if (this.#ended || this.#answered) return;
+    if (!Number.isInteger(code) || typeof reason !== "string") return this.#distrust();
     const ours = this.#out.some((entry) => entry.isClose) || this.#readyState === CLOSING;
     const wasClean = ours || this.#received === sent;
     this.#deliver(() => {

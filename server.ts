@@ -303,6 +303,28 @@ export interface SyncDriver {
   close?(): MaybePromise<void>;
 }
 
+/** What a {@link RoutingDriver} gets of the server that it belongs to. */
+export interface RoutingHost {
+  /** The option of the same name. */
+  readonly maxMessageSize: number;
+  /** Whether the token is that of a session here, or of one that closed lately. */
+  has(token: string): boolean;
+  /** Serves a request that another instance has received, and admitted to a namespace. */
+  fetch(request: Request, namespace: string): Promise<Response>;
+  /** Tells `onError`. */
+  report(error: unknown, stage: "subscribe" | "publish" | "delivery"): void;
+}
+
+/** A backplane that also takes requests to the instance that has their session: see `cluster`. */
+export interface RoutingDriver extends SyncDriver {
+  /** Called once, before anything else. */
+  attach(host: RoutingHost): void;
+  /** A session has begun here. */
+  own(token: string): void;
+  /** Answers as the instance does that has the session. Never throws. */
+  route(request: Request, token: string, namespace: string): Promise<Response>;
+}
+
 /** Makes a {@link SyncDriver} for the instance with this id. */
 export type SyncAdapter = (context: { id: string }) => SyncDriver;
 
@@ -482,6 +504,9 @@ class Hub {
   #timer: ReturnType<typeof setTimeout> | undefined;
   #nextSweep = Infinity;
   #instance: string | undefined;
+  #router: RoutingDriver | undefined;
+  /** Routed requests: another instance has asked `upgrade`, and this is the namespace. */
+  readonly #admitted: WeakMap<Request, string> = new WeakMap();
   #closing = false;
   #whenEmpty: (() => void)[] = [];
 
@@ -541,6 +566,9 @@ class Hub {
       throw new Refusal(405, "Use GET or POST", { allow: "GET, POST" });
     }
     const wire = new Wire(request);
+    if (this.#router && wire.token && !wire.token.startsWith(`${this.#instance}.`)) {
+      return await this.#forward(this.#router, request, wire.token);
+    }
     const streams = accepts(request, STREAM_TYPE);
     if (request.method === "GET") {
       if (!streams) throw new Refusal(406, "This answers with text/event-stream");
@@ -578,6 +606,7 @@ class Hub {
       runtime,
     });
     this.sessions.set(token, session);
+    this.#router?.own(token);
     if (session.key) this.#keys.set(session.key, session);
     getOrMake(this.peers, session.namespace, () => new Set<Peer>()).add(session.peer);
     this.#startTimer();
@@ -691,6 +720,14 @@ class Hub {
     return refusal ? refusal.response() : new Response(null, { status: 204 });
   }
 
+  /** Another instance has the session: `upgrade` is asked here, all the rest is done there. */
+  async #forward(router: RoutingDriver, request: Request, token: string): Promise<Response> {
+    offerProtocols(request);
+    const admission = await this.#admit(request, await this.#hooksOf(request));
+    if (admission instanceof Response) return admission;
+    return await router.route(request, token, admission.namespace);
+  }
+
   // --- Admission ---
 
   #checkRoom(): void {
@@ -732,6 +769,7 @@ class Hub {
         throw error;
       }
     }
+    if (admission.namespace.startsWith("\0")) throw malformed("a namespace of the backplane's own");
     admission.protocol = admission.headers.get(WEBSOCKET_PROTOCOL) ??
       await this.#chooseProtocol(request);
     if (admission.protocol) admission.headers.set(WEBSOCKET_PROTOCOL, admission.protocol);
@@ -749,6 +787,8 @@ class Hub {
     if (!this.sessions.has(token) && !this.#tombstones.has(token)) {
       throw new Refusal(404, "No such session");
     }
+    const admitted = this.#admitted.get(request);
+    if (admitted !== undefined) return admitted;
     offerProtocols(request);
     const admission = await this.#admit(request, await this.#hooksOf(request));
     return admission instanceof Response ? admission : admission.namespace;
@@ -877,7 +917,21 @@ class Hub {
   }
 
   #connectSync(connect: SyncAdapter): SyncDriver {
-    const driver = connect({ id: crypto.randomUUID() });
+    const id = crypto.randomUUID();
+    this.#instance = id.replaceAll("-", "").slice(0, 16);
+    const driver = connect({ id });
+    if ("route" in driver) {
+      this.#router = driver as RoutingDriver;
+      this.#router.attach({
+        maxMessageSize: this.maxMessageSize,
+        has: (token) => this.sessions.has(token) || this.#tombstones.has(token),
+        fetch: (request, namespace) => {
+          this.#admitted.set(request, namespace);
+          return this.fetch(request);
+        },
+        report: (error, stage) => this.#report(stage, error),
+      });
+    }
     this.#attempt("subscribe", () =>
       driver.subscribe((message) =>
         this.#attempt("delivery", () => {
@@ -893,16 +947,17 @@ class Hub {
 
   /** Does one thing with the backplane, whose failures are reported and never thrown. */
   #attempt(stage: "subscribe" | "publish" | "delivery", action: () => MaybePromise<void>): void {
-    const report = (error: unknown) => {
-      if (this.options.onError) this.options.onError(error, { stage });
-      else console.error(`[duplex-sse] sync ${stage} failed:`, error);
-    };
     try {
       const result = action();
-      if (isPromise(result)) result.catch(report);
+      if (isPromise(result)) result.catch((error) => this.#report(stage, error));
     } catch (error) {
-      report(error);
+      this.#report(stage, error);
     }
+  }
+
+  #report(stage: "subscribe" | "publish" | "delivery", error: unknown): void {
+    if (this.options.onError) this.options.onError(error, { stage });
+    else console.error(`[duplex-sse] sync ${stage} failed:`, error);
   }
 
   // --- Sending ---
@@ -1123,8 +1178,10 @@ class Session implements Receiver {
     this.#asked = false;
     this.#ackDue = true;
     if (this.readyState === OPEN) this.deadline = Infinity;
-    const preface = this.full ? this.#hub.preface(this) : `retry: 1000\nid: ${this.key}.${received}\n` +
-      (this.#hub.bidir ? `event: ${TOKEN_EVENT}\ndata: ${this.token}\n\n` : "\n");
+    const preface = this.full
+      ? this.#hub.preface(this)
+      : `retry: 1000\nid: ${this.key}.${received}\n` +
+        (this.#hub.bidir ? `event: ${TOKEN_EVENT}\ndata: ${this.token}\n\n` : "\n");
     this.#lastWrite = Date.now();
     this.#connection = new Connection(this, encoder.encode(preface));
     return this.#connection.stream;

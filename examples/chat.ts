@@ -146,7 +146,8 @@ function cuttable(
       if ((back.get(tab) ?? 0) > Date.now()) return down();
 
       // A streaming upload has no response yet that could fail: it is answered in the midst of it.
-      const { promise: cut, resolve } = Promise.withResolvers<undefined>();
+      let resolve!: (nothing: undefined) => void; // Node 20 has no Promise.withResolvers
+      const cut = new Promise<undefined>((done) => resolve = done);
       const release = hold(tab, () => resolve(undefined));
       try {
         const pending = Promise.resolve(fetch(request, info));

@@ -10,13 +10,13 @@ import {
   misuse,
   post,
   quiet,
-  Scene,
+  type Scene,
   streamOf,
   UPLINK,
   WirePeer,
 } from "./wire.ts";
 import { concat } from "./split.ts";
-import { type Hooks, type SSEOptions } from "../server.ts";
+import type { Hooks, SSEOptions } from "../server.ts";
 
 // ---------------------------------------------------------------- uplink frames
 

@@ -18,8 +18,9 @@ import {
 } from "playwright-core";
 import { command, runtime, strip, type TestContext, until } from "./harness.ts";
 
+/** The pipe is not spoken on: when it ends with the test's process, however that comes, so does Chromium. */
 const flags =
-  "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --remote-debugging-port=0";
+  "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --remote-debugging-port=0 --remote-debugging-pipe";
 
 /** A running Chromium, which ends with the file that started it. */
 export interface Chromium {
@@ -38,14 +39,11 @@ export async function startChromium(): Promise<Chromium> {
   const child = spawn(
     executable,
     [...flags.split(" "), `--user-data-dir=${profile}`, "about:blank"],
-    { stdio: "ignore" },
+    { stdio: ["ignore", "ignore", "ignore", "pipe", "pipe"] }, // for --remote-debugging-pipe
   );
   const exited = new Promise((resolve) => child.once("exit", resolve));
-  const kill = () => child.kill("SIGKILL");
-  process.once("exit", kill); // where no test was chosen, nothing comes after all tests
   (await afterAll())(async () => {
-    process.off("exit", kill);
-    kill();
+    child.kill("SIGKILL");
     await exited;
     // Its other processes may still write for a moment.
     await until(() => rm(profile, { recursive: true }).then(() => true, () => false));

@@ -1,60 +1,13 @@
 /**
- * What must work wherever the server runs: one conversation, held with a room
- * that runs elsewhere, in another runtime or framework.
+ * What must work wherever the server runs: one conversation, held with the room
+ * of tests/room.ts in another runtime or framework.
  *
  * @module
  */
 import type { Transport } from "../client.ts";
-import type { SSEOptions } from "../server.ts";
 import { chaos } from "./chaos.ts";
 import { assertEquals, type TestContext, until } from "./harness.ts";
 import { connect } from "./pair.ts";
-
-/** As source, so that it can be pasted: a room that echoes, tells everyone, and says who left. */
-export const ROOM = `{
-  bidir: true,
-  heartbeatInterval: 500,
-  idleTimeout: 2,
-  resumeTimeout: 2000,
-  handleProtocols: (offered) => offered.has("chat") ? "chat" : "",
-  hooks: {
-    open(peer) {
-      peer.subscribe("room");
-      peer.send("welcome");
-    },
-    message(peer, message) {
-      const data = message.rawData;
-      if (typeof data === "string" && data.startsWith("tell ")) peer.publish("room", data.slice(5));
-      else peer.send(data);
-    },
-    close(peer, { code, reason }) {
-      peer.publish("room", "left " + code + " " + reason);
-    },
-  },
-}`;
-
-/** The same, for servers that import it. */
-export const room: SSEOptions = {
-  bidir: true,
-  heartbeatInterval: 500,
-  idleTimeout: 2,
-  resumeTimeout: 2000,
-  handleProtocols: (offered) => offered.has("chat") ? "chat" : "",
-  hooks: {
-    open(peer) {
-      peer.subscribe("room");
-      peer.send("welcome");
-    },
-    message(peer, message) {
-      const data = message.rawData;
-      if (typeof data === "string" && data.startsWith("tell ")) peer.publish("room", data.slice(5));
-      else peer.send(data);
-    },
-    close(peer, { code, reason }) {
-      peer.publish("room", `left ${code} ${reason}`);
-    },
-  },
-};
 
 export interface Place {
   port: number;

@@ -9,8 +9,9 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { esbuild } from "./bundle.ts";
-import { converse, ROOM } from "./conversation.ts";
+import { converse } from "./conversation.ts";
 import {
+  assert,
   assertEquals,
   assertMatch,
   type Child,
@@ -52,6 +53,10 @@ const vercel = (input: string, cwd = root) =>
     "--global-name=edge",
     '--footer:js=addEventListener("fetch", (e) => e.respondWith(edge.default(e.request)));',
   ], { input, cwd });
+
+/** The options of the room, as text. */
+const source = await readFile(join(root, "tests", "room.ts"), "utf8");
+const ROOM = /^export const room: SSEOptions = (\{.*^\});$/ms.exec(source)![1]!;
 
 const room = `const ws = sseAdapter(${ROOM});\n`;
 
@@ -124,6 +129,13 @@ test("the examples for edge platforms type-check", async (t) => {
   const child = await t.spawn("deno", first!, { flags: ["check"], args: rest });
   assertEquals((await child.exited).code, 0, child.stderr());
 }, { timeout: 60_000 });
+
+test("examples/README.md lists every example", async () => {
+  const index = await readFile(join(root, "examples", "README.md"), "utf8");
+  for (const file of await readdir(join(root, "examples"), { recursive: true })) {
+    if (file.endsWith(".ts")) assert(index.includes(`](${file})`), file);
+  }
+});
 
 /** Says something, and hears what everyone in the room hears. */
 async function visit(t: TestContext, port: number, expected: RegExp[]): Promise<Connected> {

@@ -180,6 +180,9 @@ const needed: Record<string, { commands: string[]; install: string }> = {
   },
   nginx: { commands: ["nginx"], install: "apt-get install nginx-light" },
   haproxy: { commands: ["haproxy"], install: "apt-get install haproxy" },
+  caddy: { commands: ["caddy"], install: "apt-get install caddy" },
+  firefox: { commands: ["firefox-esr", "firefox"], install: "apt-get install firefox-esr" },
+  webkit: { commands: ["WebKitWebDriver"], install: "apt-get install webkit2gtk-driver" },
   "redis-server": {
     commands: ["redis-server"],
     install: "apt-get install redis-server",

@@ -156,15 +156,25 @@ test("the highest attempt wins, an equal one replaces, a lower one gets 409 and 
 });
 
 test("a resume that is repeated after its client has acknowledged more harms nobody", async (t) => {
-  const { peer, session, resume, log } = await rawSession(t);
-  peer.send("0"); // given to the first connection
+  const { ws, peer, session, resume, log } = await rawSession(t);
+  peer.send("0");
   const first = await resume(1, 0);
   for (const n of numbers(1, 3)) peer.send(n);
   assertEquals(await first.messages(4), numbers(0, 3));
-  const repeated = await resume(1, 0);
-  // The client's acknowledgement was on its way while the repeated resume arrived.
+  // Nobody reads it, so that it is given nothing, while the client's acknowledgement comes.
+  const repeated = await ws.fetch(
+    new Request(peer.request.url, {
+      headers: {
+        accept: "text/event-stream",
+        "x-crossws-id": session.token,
+        "x-duplex-version": "1",
+        "x-duplex-attempt": "1",
+        "last-event-id": "0",
+      },
+    }),
+  );
   assertEquals(await session.send(ack(4)), [204, 0]);
-  await repeated.ended();
+  assertEquals(await repeated.text(), "");
   peer.send("4");
   const again = await resume(2, 4);
   assertEquals(await again.messages(1), ["4"]);
@@ -257,7 +267,11 @@ test("a session that expires closes once with 1006, and nothing of it is left", 
     resumeTimeout: 300,
   });
   peer.subscribe("news");
+  peer.send("x".repeat(300_000)); // more than the window, so that the next one waits
   peer.send("unread");
+  await stream.messages(1);
+  assert(peer.bufferedAmount > 0);
+  const drained = peer.waitForDrain();
   stream.drop();
   assertEquals(await closed, { code: 1006, reason: "" });
   assertEquals([ws.peers.size, peer.topics.size, peer.peers.size, peer.bufferedAmount], [
@@ -266,6 +280,7 @@ test("a session that expires closes once with 1006, and nothing of it is left", 
     0,
     0,
   ]);
+  await drained;
   assertEquals((await resume(1, 0)).status, 404);
   assertEquals((await session.send(text("late"), 1))[0], 404);
   ws.publish("news", "to nobody");

@@ -5,8 +5,7 @@
  *
  * @module
  */
-import { type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
-import { type Hooks } from "../server.ts";
+import { type Hooks, type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
 import { assertEquals, type TestContext, until, within } from "./harness.ts";
 import { concat } from "./split.ts";
 

@@ -1,0 +1,986 @@
+/**
+ * More than one machine: any instance may answer for any session.
+ *
+ * Wraps a driver of `crossws/sync` (Redis, PostgreSQL, BroadcastChannel, …), so that
+ * instances behind a load balancer share publications and need no sticky sessions: a
+ * request that comes to the wrong instance is taken to its session's owner over the
+ * driver, and the answer back. PROTOCOL.md, section 14, specifies what travels.
+ *
+ * @example
+ * ```ts ignore
+ * import { sseAdapter } from "jsr:@duplex/sse/server";
+ * import { cluster } from "jsr:@duplex/sse/cluster";
+ * import { redis } from "npm:crossws/sync";
+ * import { Redis } from "npm:ioredis";
+ *
+ * const ws = sseAdapter({
+ *   bidir: true,
+ *   sync: cluster(redis({ client: new Redis(), channel: "chat" })),
+ *   hooks: { message: (peer, message) => peer.publish("chat", message.text()) },
+ * });
+ * ```
+ *
+ * @module
+ */
+import type {
+  MaybePromise,
+  RoutingDriver,
+  RoutingHost,
+  SyncAdapter,
+  SyncDriver,
+  SyncMessage,
+} from "./server.ts";
+
+// --- What travels: PROTOCOL.md, section 14 ---
+
+const VERSION = 1;
+/** No peer can be in a namespace that begins so. */
+const RESERVED = "\0";
+const NAMESPACE = "\0duplex";
+/** Addressed to every instance. */
+const ALL = "*";
+
+/** A fragment begins with the version, the id of its message, its index and how many there are. */
+const ID_SIZE = 16;
+const FRAGMENT_HEADER = 1 + ID_SIZE + 4 + 4;
+/** A message begins with its authentication code and the length of its head. */
+const MAC_SIZE = 32;
+const MESSAGE_HEADER = MAC_SIZE + 4;
+
+const UPLINK_TYPE = "application/websocket-events";
+const STREAM_TYPE = "text/event-stream";
+const TOKEN_HEADER = "x-crossws-id";
+/** Credentials are for the `upgrade` hook, and stay where they came in. */
+const ROUTED_HEADERS = [
+  "accept",
+  "content-type",
+  "last-event-id",
+  "x-duplex-version",
+  "x-duplex-seq",
+  "x-duplex-attempt",
+];
+
+// --- Limits ---
+
+/** Redis takes much more; a batch of 512 KiB fits in one. */
+const DEFAULT_MAX_PAYLOAD = 1024 * 1024;
+const DEFAULT_TIMEOUT = 5_000;
+/** Room for what a driver writes around a message, beside what crossws's write. */
+const ENVELOPE_SLACK = 64;
+/** What a client puts in one batch, besides one message of any size. */
+const MAX_BATCH = 512 * 1024;
+/** A body without a length is whole after this, or it is a stream. */
+const LENGTHLESS_PATIENCE = 250;
+const MAX_MESSAGE = 16 * 1024 * 1024;
+const MAX_ASSEMBLIES = 64 * 1024 * 1024;
+const MAX_PENDING = 1024;
+const MAX_PENDING_BYTES = 32 * 1024 * 1024;
+const MAX_RELAYS = 100_000;
+/** Pieces of a stream that may be under way. */
+const CREDIT = 8;
+const PIECE = 256 * 1024;
+/** How far clocks may differ, and how long a request can be told from its repetition. */
+const REPLAY_WINDOW = 30_000;
+const MAX_SEEN = 100_000;
+/** What the owner says has this long to contradict what anybody could say. */
+const DOUBT = 1_000;
+const REPORT_PERIOD = 1_000;
+const PRUNE_PERIOD = 60_000;
+
+const encoder: TextEncoder = new TextEncoder();
+const decoder: TextDecoder = new TextDecoder("utf-8", { ignoreBOM: true });
+const EMPTY: Bytes = new Uint8Array();
+
+type Bytes = Uint8Array<ArrayBuffer>;
+type Stage = "subscribe" | "publish" | "delivery";
+type Report = (stage: Stage, error: unknown) => void;
+
+// --- Public surface ---
+
+/** crossws's driver, that may be able to address one instance. */
+export interface ClusterDriver extends SyncDriver {
+  /**
+   * Relays to the one instance whose driver was made with this id. Without it,
+   * every instance gets, and drops, what is meant for one.
+   */
+  send?(id: string, message: SyncMessage): MaybePromise<void>;
+}
+
+/** Makes a {@link ClusterDriver} for the instance with this id: any driver of `crossws/sync` will do. */
+export type ClusterAdapter = (context: { id: string }) => ClusterDriver;
+
+/** Options of {@link cluster}. */
+export interface ClusterOptions {
+  /**
+   * The most that the driver carries at once, in bytes, with the JSON and the base64 that
+   * crossws's drivers make of a message. Larger ones go in parts. PostgreSQL: 8000. Default: 1 MiB.
+   */
+  maxPayload?: number;
+  /** How long another instance has to answer, in ms, before a client is told 503. Default: 5000. */
+  timeout?: number;
+}
+
+/**
+ * Makes the `sync` option of an adapter out of a driver, for any number of instances
+ * that share the driver's channel.
+ *
+ * @throws {RangeError} if `maxPayload` is below 1024 or `timeout` below 1.
+ *
+ * @example
+ * ```ts
+ * import { cluster } from "@duplex/sse/cluster";
+ * import { sseAdapter, type SyncAdapter } from "@duplex/sse/server";
+ *
+ * const serve = (driver: SyncAdapter) => sseAdapter({ sync: cluster(driver, { timeout: 2000 }) });
+ * ```
+ */
+export function cluster(adapter: ClusterAdapter, options: ClusterOptions = {}): SyncAdapter {
+  const { maxPayload = DEFAULT_MAX_PAYLOAD, timeout = DEFAULT_TIMEOUT } = options;
+  if (!(maxPayload >= 1024)) throw new RangeError("maxPayload must be a number of at least 1024");
+  if (!(timeout >= 1)) throw new RangeError("timeout must be a number of at least 1");
+  return ({ id }) => {
+    // The first half of a token; the driver's own name is the same, so that `send` can find it.
+    const instance = id.replaceAll("-", "").slice(0, 16);
+    return new Router(instance, adapter({ id: instance }), maxPayload, timeout);
+  };
+}
+
+// --- The router: requests and their answers over the bus ---
+
+/** What stands at the head of a message. All but publications and "unknown" are authenticated. */
+type Head =
+  | { kind: "publication"; namespace: string; topic: string; binary: boolean }
+  | RequestHead
+  | AnswerHead
+  | { kind: "credit"; id: string; got: number; ask: boolean }
+  | { kind: "alive"; id: string; sent: number }
+  | { kind: "cancel"; id: string }
+  | { kind: "unknown"; id: string };
+
+/** What an instance received for another's session. */
+interface RequestHead {
+  kind: "request";
+  id: string;
+  /** Who will relay the answer. */
+  from: string;
+  /** The session's name, which does not give away its token. */
+  session: string;
+  time: number;
+  method: string;
+  headers: Record<string, string>;
+  namespace: string;
+}
+
+/** A part of the owner's response: number 0 is its beginning. */
+interface AnswerHead {
+  kind: "answer";
+  id: string;
+  n: number;
+  end: boolean;
+  status?: number;
+  headers?: Record<string, string>;
+}
+
+/** A message as it came in. */
+interface Incoming {
+  head: Head;
+  body: Bytes;
+  mac: Bytes;
+  /** What the code authenticates. */
+  signed: Bytes;
+}
+
+class Router implements RoutingDriver {
+  readonly #instance: string;
+  readonly #driver: ClusterDriver;
+  readonly #timeout: number;
+  readonly #bus: Bus;
+  readonly #report: Report;
+  #host!: RoutingHost;
+  #names!: Names;
+  #deliver: (message: SyncMessage) => void = () => {};
+  /** Requests received here, by id, until their responses have ended. */
+  readonly #relays: Map<string, Relay> = new Map();
+  /** Streams of ours that other instances relay, by the id of their request. */
+  readonly #served: Map<string, Served> = new Map();
+  /** Ids of requests served, and when they may be forgotten. */
+  readonly #seen: Map<string, number> = new Map();
+  #timer: ReturnType<typeof setInterval> | undefined;
+  #closed = false;
+
+  constructor(instance: string, driver: ClusterDriver, maxPayload: number, timeout: number) {
+    this.#instance = instance;
+    this.#driver = driver;
+    this.#timeout = timeout;
+    this.#report = limited((stage, error) => this.#host.report(error, stage));
+    this.#bus = new Bus(driver, maxPayload, timeout);
+  }
+
+  // --- As a driver ---
+
+  attach(host: RoutingHost): void {
+    this.#host = host;
+    this.#names = new Names(host);
+  }
+
+  own(token: string): void {
+    this.#names.own(token);
+  }
+
+  subscribe(deliver: (message: SyncMessage) => void): MaybePromise<void> {
+    this.#deliver = deliver;
+    return this.#driver.subscribe((message) => this.#receive(message));
+  }
+
+  async publish(message: SyncMessage): Promise<void> {
+    const { namespace, topic, data } = message;
+    if (namespace.startsWith(RESERVED)) throw new RangeError("A namespace of the backplane's own");
+    if (this.#bus.carries(message)) return await this.#bus.publish(message);
+    const binary = typeof data !== "string";
+    const body = binary ? data as Bytes : encoder.encode(data);
+    const head: Head = { kind: "publication", namespace, topic, binary };
+    await this.#bus.send(ALL, encodeMessage(head, body));
+  }
+
+  async close(): Promise<void> {
+    this.#closed = true;
+    clearInterval(this.#timer);
+    for (const relay of this.#relays.values()) relay.end();
+    for (const served of this.#served.values()) served.cancel();
+    await this.#driver.close?.();
+  }
+
+  // --- As the instance that received a request ---
+
+  async route(request: Request, token: string, namespace: string): Promise<Response> {
+    try {
+      const body = await readBody(request, this.#host.maxMessageSize + MAX_BATCH);
+      if (body instanceof Response) return body;
+      if (this.#closed || this.#bus.behind || this.#relays.size >= MAX_RELAYS) return unavailable();
+      return await this.#ask(request, body, token, namespace);
+    } catch (error) {
+      this.#report("publish", error);
+      return unavailable();
+    }
+  }
+
+  async #ask(
+    request: Request,
+    body: Bytes,
+    token: string,
+    namespace: string,
+  ): Promise<Response> {
+    const [session, key] = await Promise.all([nameOf(token), keyOf(token)]);
+    const headers: Record<string, string> = {};
+    for (const name of ROUTED_HEADERS) {
+      const value = request.headers.get(name);
+      if (value !== null) headers[name] = value;
+    }
+    const id = hex(crypto.getRandomValues(new Uint8Array(ID_SIZE)));
+    const owner = token.slice(0, 16);
+    const send = (head: Head, body?: Bytes) => this.#send(owner, key, head, body);
+    const relay = new Relay(id, key, this.#timeout, send, () => this.#relays.delete(id));
+    this.#relays.set(id, relay);
+    this.#startTimer();
+    const { method } = request;
+    const time = Date.now();
+    send(
+      { kind: "request", id, from: this.#instance, session, time, method, headers, namespace },
+      body,
+    ).then((sent) => sent || relay.end());
+    return await relay.response;
+  }
+
+  // --- As the instance that owns the session ---
+
+  async #serve(message: Incoming, head: RequestHead): Promise<void> {
+    const known = await this.#names.find(head.session);
+    if (!known) {
+      const unknown = encodeMessage({ kind: "unknown", id: head.id });
+      return this.#bus.send(head.from, unknown).catch((error) => this.#report("publish", error));
+    }
+    const key = await (known.key ??= keyOf(known.token));
+    if (!await verify(key, message)) throw new Error("A forged request on the backplane");
+    const now = Date.now();
+    if (Math.abs(now - head.time) > REPLAY_WINDOW || this.#seen.has(head.id)) {
+      throw new Error("A request on the backplane is replayed, or late");
+    }
+    if (this.#closed || this.#seen.size >= MAX_SEEN) return; // silence is 503 there
+    this.#seen.set(head.id, now + 2 * REPLAY_WINDOW);
+    const response = await this.#host.fetch(
+      new Request("http://cluster.invalid/", {
+        method: head.method,
+        headers: {
+          ...head.headers,
+          [TOKEN_HEADER]: known.token,
+          ...head.method === "POST" && { "content-length": `${message.body.length}` },
+        },
+        ...head.method === "POST" && { body: message.body },
+      }),
+      head.namespace,
+    );
+    await this.#answer(head, key, response);
+  }
+
+  async #answer({ id, from }: RequestHead, key: CryptoKey, response: Response): Promise<void> {
+    const { status } = response;
+    const send = (head: Head, body?: Bytes) => this.#send(from, key, head, body);
+    const headers = Object.fromEntries(response.headers);
+    if (!response.headers.get("content-type")?.startsWith(STREAM_TYPE) || !response.body) {
+      const body = new Uint8Array(await response.arrayBuffer());
+      return void await send({ kind: "answer", id, n: 0, end: true, status, headers }, body);
+    }
+    const served = new Served(id, key, response.body.getReader(), this.#timeout, send);
+    this.#served.set(id, served);
+    this.#startTimer();
+    try {
+      if (await send({ kind: "answer", id, n: 0, end: false, status, headers })) await served.run();
+    } finally {
+      this.#served.delete(id);
+      served.cancel();
+    }
+  }
+
+  // --- The bus ---
+
+  /** Sends what is authenticated. False when it could not be. */
+  async #send(to: string, key: CryptoKey, head: Head, body: Bytes = EMPTY): Promise<boolean> {
+    try {
+      const message = encodeMessage(head, body);
+      const mac = await crypto.subtle.sign("HMAC", key, message.subarray(MAC_SIZE));
+      message.set(new Uint8Array(mac));
+      await this.#bus.send(to, message);
+      return true;
+    } catch (error) {
+      this.#report("publish", error);
+      return false;
+    }
+  }
+
+  /** Whatever comes in: nothing of it may do more harm than a report. */
+  #receive(message: SyncMessage): void {
+    if (!message.namespace.startsWith(RESERVED)) return this.#deliver(message);
+    if (message.topic !== this.#instance && message.topic !== ALL || this.#closed) return;
+    let incoming: Incoming | undefined;
+    try {
+      const whole = this.#bus.assemble(message);
+      if (!whole) return this.#startTimer(); // to forget what stays incomplete
+      incoming = decodeMessage(whole);
+      this.#dispatch(incoming).catch((error) => this.#report("delivery", error));
+    } catch (error) {
+      this.#report("delivery", error);
+    }
+  }
+
+  async #dispatch(message: Incoming): Promise<void> {
+    const { head, body } = message;
+    switch (head.kind) {
+      case "publication": {
+        const { namespace, topic, binary } = head;
+        if (namespace.startsWith(RESERVED)) {
+          throw new Error("A publication to a reserved namespace");
+        }
+        return this.#deliver({ namespace, topic, data: binary ? body : decoder.decode(body) });
+      }
+      case "request":
+        return await this.#serve(message, head);
+      case "unknown":
+        return this.#relays.get(head.id)?.doubt();
+      case "answer":
+      case "alive": {
+        const relay = this.#relays.get(head.id);
+        if (!relay) return; // ended meanwhile
+        await authenticate(relay.key, message);
+        return head.kind === "answer" ? relay.take(head, body) : relay.compare(head.sent);
+      }
+      case "credit":
+      case "cancel": {
+        const served = this.#served.get(head.id);
+        if (!served) return;
+        await authenticate(served.key, message);
+        return head.kind === "credit" ? served.allow(head.got, head.ask) : served.cancel();
+      }
+      default:
+        throw new Error("A message of an unknown kind on the backplane");
+    }
+  }
+
+  // --- Time ---
+
+  #startTimer(): void {
+    if (this.#timer !== undefined || this.#closed) return;
+    this.#timer = setInterval(() => this.#tick(), Math.min(500, this.#timeout / 2));
+    (this.#timer as { unref?(): void }).unref?.(); // where timers can do so
+  }
+
+  #tick(): void {
+    const now = Date.now();
+    for (const relay of this.#relays.values()) relay.tick(now);
+    for (const served of this.#served.values()) served.tick(now);
+    this.#bus.forget(now);
+    for (const [id, expires] of this.#seen) {
+      if (now < expires) break; // they came in this order
+      this.#seen.delete(id);
+    }
+    if (this.#relays.size || this.#served.size || this.#seen.size || this.#bus.assembling) return;
+    clearInterval(this.#timer);
+    this.#timer = undefined;
+  }
+}
+
+// --- Relaying: the receiving instance's side of one request ---
+
+/** A request that waits for its response, or a response on its way to the client. */
+class Relay {
+  readonly key: CryptoKey;
+  readonly response: Promise<Response>;
+  readonly #id: string;
+  readonly #timeout: number;
+  readonly #send: (head: Head) => Promise<boolean>;
+  readonly #forget: () => void;
+  #respond!: (response: Response) => void;
+  #timer: ReturnType<typeof setTimeout>;
+  #controller: ReadableStreamDefaultController<Bytes> | undefined;
+  #asked = false;
+  #finished = false;
+  #ended = false;
+  /** The number of the part that is to come next; those after it wait. */
+  #next = 0;
+  readonly #held: Map<number, { head: AnswerHead; body: Bytes }> = new Map();
+  #gapSince = Infinity;
+  #queue: Bytes[] = [];
+  /** Parts given to the client, and how many of them the owner was told. */
+  #got = 0;
+  #told = 0;
+  #lastHeard: number = Date.now();
+  #lastTold: number = Date.now();
+
+  constructor(
+    id: string,
+    key: CryptoKey,
+    timeout: number,
+    send: (head: Head) => Promise<boolean>,
+    forget: () => void,
+  ) {
+    this.#id = id;
+    this.key = key;
+    this.#timeout = timeout;
+    this.#send = send;
+    this.#forget = forget;
+    this.response = new Promise((resolve) => this.#respond = resolve);
+    this.#timer = setTimeout(() => this.end(), timeout);
+  }
+
+  /** "Somebody says there is no such session": anyone can, so the owner may yet contradict. */
+  doubt(): void {
+    if (this.#next > 0) return;
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => {
+      this.#respond(refuse(404, "No such session"));
+      this.end();
+    }, Math.min(DOUBT, this.#timeout));
+  }
+
+  /** The bus may repeat and reorder: parts are taken by their numbers. */
+  take(head: AnswerHead, body: Bytes): void {
+    if (this.#ended || head.n < this.#next || head.n > this.#got + 2 * CREDIT) return;
+    this.#lastHeard = Date.now();
+    this.#held.set(head.n, { head, body });
+    for (let part = this.#held.get(this.#next); part; part = this.#held.get(this.#next)) {
+      this.#held.delete(this.#next++);
+      this.#gapSince = Infinity;
+      this.#accept(part.head, part.body);
+    }
+    if (this.#held.size) this.#gapSince = Math.min(this.#gapSince, Date.now());
+    this.#flush();
+  }
+
+  #accept({ n, end, status, headers }: AnswerHead, body: Bytes): void {
+    this.#finished = end;
+    if (n > 0) return void this.#queue.push(body);
+    clearTimeout(this.#timer);
+    if (end) {
+      this.#respond(
+        new Response(body.length ? body : null, { status: status!, headers: headers! }),
+      );
+      return this.end();
+    }
+    const stream = new ReadableStream<Bytes>({
+      start: (controller) => {
+        this.#controller = controller;
+      },
+      pull: () => {
+        this.#asked = true;
+        this.#flush();
+      },
+      cancel: () => {
+        this.#send({ kind: "cancel", id: this.#id });
+        this.end();
+      },
+    }, { highWaterMark: 0 });
+    this.#respond(new Response(stream, { status: status!, headers: headers! }));
+  }
+
+  #flush(): void {
+    if (!this.#asked || this.#ended) return;
+    if (!this.#queue.length) {
+      if (this.#finished) this.end();
+      return;
+    }
+    const parts = this.#queue;
+    this.#queue = [];
+    this.#got += parts.length;
+    if (this.#got - this.#told >= CREDIT / 2 && !this.#finished) this.#tell(false);
+    this.#asked = false; // before enqueue, which may ask again
+    const chunk = concat(parts);
+    if (chunk.length) this.#controller!.enqueue(chunk);
+    else this.end(); // the end came by itself
+  }
+
+  #tell(ask: boolean): void {
+    this.#told = this.#got;
+    this.#lastTold = Date.now();
+    this.#send({ kind: "credit", id: this.#id, got: this.#got, ask });
+  }
+
+  /** The owner says how many parts it has sent. */
+  compare(sent: number): void {
+    this.#lastHeard = Date.now();
+    if (sent >= this.#next) this.#gapSince = Math.min(this.#gapSince, Date.now());
+  }
+
+  /** "A gap or silence ends the stream, which the client resumes." */
+  tick(now: number): void {
+    if (!this.#controller) return; // its own timer is set
+    if (now - this.#gapSince > DOUBT || now - this.#lastHeard > 2 * this.#timeout) {
+      this.#send({ kind: "cancel", id: this.#id });
+      return this.end();
+    }
+    if (now - this.#lastTold >= this.#timeout) this.#tell(now - this.#lastHeard >= this.#timeout);
+  }
+
+  /** The end, whatever there has been until now: 503, or the end of the stream. */
+  end(): void {
+    if (this.#ended) return;
+    this.#ended = true;
+    clearTimeout(this.#timer);
+    this.#respond(unavailable());
+    this.#forget();
+    try {
+      this.#controller?.close();
+    } catch {
+      // cancelled by the runtime already
+    }
+  }
+}
+
+// --- Serving: the owner's side of one stream ---
+
+/** A session's event stream, read as far as the relaying instance asks. */
+class Served {
+  readonly key: CryptoKey;
+  readonly #id: string;
+  readonly #reader: { read(): Promise<{ done: boolean; value?: Uint8Array }>; cancel(): unknown };
+  readonly #timeout: number;
+  readonly #send: (head: Head, body?: Bytes) => Promise<boolean>;
+  #sent = 0;
+  #allowed = CREDIT;
+  #wake = () => {};
+  #cancelled = false;
+  #lastHeard: number = Date.now();
+
+  constructor(
+    id: string,
+    key: CryptoKey,
+    reader: ReadableStreamDefaultReader<Uint8Array>,
+    timeout: number,
+    send: (head: Head, body?: Bytes) => Promise<boolean>,
+  ) {
+    this.#id = id;
+    this.key = key;
+    this.#reader = reader as never;
+    this.#timeout = timeout;
+    this.#send = send;
+  }
+
+  /** While a part is being sent nothing is read: the busier the bus, the larger the parts. */
+  async run(): Promise<void> {
+    while (!this.#cancelled) {
+      await this.#credit();
+      const { done, value } = await this.#reader.read();
+      const bytes = (value ?? EMPTY) as Bytes;
+      for (let at = 0; at < Math.max(bytes.length, 1); at += PIECE) {
+        await this.#credit();
+        if (this.#cancelled) return;
+        const head: Head = { kind: "answer", id: this.#id, n: ++this.#sent, end: done };
+        if (!await this.#send(head, bytes.subarray(at, at + PIECE))) return;
+      }
+      if (done) return;
+    }
+  }
+
+  async #credit(): Promise<void> {
+    while (this.#sent >= this.#allowed && !this.#cancelled) {
+      await new Promise<void>((resolve) => this.#wake = resolve);
+    }
+  }
+
+  allow(got: number, ask: boolean): void {
+    this.#lastHeard = Date.now();
+    this.#allowed = Math.max(this.#allowed, Math.min(got, this.#sent) + CREDIT);
+    this.#wake();
+    if (ask) this.#send({ kind: "alive", id: this.#id, sent: this.#sent });
+  }
+
+  /** The relaying instance, or its client, has gone: as good as a dropped connection. */
+  cancel(): void {
+    if (this.#cancelled) return;
+    this.#cancelled = true;
+    this.#wake();
+    Promise.resolve(this.#reader.cancel()).catch(() => {});
+  }
+
+  tick(now: number): void {
+    if (now - this.#lastHeard > 3 * this.#timeout) this.cancel();
+  }
+}
+
+// --- Names and keys of sessions ---
+
+interface Known {
+  readonly token: string;
+  key?: Promise<CryptoKey>;
+  /** Its session has gone; the name stays a while, so that 404 can be said with authority. */
+  gone?: boolean;
+}
+
+/** This instance's sessions by the names that they have on the bus. */
+class Names {
+  readonly #host: RoutingHost;
+  readonly #known: Map<string, Known> = new Map();
+  readonly #naming: Set<Promise<void>> = new Set();
+  #pruned: number = Date.now();
+
+  constructor(host: RoutingHost) {
+    this.#host = host;
+  }
+
+  own(token: string): void {
+    const naming: Promise<void> = nameOf(token).then((name) => {
+      this.#known.set(name, { token });
+      this.#naming.delete(naming);
+    });
+    this.#naming.add(naming);
+    if (Date.now() - this.#pruned > PRUNE_PERIOD) this.#prune();
+  }
+
+  async find(name: string): Promise<Known | undefined> {
+    if (!this.#known.has(name)) await Promise.all(this.#naming);
+    return this.#known.get(name);
+  }
+
+  #prune(): void {
+    this.#pruned = Date.now();
+    for (const [name, known] of this.#known) {
+      if (this.#host.has(known.token)) continue;
+      if (known.gone) this.#known.delete(name);
+      known.gone = true;
+    }
+  }
+}
+
+async function digest(text: string): Promise<Bytes> {
+  return new Uint8Array(await crypto.subtle.digest("SHA-256", encoder.encode(text)));
+}
+
+/** "A session is named by a hash of its token." */
+async function nameOf(token: string): Promise<string> {
+  return hex((await digest(`duplex-sse name ${token}`)).subarray(0, 16));
+}
+
+async function keyOf(token: string): Promise<CryptoKey> {
+  const key = await digest(`duplex-sse key ${token}`);
+  const algorithm = { name: "HMAC", hash: "SHA-256" };
+  return await crypto.subtle.importKey("raw", key, algorithm, false, ["sign", "verify"]);
+}
+
+function verify(key: CryptoKey, { mac, signed }: Incoming): Promise<boolean> {
+  return crypto.subtle.verify("HMAC", key, mac, signed);
+}
+
+async function authenticate(key: CryptoKey, message: Incoming): Promise<void> {
+  if (!await verify(key, message)) throw new Error("A forged message on the backplane");
+}
+
+// --- The bus: messages of any size over payloads of a limited one ---
+
+interface Assembly {
+  readonly pieces: (Bytes | undefined)[];
+  missing: number;
+  size: number;
+  readonly expires: number;
+}
+
+class Bus {
+  readonly #driver: ClusterDriver;
+  readonly #maxPayload: number;
+  readonly #timeout: number;
+  /** Bytes of a message that a fragment carries. */
+  readonly #capacity: number;
+  readonly #assemblies: Map<string, Assembly> = new Map();
+  #assembled = 0;
+  #pending = 0;
+  #pendingBytes = 0;
+
+  constructor(driver: ClusterDriver, maxPayload: number, timeout: number) {
+    this.#driver = driver;
+    this.#maxPayload = maxPayload;
+    this.#timeout = timeout;
+    const around = envelope({ namespace: NAMESPACE, topic: "0".repeat(16), data: EMPTY });
+    this.#capacity = Math.floor((maxPayload - around) / 4) * 3 - FRAGMENT_HEADER;
+  }
+
+  /** "Pending driver publishes are bounded." */
+  get behind(): boolean {
+    return this.#pending >= MAX_PENDING || this.#pendingBytes >= MAX_PENDING_BYTES;
+  }
+
+  get assembling(): boolean {
+    return this.#assemblies.size > 0;
+  }
+
+  /** Whether a publication can go as crossws would send it. */
+  carries(message: SyncMessage): boolean {
+    const { namespace, topic, data } = message;
+    const most = 6 * (namespace.length + topic.length + data.length); // "\u0000" for each
+    return most + 256 < this.#maxPayload || envelope(message) < this.#maxPayload;
+  }
+
+  async publish(message: SyncMessage): Promise<void> {
+    if (this.behind) throw new Error("The backplane is behind: a publication was dropped");
+    await this.#put(ALL, message);
+  }
+
+  /** In as many fragments as it takes. Throws while too much is pending. */
+  async send(to: string, bytes: Bytes): Promise<void> {
+    if (bytes.length > MAX_MESSAGE) throw new RangeError("Too large for the backplane");
+    if (this.behind) throw new Error("The backplane is behind");
+    const count = Math.ceil(bytes.length / this.#capacity);
+    const id = crypto.getRandomValues(new Uint8Array(ID_SIZE));
+    const sending: Promise<void>[] = [];
+    for (let index = 0; index < count; index++) {
+      const begin = index * this.#capacity;
+      const data = concat([
+        Uint8Array.of(VERSION),
+        id,
+        uint32(index),
+        uint32(count),
+        bytes.subarray(begin, begin + this.#capacity),
+      ]);
+      sending.push(this.#put(to, { namespace: NAMESPACE, topic: to, data }));
+    }
+    await Promise.all(sending);
+  }
+
+  async #put(to: string, message: SyncMessage): Promise<void> {
+    const size = message.data.length;
+    this.#pending++;
+    this.#pendingBytes += size;
+    try {
+      if (to !== ALL && this.#driver.send) await this.#driver.send(to, message);
+      else await this.#driver.publish(message);
+    } finally {
+      this.#pending--;
+      this.#pendingBytes -= size;
+    }
+  }
+
+  /** The whole message, with its last fragment. */
+  assemble({ data }: SyncMessage): Bytes | undefined {
+    if (typeof data === "string" || data.length < FRAGMENT_HEADER) {
+      throw new Error("Garbage on the backplane");
+    }
+    if (data[0] !== VERSION) throw new Error(`Version ${data[0]} on the backplane`);
+    const view = new DataView(data.buffer, data.byteOffset, data.byteLength);
+    const index = view.getUint32(1 + ID_SIZE);
+    const count = view.getUint32(1 + ID_SIZE + 4);
+    const piece = data.slice(FRAGMENT_HEADER) as Bytes;
+    if (count === 1 && index === 0) return piece;
+    if (index >= count || count * 256 > MAX_MESSAGE) throw new Error("Garbage on the backplane");
+    const id = hex(data.subarray(1, 1 + ID_SIZE));
+    let assembly = this.#assemblies.get(id);
+    if (!assembly) {
+      const expires = Date.now() + this.#timeout;
+      assembly = { pieces: new Array(count), missing: count, size: 0, expires };
+      this.#assemblies.set(id, assembly);
+      this.#assembled += 8 * count; // the list takes memory, too
+    }
+    if (assembly.pieces.length !== count || assembly.pieces[index]) return;
+    assembly.pieces[index] = piece;
+    assembly.missing--;
+    assembly.size += piece.length;
+    this.#assembled += piece.length;
+    const complete = !assembly.missing;
+    if (complete || assembly.size > MAX_MESSAGE) this.#discard(id, assembly);
+    for (const [id, oldest] of this.#assemblies) {
+      if (this.#assembled <= MAX_ASSEMBLIES) break;
+      this.#discard(id, oldest);
+    }
+    return complete ? concat(assembly.pieces as Bytes[]) : undefined;
+  }
+
+  #discard(id: string, { size, pieces }: Assembly): void {
+    if (this.#assemblies.delete(id)) this.#assembled -= size + 8 * pieces.length;
+  }
+
+  /** What stayed incomplete. */
+  forget(now: number): void {
+    for (const [id, assembly] of this.#assemblies) {
+      if (now < assembly.expires) break;
+      this.#discard(id, assembly);
+    }
+  }
+}
+
+/** The size of what crossws's drivers make of a message. */
+function envelope({ namespace, topic, data }: SyncMessage): number {
+  const binary = typeof data !== "string";
+  const text = JSON.stringify({ namespace, topic, binary, data: binary ? "" : data });
+  return encoder.encode(text).length + (binary ? 4 * Math.ceil(data.length / 3) : 0) +
+    `{"id":"0123456789abcdef","msg":}`.length + ENVELOPE_SLACK;
+}
+
+// --- Messages as bytes ---
+
+/** With room for the authentication code in front. */
+function encodeMessage(head: Head, body: Bytes = EMPTY): Bytes {
+  const text = encoder.encode(JSON.stringify(head));
+  return concat([new Uint8Array(MAC_SIZE), uint32(text.length), text, body]);
+}
+
+function decodeMessage(whole: Bytes): Incoming {
+  const length = whole.length < MESSAGE_HEADER
+    ? Infinity
+    : new DataView(whole.buffer, whole.byteOffset).getUint32(MAC_SIZE);
+  if (MESSAGE_HEADER + length > whole.length) throw new Error("Garbage on the backplane");
+  const head = JSON.parse(
+    decoder.decode(whole.subarray(MESSAGE_HEADER, MESSAGE_HEADER + length)),
+  );
+  if (!isHead(head)) throw new Error("Garbage on the backplane");
+  return {
+    head,
+    body: whole.slice(MESSAGE_HEADER + length),
+    mac: whole.subarray(0, MAC_SIZE),
+    signed: whole.subarray(MAC_SIZE),
+  };
+}
+
+/** The types of what is used before the code is verified, and of what it cannot vouch for. */
+function isHead(head: unknown): head is Head {
+  if (typeof head !== "object" || !head) return false;
+  const { kind, namespace, topic, id, from, session, time } = head as Record<string, unknown>;
+  if (kind === "publication") return typeof namespace === "string" && typeof topic === "string";
+  if (typeof id !== "string" || !/^[0-9a-f]{32}$/.test(id)) return false;
+  return kind !== "request" ||
+    typeof from === "string" && /^[0-9a-f]{16}$/.test(from) &&
+      typeof session === "string" && typeof time === "number";
+}
+
+// --- Requests and responses ---
+
+/** The body, whole: "a body that streams is 411, so that the client falls to post". */
+async function readBody(request: Request, most: number): Promise<Bytes | Response> {
+  const { body, headers, method } = request;
+  if (!body || method === "GET") return EMPTY;
+  const type = headers.get("content-type") ?? "";
+  const streams = () => {
+    body.cancel().catch(() => {}); // a locked one has its reader
+    return refuse(411, "This instance takes no streaming body for another's session");
+  };
+  if (type.startsWith(UPLINK_TYPE) && headers.get("accept") === STREAM_TYPE) return streams();
+  const tooLarge = () => {
+    body.cancel().catch(() => {});
+    return refuse(413, "Too large");
+  };
+  const length = headers.get("content-length");
+  if (Number(length) > most) return tooLarge();
+  const reader = body.getReader();
+  let late = false;
+  const patience = length === null
+    ? setTimeout(() => {
+      late = true;
+      reader.cancel().catch(() => {});
+    }, LENGTHLESS_PATIENCE)
+    : undefined;
+  try {
+    const parts: Bytes[] = [];
+    let size = 0;
+    for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
+      size += chunk.value.length;
+      if (size > most) {
+        reader.cancel().catch(() => {});
+        return tooLarge();
+      }
+      parts.push(chunk.value as Bytes);
+    }
+    return late ? streams() : concat(parts);
+  } finally {
+    clearTimeout(patience);
+  }
+}
+
+function refuse(status: number, reason: string, headers: Record<string, string> = {}): Response {
+  return new Response(`${reason}\n`, {
+    status,
+    headers: {
+      "content-type": "text/plain; charset=utf-8",
+      "cache-control": "no-store",
+      ...headers,
+    },
+  });
+}
+
+/** "No answer is 503, and the client retries." */
+function unavailable(): Response {
+  return refuse(503, "The session's instance does not answer", { "retry-after": "1" });
+}
+
+// --- Small things ---
+
+/** At most one report a second of each stage, which tells how many there were. */
+function limited(report: Report): Report {
+  const stages = new Map<Stage, { since: number; left: number }>();
+  return (stage, error) => {
+    const now = Date.now();
+    const last = stages.get(stage);
+    if (last && now - last.since < REPORT_PERIOD) return void last.left++;
+    stages.set(stage, { since: now, left: 0 });
+    const reason = error instanceof Error
+      ? error
+      : new Error("The backplane failed", { cause: error });
+    if (!last?.left) report(stage, reason);
+    else report(stage, new Error(`${reason.message} (and ${last.left} more)`, { cause: error }));
+  };
+}
+
+function uint32(value: number): Bytes {
+  const bytes = new Uint8Array(4);
+  new DataView(bytes.buffer).setUint32(0, value);
+  return bytes;
+}
+
+function hex(bytes: Uint8Array): string {
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+function concat(parts: Uint8Array[]): Bytes {
+  let length = 0;
+  for (const part of parts) length += part.length;
+  const whole = new Uint8Array(length);
+  let at = 0;
+  for (const part of parts) {
+    whole.set(part, at);
+    at += part.length;
+  }
+  return whole;
+}

@@ -1,0 +1,73 @@
+/**
+ * Makes the npm package: `node scripts/pack.mjs [folder]`, which is what `npm run pack` does. Prints
+ * the path of the tarball. The checkout's own package.json stays private; the package gets another.
+ */
+import { execFileSync } from "node:child_process";
+import { copyFileSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, join, resolve } from "node:path";
+
+const root = dirname(import.meta.dirname);
+const destination = resolve(process.argv[2] ?? root);
+const stage = mkdtempSync(join(tmpdir(), "duplex-pack-"));
+const { name, version } = JSON.parse(readFileSync(join(root, "package.json"), "utf8"));
+
+try {
+  // Types beside the code for what is imported, none for what is run.
+  compile(["mod.ts", "server.ts", "client.ts"], "--declaration", "--isolatedDeclarations");
+  compile(["examples/bin.ts"], "--types", "node");
+  edit("mod.d.ts", (text) => text.replace(/(from "\.\/\w+)\.ts"/g, '$1.js"'));
+  // The chat's page is given the client as it is here: as JavaScript.
+  edit("examples/chat.js", (text) => text.replace("../client.ts", "../client.js"));
+  for (const file of ["examples/chat.html", "README.md", "PROTOCOL.md", "LICENSE"]) {
+    copyFileSync(join(root, file), join(stage, file));
+  }
+  writeFileSync(join(stage, "package.json"), JSON.stringify(manifest(), null, 2) + "\n");
+  const packed = execFileSync("npm", [
+    ...["pack", "--json", "--loglevel=error", "--pack-destination", destination],
+  ], { cwd: stage, encoding: "utf8", shell: process.platform === "win32" });
+  console.log(join(destination, JSON.parse(packed)[0].filename));
+} finally {
+  rmSync(stage, { recursive: true });
+}
+
+function compile(files, ...options) {
+  execFileSync(process.execPath, [
+    join(root, "node_modules", "typescript", "bin", "tsc"),
+    ...["--rootDir", root, "--outDir", stage],
+    ...["--target", "ES2022", "--module", "NodeNext", "--lib", "ESNext,DOM,DOM.Iterable"],
+    ...["--rewriteRelativeImportExtensions", "--verbatimModuleSyntax", "--strict"],
+    ...["--exactOptionalPropertyTypes", "--skipLibCheck", "--types", ""],
+    ...options,
+    ...files.map((file) => join(root, file)),
+  ], { cwd: root, stdio: ["ignore", "inherit", "inherit"] });
+}
+
+function edit(file, change) {
+  const before = readFileSync(join(stage, file), "utf8");
+  const after = change(before);
+  if (after === before) throw new Error(`${file} is not what scripts/pack.mjs expects`);
+  writeFileSync(join(stage, file), after);
+}
+
+function manifest() {
+  return {
+    name,
+    version,
+    description: "Everything a WebSocket does, over plain HTTP: SSE down, POST up, resumed",
+    keywords: ["websocket", "sse", "server-sent-events", "eventsource", "crossws", "edge"],
+    license: "MIT",
+    type: "module",
+    sideEffects: false,
+    main: "./mod.js",
+    types: "./mod.d.ts",
+    exports: {
+      ".": { types: "./mod.d.ts", default: "./mod.js" },
+      "./server": { types: "./server.d.ts", default: "./server.js" },
+      "./client": { types: "./client.d.ts", default: "./client.js" },
+      "./package.json": "./package.json",
+    },
+    bin: { "duplex-sse": "examples/bin.js" },
+    engines: { node: ">=20" },
+  };
+}

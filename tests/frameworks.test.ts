@@ -1,0 +1,133 @@
+/**
+ * Beside other routes, in frameworks; with hooks that were written for crossws;
+ * under libraries that take a WebSocket class. None of them is told anything.
+ */
+import { defineHooks } from "crossws";
+import { defineWebSocketHandler, H3 } from "h3";
+import { Hono } from "hono";
+import { WebSocket as PartySocket } from "partysocket";
+import { WebSocketSSE } from "../client.ts";
+import { sseAdapter } from "../server.ts";
+import { converse } from "./conversation.ts";
+import { assertEquals, deferred, test, within } from "./harness.ts";
+import { listen, Queue, shutDown } from "./pair.ts";
+import { room } from "./room.ts";
+
+const { hooks: _, ...options } = room;
+
+/** The hooks of the room, as a crossws project has them. */
+const hooks = defineHooks({
+  open(peer) {
+    peer.subscribe("room");
+    peer.send("welcome");
+  },
+  message(peer, message) {
+    const text = message.text();
+    if (text.startsWith("tell ")) peer.publish("room", text.slice(5));
+    else peer.send(message.rawData);
+  },
+  close(peer, { code, reason }) {
+    peer.publish("room", `left ${code} ${reason}`);
+  },
+});
+
+/** The other routes answer as if we were not there. */
+async function checkOthers(url: string): Promise<void> {
+  assertEquals(await (await fetch(url)).text(), "the page");
+  assertEquals(await (await fetch(`${url}/room`)).text(), "about the room");
+  const missing = await fetch(`${url}/missing`);
+  await missing.text();
+  assertEquals(missing.status, 404);
+}
+
+test("in Hono, beside other routes", async (t) => {
+  const addresses: (string | undefined)[] = [];
+  const ws = sseAdapter({
+    ...room,
+    resolve: () => ({ open: (peer) => void addresses.push(peer.remoteAddress) }),
+  });
+  t.defer(() => shutDown(ws));
+  const app = new Hono();
+  app.get("/", (c) => c.text("the page"));
+  app.use("/room", (c, next) => ws.handles(c.req.raw) ? ws.fetch(c.req.raw, c.env) : next());
+  app.get("/room", (c) => c.text("about the room"));
+  const server = await t.serve(app.fetch);
+  await checkOthers(server.url);
+  await converse(t, server);
+  assertEquals(new Set(addresses), new Set(["127.0.0.1"]));
+}, { timeout: 40_000 });
+
+test("in h3, by the hooks of defineWebSocketHandler", async (t) => {
+  const app = new H3();
+  app.get("/", () => "the page");
+  app.all(
+    "/room",
+    (event) => event.req.headers.get("accept") === "*/*" ? "about the room" : socket(event),
+  );
+  const socket = defineWebSocketHandler(hooks);
+  const ws = sseAdapter({
+    ...options,
+    resolve: async (request) => (await app.fetch(request) as { crossws?: typeof hooks }).crossws,
+  });
+  t.defer(() => shutDown(ws));
+  const server = await t.serve((request, info) =>
+    ws.handles(request) ? ws.fetch(request, info) : app.fetch(request)
+  );
+  await checkOthers(server.url);
+  await converse(t, server);
+}, { timeout: 40_000 });
+
+test("in a plain fetch router, by the hooks of crossws's defineHooks", async (t) => {
+  const ws = sseAdapter({ ...options, hooks });
+  t.defer(() => shutDown(ws));
+  const routes: Record<string, (request: Request, info: unknown) => Response | Promise<Response>> =
+    {
+      "/": () => new Response("the page"),
+      "/room": (request, info) =>
+        ws.handles(request) ? ws.fetch(request, info) : new Response("about the room"),
+    };
+  const server = await t.serve((request, info) => {
+    const route = routes[new URL(request.url).pathname];
+    return route ? route(request, info) : new Response("Not found", { status: 404 });
+  });
+  await checkOthers(server.url);
+  await converse(t, server);
+}, { timeout: 40_000 });
+
+for (const runtime of ["deno", "bun"] as const) {
+  test(`examples/graphql.ts: graphql-ws on both ends, on ${runtime}`, async (t) => {
+    const child = await t.spawn(runtime, "examples/graphql.ts");
+    const lines: unknown[] = [];
+    for await (const line of child.lines()) lines.push(JSON.parse(line));
+    assertEquals(lines, [
+      { hello: "Hello, Ada!" },
+      ...[3, 2, 1, 0].map((countdown) => ({ countdown })),
+    ]);
+    assertEquals([(await child.exited).code, child.stderr()], [0, ""]);
+  }, { timeout: 20_000 });
+}
+
+test("partysocket reconnects after what we cannot resume", async (t) => {
+  const server = await listen(t, room);
+  const messages = new Queue<unknown>();
+  let closes = 0;
+  const socket = new PartySocket(`${server.url}/room`, [], {
+    WebSocket: WebSocketSSE,
+    minReconnectionDelay: 10,
+    maxReconnectionDelay: 50,
+  });
+  t.defer(() => socket.close());
+  socket.addEventListener("message", ({ data }) => messages.push(data));
+  socket.addEventListener("close", () => closes++); // at an error it makes up an event of its own, with 1000
+  socket.send("queued before the opening");
+  assertEquals(await messages.take(2), ["welcome", "queued before the opening"]);
+  for (const peer of server.ws.peers.get("/room")!) peer.terminate(); // as when its instance is gone
+  assertEquals(await messages.next(), "welcome");
+  assertEquals(closes, 1);
+  socket.send("again");
+  assertEquals(await messages.next(), "again");
+  const closed = deferred();
+  socket.addEventListener("close", () => closed.resolve());
+  socket.close(1000);
+  await within(closed.promise, 5_000, "closing");
+});

@@ -1,0 +1,50 @@
+/**
+ * Node 20: the server through srvx and through Hono's node server, the client
+ * natively.
+ */
+import { chaos } from "./chaos.ts";
+import { converse } from "./conversation.ts";
+import { assertEquals, assertMatch, test } from "./harness.ts";
+import { listen } from "./pair.ts";
+import { room } from "./room.ts";
+
+for (const server of ["srvx", "@hono/node-server"]) {
+  test(`on Node, the server through ${server}`, async (t) => {
+    const child = await t.spawn("node", "tests/fixtures/node-server.ts", { args: [server] });
+    await converse(t, { port: Number(await child.line()) });
+    assertEquals(child.stderr(), "");
+  }, { timeout: 40_000 });
+}
+
+test("on Node, the client", async (t) => {
+  const server = await listen(t, room);
+  const proxy = t.use(await chaos(server.port, { seed: 1 }));
+  const child = await t.spawn("node", "tests/fixtures/node-client.ts", {
+    args: [`${proxy.url}/room`],
+  });
+  const [type, protocol, version] = await child.json<string[]>();
+  assertEquals([type, protocol], ["open", "chat"]);
+  assertMatch(version!, /^v2\d\./);
+  assertEquals(await child.json(), ["message", "welcome"]);
+  child.send("hello\nbinary");
+  assertEquals(await child.json(), ["message", "hello"]);
+  assertEquals(await child.json(), ["message", [0, 13, 10, 255]]);
+
+  proxy.refuse(300);
+  proxy.cutAll("rst");
+  assertEquals(await child.json(), ["drop"]);
+  child.send("sent meanwhile");
+  server.ws.publish("room", "published meanwhile");
+  assertEquals(await child.json(), ["resume"]);
+  const last = [await child.json<string[]>(), await child.json<string[]>()];
+  assertEquals(last.map(([, data]) => data).sort(), ["published meanwhile", "sent meanwhile"]);
+
+  child.send("close");
+  // Node 20 has no CloseEvent: an Event with its attributes stands in.
+  const closed = await child.json<string[]>();
+  assertEquals(closed.slice(0, 4), ["close", 4002, "done", true]);
+  assertMatch(closed[4]!, /^(Close)?Event$/);
+  // Nothing of the socket keeps the process alive, and nothing was complained about.
+  assertEquals((await child.exited).code, 0);
+  assertEquals(child.stderr(), "");
+}, { timeout: 30_000 });

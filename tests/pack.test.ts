@@ -1,0 +1,339 @@
+/**
+ * The packages, as their users have them: the npm tarball, installed in
+ * projects that know nothing of this checkout, and what JSR would serve.
+ */
+import { execFile, spawn } from "node:child_process";
+import { readdirSync } from "node:fs";
+import { mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { pathToFileURL } from "node:url";
+import { sseAdapter } from "../server.ts";
+import { esbuild } from "./bundle.ts";
+import { startChromium } from "./chromium.ts";
+import {
+  assert,
+  assertEquals,
+  assertMatch,
+  assertStringIncludes,
+  binary,
+  needs,
+  root,
+  test,
+  type TestContext,
+  until,
+} from "./harness.ts";
+import { connect, shutDown } from "./pair.ts";
+
+const timeout = 60_000;
+const modules = join(root, "node_modules");
+
+/** Runs a command to its end. */
+function run(
+  command: string,
+  args: string[],
+  { cwd = root, code: expected = 0, env = {} } = {},
+): Promise<{ out: string; errors: string }> {
+  env = { ...process.env, NO_COLOR: "1", npm_config_loglevel: "error", ...env };
+  return new Promise((resolve, reject) => {
+    execFile(command, args, { cwd, env }, (error, out, errors) => {
+      const code = error ? error.code : 0;
+      if (code === expected) resolve({ out, errors });
+      else reject(new Error(`${command} ${args.join(" ")}: ${code}\n${out}\n${errors}`));
+    });
+  });
+}
+
+const node = binary("node")!;
+const tsc = join(modules, "typescript", "bin", "tsc");
+
+// ---------------------------------------------------------------- the tarball
+
+let packed: Promise<string> | undefined;
+
+/** The tarball, made once. */
+function tarball(): Promise<string> {
+  return packed ??= pack();
+}
+
+async function pack(): Promise<string> {
+  const folder = await mkdtemp(join(tmpdir(), "duplex-pack-"));
+  const { out } = await run(node, ["scripts/pack.mjs", folder]);
+  return out.trim();
+}
+
+/** A folder with these files. */
+async function folder(t: TestContext, files: Record<string, string>): Promise<string> {
+  const dir = await mkdtemp(join(tmpdir(), "duplex-user-"));
+  t.defer(() => rm(dir, { recursive: true, force: true }));
+  for (const [name, text] of Object.entries(files)) {
+    await mkdir(dirname(join(dir, name)), { recursive: true });
+    await writeFile(join(dir, name), text);
+  }
+  return dir;
+}
+
+/** A project with these files, and the tarball installed. */
+async function project(t: TestContext, files: Record<string, string>): Promise<string> {
+  const dir = await folder(t, {
+    "package.json": JSON.stringify({ private: true, type: "module" }),
+    ...files,
+  });
+  const quiet = ["--offline", "--no-audit", "--no-fund", "--ignore-scripts"];
+  await run("npm", ["install", ...quiet, await tarball()], { cwd: dir });
+  return dir;
+}
+
+/** A program that uses every entry point; it prints what it hears. */
+const program = (name: string) => `
+import sseAdapter, { WebSocketSSE } from "${name}";
+import { defineHooks, type Peer } from "${name}/server";
+import { type Transport, WebSocketSSE as Same, type WebSocketSSEOptions } from "${name}/client";
+
+const hooks = defineHooks<{ user: string }>({
+  upgrade: () => ({ context: { user: "Ada" } }),
+  message(peer: Peer<{ user: string }>, message) {
+    peer.send(peer.context.user + ": " + message.text());
+  },
+});
+const ws = sseAdapter({ bidir: true, hooks });
+const transport: Transport = "post";
+const options: WebSocketSSEOptions = {
+  transport,
+  fetch: (url, init) => ws.fetch(new Request(url, init)),
+};
+const socket: Same = new WebSocketSSE("http://localhost/room", options);
+const echo = await new Promise<string>((resolve) => {
+  socket.onopen = () => socket.send("hello");
+  socket.onmessage = (event: MessageEvent<string>) => resolve(event.data);
+});
+console.log(echo);
+socket.close(1000);
+await ws.close();
+`;
+const HEARD = "Ada: hello\n";
+
+/** Without types, for those who have none. */
+const script = (name: string) =>
+  esbuild(["--loader=ts", "--target=esnext"], { input: program(name) });
+
+test("the tarball holds what users need, and nothing else", async (t) => {
+  const dir = await project(t, {});
+  const installed = join(dir, "node_modules", "duplex-sse");
+  const files = readdirSync(installed, { recursive: true, withFileTypes: true })
+    .filter((entry) => entry.isFile()).map((entry) => entry.name).sort();
+  assertEquals(files, [
+    ...["LICENSE", "PROTOCOL.md", "README.md", "bin.js", "chat.html", "chat.js"],
+    ...["client.d.ts", "client.js", "mod.d.ts", "mod.js", "node.js", "package.json"],
+    ...["server.d.ts", "server.js"],
+  ]);
+  const manifest = JSON.parse(await readFile(join(installed, "package.json"), "utf8"));
+  const { version } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
+  assertEquals([manifest.name, manifest.version, manifest.private], [
+    ...["duplex-sse", version],
+    undefined,
+  ]);
+  assertEquals(Object.keys(manifest).filter((key) => /ependencies|scripts/.test(key)), []);
+  for (const file of ["mod.js", "client.js", "server.js", "mod.d.ts"]) {
+    assert(!/"\.\/\w+\.ts"/.test(await readFile(join(installed, file), "utf8")), file);
+  }
+}, { timeout });
+
+for (const runtime of ["node", "bun", "deno"] as const) {
+  test(`a program on ${runtime}, from the tarball`, async (t) => {
+    const dir = await project(t, { "main.js": await script("duplex-sse") });
+    const args = runtime === "deno" ? ["run", "-A", "main.js"] : ["main.js"];
+    const { out, errors } = await run(binary(runtime)!, args, { cwd: dir });
+    assertEquals([out, errors], [HEARD, ""]);
+  }, { timeout });
+}
+
+for (const entry of ["jsr:@duplex/sse", "@duplex/sse"]) {
+  test(`a program on Deno, from ${entry} as JSR would serve it`, async (t) => {
+    const imports = Object.fromEntries(
+      ["mod", "server", "client"].map((file) => [
+        file === "mod" ? entry : `${entry}/${file}`,
+        String(pathToFileURL(join(root, `${file}.ts`))),
+      ]),
+    );
+    const dir = await folder(t, {
+      "deno.json": JSON.stringify({ imports }),
+      "main.ts": program(entry),
+    });
+    const { out } = await run(binary("deno")!, ["run", "-A", "--check", "main.ts"], { cwd: dir });
+    assertEquals(out, HEARD);
+  }, { timeout });
+}
+
+// ---------------------------------------------------------------- types
+
+for (
+  const [name, { lib, types, skipLibCheck }] of Object.entries({
+    "the DOM's types": { lib: "ESNext,DOM", types: "", skipLibCheck: "false" },
+    "Bun's types alone": { lib: "ESNext", types: "bun-types", skipLibCheck: "true" },
+  })
+) {
+  test(`a strict TypeScript project with ${name}`, async (t) => {
+    const dir = await project(t, { "main.ts": program("duplex-sse") });
+    for (
+      const resolution of [
+        ["--module", "NodeNext"],
+        ["--module", "Preserve", "--moduleResolution", "Bundler"],
+      ]
+    ) {
+      await run(node, [
+        tsc,
+        ...["--strict", "--verbatimModuleSyntax", "--exactOptionalPropertyTypes", "--noEmit"],
+        ...["--target", "ESNext", "--lib", lib, "--skipLibCheck", skipLibCheck],
+        ...["--types", types, "--typeRoots", modules],
+        ...resolution,
+        "main.ts",
+      ], { cwd: dir });
+    }
+  }, { timeout });
+}
+
+// ---------------------------------------------------------------- bundles
+
+const browser = await startChromium();
+
+const page = `
+import { WebSocketSSE } from "duplex-sse";
+const socket = new WebSocketSSE("/room");
+socket.onopen = () => socket.send("hello");
+socket.onmessage = ({ data }) => document.title = data;
+`;
+
+const bundlers: Record<string, (dir: string) => Promise<unknown>> = {
+  esbuild: (dir) =>
+    esbuild(
+      ["page.js", "--bundle", "--minify", "--format=esm", "--outfile=dist/page.js"],
+      { cwd: dir },
+    ),
+  vite: (dir) => run(node, [join(modules, "vite", "bin", "vite.js"), "build"], { cwd: dir }),
+};
+
+for (const [name, bundle] of Object.entries(bundlers)) {
+  test(`a page bundled by ${name}`, async (t) => {
+    const html = '<!doctype html><title>-</title><script type="module" src="/page.js"></script>';
+    const dir = await project(t, { "page.js": page, "index.html": html });
+    await bundle(dir);
+    const files = new Map<string, string>([["/", html]]);
+    for (const file of readdirSync(join(dir, "dist"), { recursive: true }).map(String)) {
+      if (!/\.(js|html)$/.test(file)) continue;
+      files.set(
+        `/${file}`.replace("index.html", ""),
+        await readFile(join(dir, "dist", file), "utf8"),
+      );
+    }
+    // The client alone: whoever imports it does not carry the server.
+    const scripts = [...files].filter(([path]) => path.endsWith(".js")).map(([, text]) => text);
+    assertEquals(scripts.length, 1);
+    assert(!scripts[0]!.includes("maxPeers"));
+
+    const ws = sseAdapter({
+      bidir: true,
+      hooks: { message: (peer, message) => void peer.send(`echo: ${message}`) },
+    });
+    t.defer(() => shutDown(ws));
+    const server = await t.serve((request, info) => {
+      if (ws.handles(request)) return ws.fetch(request, info);
+      const path = new URL(request.url).pathname;
+      const type = path.endsWith(".js") ? "text/javascript" : "text/html";
+      return new Response(files.get(path) ?? null, { headers: { "content-type": type } });
+    });
+    const tab = await (await browser.windows(t)).newPage();
+    await tab.goto(server.url);
+    await tab.waitForFunction(() => document.title === "echo: hello");
+  }, { timeout, skip: needs("chromium") });
+}
+
+// ---------------------------------------------------------------- the command
+
+/** By the runtime that the shebang names, Node, where it exists; by Bun if told so. */
+const launchers = {
+  "npx": ["npx", "--yes", "--offline"],
+  "bunx": [binary("bun")!, "x"],
+  "bunx --bun": [binary("bun")!, "x", "--bun"],
+};
+
+for (const [name, [launcher, ...flags]] of Object.entries(launchers)) {
+  test(`${name} runs the command from the tarball, and clients chat through it`, async (t) => {
+    const dir = await folder(t, { "package.json": "{}" });
+    const env = { npm_config_cache: join(dir, "npm"), npm_config_loglevel: "error", TMPDIR: dir };
+    const options = { cwd: dir, env };
+    const args = (...rest: string[]) => [...flags, "--package", file, "duplex-sse", ...rest];
+    const file = await tarball();
+    const { out } = await run(launcher!, args("--help"), options);
+    assertMatch(out, /--port <number>[^]*--hostname <name>[^]*--help/);
+    const { errors } = await run(launcher!, args("--port", "no"), { ...options, code: 2 });
+    assertStringIncludes(errors, "Not a port: no");
+
+    // `timeout` ends what it runs with all its children, which a launcher does not.
+    const command = ["60", launcher!, ...args("--port", "0", "--hostname", "127.0.0.1")];
+    const child = spawn("timeout", command, {
+      ...options,
+      env: { ...process.env, ...options.env },
+    });
+    const closed = new Promise((resolve) => child.on("close", resolve));
+    t.defer(() => {
+      child.kill();
+      return closed;
+    });
+    let printed = "";
+    for (const output of [child.stdout, child.stderr]) {
+      output.setEncoding("utf8").on("data", (text: string) => printed += text);
+    }
+    const url = await until(() => /^Chat on (http:\/\/127\.0\.0\.1:\d+\/)$/m.exec(printed)?.[1], {
+      timeout: 15_000,
+    });
+    await chat(t, url);
+    // Bun tells of the response that failed; it was to fail.
+    assertEquals(
+      printed.replace(/^(error: )?The network of a tab was cut, as it asked\n/gm, ""),
+      `Chat on ${url}\n`,
+    );
+  }, { timeout });
+}
+
+/** Two people meet. */
+async function chat(t: TestContext, url: string): Promise<void> {
+  assertStringIncludes(await (await fetch(url)).text(), "<title>Chat");
+  const client = await fetch(`${url}client.js`);
+  assertEquals(client.headers.get("content-type"), "text/javascript; charset=utf-8");
+  assertStringIncludes(await client.text(), "class WebSocketSSE extends EventTarget");
+  const [ada, grace] = ["Ada", "Grace"].map((name) => {
+    const { socket, opened, messages } = connect(t, `${url}chat`, {
+      headers: { "x-chat-tab": name }, // as the page does, to be cut
+    });
+    const send = (message: unknown) => socket.send(JSON.stringify(message));
+    const heard = (type: string) =>
+      messages.all.map((data) => JSON.parse(String(data))).filter((m) => m.type === type);
+    return { socket, opened, send, heard };
+  }) as [Person, Person];
+  for (const [person, name] of [[ada, "Ada"], [grace, "Grace"]] as const) {
+    await person.opened;
+    person.send({ type: "join", name });
+    await until(() => person.heard("joined")[0]?.name === name);
+  }
+  await fetch(`${url}cut`, { method: "POST", headers: { "x-chat-tab": "Grace" } });
+  ada.send({ type: "say", text: "Hello" });
+  for (const { heard } of [ada, grace]) {
+    const said = await until(() => heard("said")[0], { timeout: 15_000 });
+    assertEquals([said!.name, said!.text], ["Ada", "Hello"]);
+  }
+  assertEquals(grace.socket.stats.resumes, 1);
+  for (const { socket } of [ada, grace]) socket.close();
+}
+
+interface Person {
+  readonly socket: ReturnType<typeof connect>["socket"];
+  readonly opened: Promise<void>;
+  send(message: unknown): void;
+  // deno-lint-ignore no-explicit-any
+  heard(type: string): any[];
+}
+
+test("the tarball is removed", async () => {
+  await rm(dirname(await tarball()), { recursive: true });
+});

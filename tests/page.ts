@@ -1,0 +1,84 @@
+/**
+ * A page with our client in it, and the server that it talks to, for tests in browsers.
+ *
+ * @module
+ */
+import type { WebSocketSSE, WebSocketSSEOptions } from "../client.ts";
+import type { Message, Peer, SSEOptions } from "../server.ts";
+import { clientScript } from "./chromium.ts";
+import type { TestContext } from "./harness.ts";
+import { listen, Queue } from "./pair.ts";
+
+/** What the page has, next to its client. */
+export interface TestPage {
+  socket: WebSocketSSE;
+  sockets: WebSocketSSE[];
+  /** Names of events, data of messages, `{ code, reason, wasClean }` of close. */
+  log: unknown[];
+  /** What console.warn was told. */
+  warnings: string[];
+  connect(url: string, options?: WebSocketSSEOptions): WebSocketSSE;
+}
+
+const html = `<!DOCTYPE html><title>client</title><link rel="icon" href="data:,">
+<script type="module">
+import { WebSocketSSE } from "/client.js";
+globalThis.sockets = [];
+globalThis.warnings = [];
+console.warn = (text) => globalThis.warnings.push(String(text));
+globalThis.connect = (url, options) => {
+  const log = globalThis.log = [];
+  const socket = globalThis.socket = new WebSocketSSE(url, options);
+  globalThis.sockets.push(socket);
+  socket.binaryType = "arraybuffer";
+  for (const type of ["open", "drop", "resume", "error"]) {
+    socket.addEventListener(type, () => log.push(type));
+  }
+  socket.addEventListener("message", ({ data }) => log.push(data));
+  socket.addEventListener("close", ({ code, reason, wasClean }) => log.push({ code, reason, wasClean }));
+  return socket;
+};
+</script>`;
+
+export interface Site {
+  readonly url: string;
+  readonly port: number;
+  readonly peers: Queue<Peer>;
+  readonly closes: Queue<{ code?: number | undefined; reason?: string | undefined }>;
+  /** The requests for the socket, by their methods and whether their body is streamed. */
+  readonly requests: string[];
+}
+
+/** A server with a page, our client and a socket at /ws that answers by `message`, or echoes. */
+export async function site(
+  t: TestContext,
+  { tls = false, http2 = false, message, ...options }: SSEOptions & {
+    tls?: boolean;
+    http2?: boolean;
+    message?: (peer: Peer, message: Message) => void;
+  } = {},
+): Promise<Site> {
+  const script = await clientScript();
+  const peers = new Queue<Peer>();
+  const closes: Site["closes"] = new Queue();
+  const requests: string[] = [];
+  const { url, port } = await listen(t, {
+    ...options,
+    hooks: {
+      open: (peer) => peers.push(peer),
+      message: message ?? ((peer, message) => void peer.send(message.data as string)),
+      close: (_, details) => closes.push(details),
+    },
+  }, (request, next) => {
+    const { pathname } = new URL(request.url);
+    if (pathname === "/ws") {
+      requests.push(`${request.method}${request.headers.has("content-length") ? "" : " streamed"}`);
+      return next(request);
+    }
+    const type = pathname === "/client.js" ? "text/javascript" : "text/html";
+    return new Response(pathname === "/client.js" ? script : html, {
+      headers: { "content-type": `${type}; charset=utf-8` },
+    });
+  }, { tls, http2 });
+  return { url, port, peers, closes, requests };
+}

@@ -1,0 +1,17 @@
+/** What a page or a function carries: minified and gzipped, held to a budget. */
+import { gzipSync } from "node:zlib";
+import { esbuild } from "./bundle.ts";
+import { assertLessOrEqual, test } from "./harness.ts";
+
+/** In bytes. */
+const budgets = { "client.ts": 7_500, "server.ts": 12_000 };
+
+for (const [file, budget] of Object.entries(budgets)) {
+  test(`${file} is at most ${budget / 1000} kB, minified and gzipped`, async () => {
+    const minified = await esbuild([file, "--bundle", "--minify", "--format=esm"]);
+    const size = gzipSync(minified, { level: 9 }).length;
+    const kB = (bytes: number) => `${(bytes / 1000).toFixed(1)} kB`;
+    console.log(`${file}: ${kB(minified.length)} minified, ${kB(size)} gzipped`);
+    assertLessOrEqual(size, budget);
+  });
+}

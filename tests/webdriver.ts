@@ -1,0 +1,224 @@
+/**
+ * Firefox by WebDriver BiDi, WebKit by its WebDriver: as much of them as our tests need. One
+ * browser a test file; each test has a session and a window of its own.
+ *
+ * @module
+ */
+import { type ChildProcess, spawn } from "node:child_process";
+import { existsSync, readdirSync } from "node:fs";
+import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import process from "node:process";
+import { command, once, runtime, sleep, type TestContext, until, within } from "./harness.ts";
+
+/** A window. Functions run in its page: they see nothing of where they are written. */
+export interface Tab {
+  goto(url: string): Promise<void>;
+  run<A extends unknown[], R>(body: (...args: A) => R, ...args: A): Promise<Awaited<R>>;
+  /** Runs it until what it gives is true. */
+  wait<A extends unknown[]>(body: (...args: A) => unknown, ...args: A): Promise<void>;
+}
+
+/** Opens a window that closes with the test. */
+export type Browser = (t: TestContext) => Promise<Tab>;
+
+const START = 60_000;
+const WAIT = 30_000;
+
+// ---------------------------------------------------------------- Firefox
+
+const preferences = {
+  "app.normandy.enabled": false,
+  "app.update.disabledForTesting": true,
+  "browser.shell.checkDefaultBrowser": false,
+  "browser.startup.page": 0,
+  "datareporting.policy.dataSubmissionEnabled": false,
+  "datareporting.healthreport.uploadEnabled": false,
+  "extensions.update.enabled": false,
+  "network.captive-portal-service.enabled": false,
+  "network.connectivity-service.enabled": false,
+  "network.dns.disablePrefetch": true,
+  "services.settings.server": "",
+  "toolkit.telemetry.enabled": false,
+};
+
+/** Starts Firefox, outside of any test. Where it is not installed the tests are to be skipped. */
+export async function startFirefox(): Promise<Browser> {
+  const executable = command("firefox");
+  if (!executable) return () => Promise.reject(new Error("There is no Firefox"));
+  const profile = await mkdtemp(join(tmpdir(), "duplex-firefox-"));
+  const lines = Object.entries(preferences)
+    .map(([name, value]) => `user_pref("${name}", ${JSON.stringify(value)});\n`);
+  await writeFile(join(profile, "user.js"), lines.join(""));
+  const child = spawn(executable, [
+    ...["--headless", "--no-remote", "--remote-debugging-port=0", "--profile", profile],
+    "about:blank",
+  ], { stdio: "ignore", env: { ...process.env, HOME: profile } });
+  await endWithFile(child, [profile]);
+  return async (t) => {
+    const { ws_port: port } = await until(async () => {
+      const text = await readFile(join(profile, "WebDriverBiDiServer.json"), "utf8").catch(() => "");
+      return text && JSON.parse(text) as { ws_port: number };
+    }, { timeout: START, interval: 50 });
+    const bidi = await BiDi.connect(`ws://127.0.0.1:${port}/session`);
+    t.defer(() => bidi.close());
+    await bidi.send("session.new", { capabilities: { alwaysMatch: { acceptInsecureCerts: true } } });
+    const { context } = await bidi.send<{ context: string }>("browsingContext.create", {
+      type: "window",
+    });
+    t.defer(() => bidi.send("browsingContext.close", { context }));
+    return new FirefoxTab(bidi, context);
+  };
+}
+
+/** Commands and their answers over a WebSocket. */
+class BiDi {
+  readonly #socket: WebSocket;
+  readonly #waiting = new Map<number, (answer: Answer) => void>();
+  #id = 0;
+
+  private constructor(socket: WebSocket) {
+    this.#socket = socket;
+    socket.addEventListener("message", ({ data }) => {
+      const answer = JSON.parse(data) as Answer;
+      this.#waiting.get(answer.id)?.(answer);
+      this.#waiting.delete(answer.id);
+    });
+  }
+
+  static async connect(url: string): Promise<BiDi> {
+    const socket = new WebSocket(url);
+    await once(socket, "open", { timeout: START });
+    return new BiDi(socket);
+  }
+
+  async send<R>(method: string, params: unknown): Promise<R> {
+    const id = ++this.#id;
+    const { promise, resolve } = Promise.withResolvers<Answer>();
+    this.#waiting.set(id, resolve);
+    this.#socket.send(JSON.stringify({ id, method, params }));
+    const answer = await within(promise, START, method);
+    if (answer.type !== "success") throw new Error(`${method}: ${answer.error} ${answer.message}`);
+    return answer.result as R;
+  }
+
+  /** Ends the session, too: Firefox has one at a time. */
+  async close(): Promise<void> {
+    await this.send("session.end", {});
+    const closed = once(this.#socket, "close");
+    this.#socket.close();
+    await closed;
+  }
+}
+
+interface Answer {
+  id: number;
+  type: string;
+  result: unknown;
+  error?: string;
+  message?: string;
+}
+
+class FirefoxTab implements Tab {
+  readonly #bidi: BiDi;
+  readonly #context: string;
+
+  constructor(bidi: BiDi, context: string) {
+    this.#bidi = bidi;
+    this.#context = context;
+  }
+
+  async goto(url: string): Promise<void> {
+    await this.#bidi.send("browsingContext.navigate", {
+      context: this.#context,
+      url,
+      wait: "complete",
+    });
+  }
+
+  async run<A extends unknown[], R>(body: (...args: A) => R, ...args: A): Promise<Awaited<R>> {
+    const { result, exceptionDetails } = await this.#bidi.send<{
+      result: { value: string };
+      exceptionDetails?: { text: string };
+    }>("script.evaluate", {
+      expression: script(body, args),
+      awaitPromise: true,
+      target: { context: this.#context },
+    });
+    if (exceptionDetails) throw new Error(exceptionDetails.text);
+    return JSON.parse(result.value).value;
+  }
+
+  wait<A extends unknown[]>(body: (...args: A) => unknown, ...args: A): Promise<void> {
+    return wait(this, body, args);
+  }
+}
+
+// ---------------------------------------------------------------- WebKit
+
+/** Starts WebKit's driver and a display for it, outside of any test. */
+export async function startWebKit(): Promise<Browser> {
+  const executable = command("webkit");
+  const browser = miniBrowser();
+  const display = await startDisplay();
+  if (!executable || !browser || !display) {
+    return () => Promise.reject(new Error("There is no WebKit"));
+  }
+  const home = await mkdtemp(join(tmpdir(), "duplex-webkit-"));
+  const child = spawn(executable, ["--port=0", "--host=127.0.0.1"], {
+    stdio: ["ignore", "ignore", "pipe"],
+    env: { ...process.env, DISPLAY: display, HOME: home },
+  });
+  await endWithFile(child, [home]);
+  return () => Promise.reject(new Error("not yet"));
+}
+
+/** Where Debian and Ubuntu have it. */
+function miniBrowser(): string | undefined {
+  const folder = "/usr/lib/x86_64-linux-gnu";
+  if (!existsSync(folder)) return;
+  return readdirSync(folder).filter((name) => name.startsWith("webkit2gtk-")).sort().reverse()
+    .map((name) => join(folder, name, "MiniBrowser")).find(existsSync);
+}
+
+async function startDisplay(): Promise<string | undefined> {
+  await sleep(0);
+  return undefined;
+}
+
+// ---------------------------------------------------------------- both
+
+/** An expression that runs a function and gives its result in JSON. */
+function script(body: (...args: never[]) => unknown, args: unknown[]): string {
+  const call = `(${body})(...${JSON.stringify(args)})`;
+  return `(async () => JSON.stringify({ value: await ${call} }))()`;
+}
+
+async function wait<A extends unknown[]>(
+  tab: Tab,
+  body: (...args: A) => unknown,
+  args: A,
+): Promise<void> {
+  try {
+    await until(() => tab.run(body, ...args), { timeout: WAIT, interval: 20 });
+  } catch (error) {
+    throw new Error(`${error}\n${body}`);
+  }
+}
+
+/** The runner's own way to tell that the file's tests are over. */
+async function endWithFile(child: ChildProcess, folders: string[]): Promise<void> {
+  const exited = new Promise((resolve) => child.once("exit", resolve));
+  const end = async () => {
+    child.kill("SIGKILL");
+    await exited;
+    for (const folder of folders) {
+      // Its other processes may still write for a moment.
+      await until(() => rm(folder, { recursive: true, force: true }).then(() => true, () => false));
+    }
+  };
+  if (runtime === "deno") return Deno.test.afterAll(end);
+  const specifier = "bun:test";
+  (await import(specifier)).afterAll(end);
+}
