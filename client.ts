@@ -880,6 +880,8 @@ export class WebSocketSSE extends EventTarget {
       if (!connection?.response) continue;
       if (this.#grants(connection)) return connection;
       connection.end();
+      // "An instance that is not the session's own takes no streaming body." For this socket only.
+      if (connection.response.status === 411) this.#transport = "post";
       if (!isTransient(connection.response.status)) break;
     }
     throw new Error("Not resumed");
@@ -1016,7 +1018,7 @@ export class WebSocketSSE extends EventTarget {
     this.#acknowledged = -1; // what it carried may be lost
     // One that has worked was cut; one that has not may never work, or the network is down.
     const most = this.#streamWorked ? 5 : 2;
-    if (status === 413 || !body.confirmed && ++this.#streamFailures > most) {
+    if (status === 411 || status === 413 || !body.confirmed && ++this.#streamFailures > most) {
       this.#leaveTransport("post");
     } else if (isFinal(status)) return this.#fail();
     else if (this.#streamFailures) {
@@ -1537,9 +1539,9 @@ function closeEvent(code: number, reason: string, wasClean: boolean): Event {
   });
 }
 
-/** "The client retries on network errors, 408, 425, 429 and 5xx; other statuses are final." */
+/** "The client retries on network errors, 408, 411, 425, 429 and 5xx; other statuses are final." */
 function isTransient(status: number): boolean {
-  return status === 0 || status === 408 || status === 425 || status === 429 || status >= 500;
+  return [0, 408, 411, 425, 429].includes(status) || status >= 500;
 }
 
 function isFinal(status: number): boolean {

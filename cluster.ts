@@ -31,6 +31,8 @@ import type {
   SyncMessage,
 } from "./server.ts";
 
+export type { MaybePromise, SyncAdapter, SyncDriver, SyncMessage } from "./server.ts";
+
 // --- What travels: PROTOCOL.md, section 14 ---
 
 const VERSION = 1;
@@ -442,6 +444,7 @@ class Relay {
   #timer: ReturnType<typeof setTimeout>;
   #controller: ReadableStreamDefaultController<Bytes> | undefined;
   #asked = false;
+  #doubted = false;
   #finished = false;
   #ended = false;
   /** The number of the part that is to come next; those after it wait. */
@@ -473,7 +476,8 @@ class Relay {
 
   /** "Somebody says there is no such session": anyone can, so the owner may yet contradict. */
   doubt(): void {
-    if (this.#next > 0) return;
+    if (this.#doubted || this.#next > 0) return;
+    this.#doubted = true;
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => {
       this.#respond(refuse(404, "No such session"));
@@ -534,7 +538,7 @@ class Relay {
     this.#asked = false; // before enqueue, which may ask again
     const chunk = concat(parts);
     if (chunk.length) this.#controller!.enqueue(chunk);
-    else this.end(); // the end came by itself
+    else this.end(); // only the last part can be empty
   }
 
   #tell(ask: boolean): void {
@@ -924,6 +928,8 @@ async function readBody(request: Request, most: number): Promise<Bytes | Respons
       parts.push(chunk.value as Bytes);
     }
     return late ? streams() : concat(parts);
+  } catch {
+    return refuse(400, "The body was cut");
   } finally {
     clearTimeout(patience);
   }

@@ -6,9 +6,10 @@
  * what it sends and keeps it until the other side has acknowledged it, so that a
  * session outlives its connections: nothing is lost and nothing arrives twice.
  *
- * One file, no import: paste it into an edge function as it is. It needs only
- * `Request`, `Response`, `ReadableStream` and timers. PROTOCOL.md specifies the
- * wire; the lines quoted in comments here are from there.
+ * One file, no import: paste it into an edge function as it is (leave out its line
+ * `export default` where the function has one of its own). It needs only `Request`,
+ * `Response`, `ReadableStream` and timers. PROTOCOL.md specifies the wire; the
+ * lines quoted in comments here are from there.
  *
  * @example Echo, on Deno and on Bun
  * ```ts ignore

@@ -72,7 +72,7 @@ for (
   test(`server.ts pasted into a function of ${name}`, async (t) => {
     const file = await write(t, "function.ts", await paste(room + code));
     const child = await t.spawn(name, file);
-    await converse(t, { port: Number(await child.line()), transport: "duplex" });
+    await converse(t, { port: Number(await child.line()) });
     assertEquals(child.stderr(), "");
   }, { timeout: 40_000 });
 }
@@ -91,32 +91,34 @@ test("server.ts pasted into a Worker with a Durable Object, in workerd", async (
     };`,
     { ownDefault: true },
   );
-  const port = await workerd(t, await strip(code));
+  const [port, child] = await workerd(t, await strip(code));
   await converse(t, { port });
+  assertEquals(child.stderr(), ""); // where it tells of what one request did to another
 }, { timeout: 60_000 });
 
 test("server.ts pasted into a function of edge-runtime", async (t) => {
   const code = await paste(`${room}export default (request: Request) => ws.fetch(request);`, {
     ownDefault: true,
   });
-  const port = await edgeRuntime(t, await vercel(code));
+  const [port, child] = await edgeRuntime(t, await vercel(code));
   await converse(t, { port });
+  assertEquals(child.stderr(), "");
 }, { timeout: 60_000 });
 
-async function workerd(t: TestContext, script: string): Promise<number> {
+async function workerd(t: TestContext, script: string): Promise<[port: number, child: Child]> {
   const file = await write(t, "worker.mjs", script);
   const child = await t.spawn("node", "tests/fixtures/workerd.ts", { args: [file] });
   t.defer(async () => { // in order, or workerd would go on without it
     child.kill("SIGTERM");
     await child.exited;
   });
-  return Number(new URL(await child.line({ timeout: 30_000 })).port);
+  return [Number(new URL(await child.line({ timeout: 30_000 })).port), child];
 }
 
-async function edgeRuntime(t: TestContext, script: string): Promise<number> {
+async function edgeRuntime(t: TestContext, script: string): Promise<[port: number, child: Child]> {
   const file = await write(t, "function.js", script);
   const child = await t.spawn("node", "tests/fixtures/edge-runtime.ts", { args: [file] });
-  return Number(new URL(await child.line({ timeout: 30_000 })).port);
+  return [Number(new URL(await child.line({ timeout: 30_000 })).port), child];
 }
 
 // ---------------------------------------------------------------- examples
@@ -197,7 +199,8 @@ test("examples/edge/netlify.ts runs, on Deno", async (t) => {
 
 test("examples/edge/vercel.ts runs in edge-runtime", async (t) => {
   const code = `export * from "./vercel.ts"; export { default } from "./vercel.ts";`;
-  await visit(t, await edgeRuntime(t, await vercel(code, folder)), COUNTED);
+  const [port] = await edgeRuntime(t, await vercel(code, folder));
+  await visit(t, port, COUNTED);
 }, { timeout: 40_000 });
 
 test("examples/edge/cloudflare.ts runs in workerd", async (t) => {
@@ -206,7 +209,7 @@ test("examples/edge/cloudflare.ts runs in workerd", async (t) => {
     input: code,
     cwd: folder,
   });
-  const port = await workerd(t, bundle);
+  const [port] = await workerd(t, bundle);
   await visit(t, port, HEARD);
   assertEquals(await (await fetch(`http://127.0.0.1:${port}/`)).text(), "Hello");
 }, { timeout: 40_000 });

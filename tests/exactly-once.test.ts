@@ -15,7 +15,6 @@ import {
   type Child,
   needs,
   note,
-  once,
   runtime,
   sleep,
   test,
@@ -133,12 +132,16 @@ async function open(
 ): Promise<{ socket: WebSocketSSE; query: string }> {
   for (let n = 1;; n++) {
     const query = `?${n}`;
-    const socket = new WebSocketSSE(`${proxy.url}/${query}`, { transport });
-    t.defer(() => socket.readyState === WebSocketSSE.CLOSED || proxy.close());
-    await Promise.race([once(socket, "open"), once(socket, "close")]);
+    const giveUp = new AbortController();
+    const { signal } = giveUp;
+    const socket = new WebSocketSSE(`${proxy.url}/${query}`, { transport, signal });
+    t.defer(() => giveUp.abort());
+    const late = setTimeout(() => giveUp.abort(), 3_000); // it may have fallen silent
+    await new Promise((resolve) => socket.onopen = socket.onclose = resolve);
+    clearTimeout(late);
     const opened = socket.readyState === WebSocketSSE.OPEN;
     if (opened && socket.transport === transport) return { socket, query };
-    socket.close();
+    giveUp.abort();
   }
 }
 

