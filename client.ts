@@ -55,6 +55,8 @@ const MAX_KEEPALIVE = 60 * 1024;
 const OPEN_TIMEOUT = 30_000;
 /** How long a single request that carries both directions has to answer before we ask by GET. */
 const DUPLEX_TIMEOUT = 2_000;
+/** After that we say what may be the matter. */
+const ANSWER_TIMEOUT = 5_000;
 const CLOSE_ANSWER_TIMEOUT = 3_000;
 const ACK_DELAY = 1_000;
 const WATCH_PERIOD = 250;
@@ -549,8 +551,7 @@ export class WebSocketSSE extends EventTarget {
         return this.#accept(connection);
       }
       connection?.end();
-      // No answer at all: the request is held until its body ends, as any streaming one would be.
-      this.#leaveTransport(connection ? "stream" : "post");
+      if (this.#transport === "duplex") this.#leaveTransport("stream");
     }
     return this.#accept(await this.#connect(headers, OPEN_TIMEOUT));
   }
@@ -559,7 +560,11 @@ export class WebSocketSSE extends EventTarget {
   async #connect(headers: Record<string, string>, timeout: number): Promise<Connection> {
     const connection = new Connection(this.#attempt);
     this.#connection = connection;
-    const timer = setTimeout(() => connection.end(), timeout);
+    const timer = setTimeout(() => {
+      connection.end();
+      // No answer at all: the request is held until its body ends, as any streaming one would be.
+      if (connection.body) this.#leaveTransport("post");
+    }, timeout);
     try {
       if (this.#transport === "duplex") {
         connection.body = new UplinkBody(this.#first, (body) => this.#fill(body));
@@ -635,16 +640,31 @@ export class WebSocketSSE extends EventTarget {
     if (this.#full || !this.#token) headers.set(VERSION_HEADER, VERSION);
     if (this.#token) headers.set(TOKEN_HEADER, this.#token);
     signal.throwIfAborted();
-    return await send(this.#target, {
-      method,
-      headers,
-      signal,
-      redirect: "manual",
-      ...credentials && { credentials },
-      ...keepalive && { keepalive },
-      ...body && { body },
-      ...body instanceof ReadableStream && { duplex: "half" },
-    } as RequestInit);
+    const timer = "document" in globalThis
+      ? setTimeout(() => this.#warn(), ANSWER_TIMEOUT)
+      : undefined;
+    try {
+      return await send(this.#target, {
+        method,
+        headers,
+        signal,
+        redirect: "manual",
+        ...credentials && { credentials },
+        ...keepalive && { keepalive },
+        ...body && { body },
+        ...body instanceof ReadableStream && { duplex: "half" },
+      } as RequestInit);
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  /** Six event streams take all that a browser has for an origin; whatever comes then waits. */
+  #warn(): void {
+    if (this.#droppedAt || speaksHTTP2(this.#target)) return;
+    console.warn(
+      `${this.#url.host} does not answer. Over HTTP/1.1 a browser opens 6 connections to it, in all tabs together: use fewer sockets, or serve HTTP/2`,
+    );
   }
 
   // --- Down ---
@@ -859,6 +879,10 @@ export class WebSocketSSE extends EventTarget {
 
   async #resume(): Promise<Connection> {
     this.#endBody();
+    // Where drops come sooner than the verdict on a stream, it would be tried for ever.
+    if (this.#out[0]?.begun && !this.#streamWorked && this.#stats.resumes > 2) {
+      this.#transport = "post";
+    }
     if (!this.#droppedAt) {
       this.#droppedAt = Date.now();
       this.#deliver(() => this.#dispatch(new Event("drop")));

@@ -234,7 +234,11 @@ class Router implements RoutingDriver {
     return this.#driver.subscribe((message) => this.#receive(message));
   }
 
-  async publish(message: SyncMessage): Promise<void> {
+  publish(message: SyncMessage): Promise<void> {
+    return this.#publish(message).catch((error) => this.#report("publish", error));
+  }
+
+  async #publish(message: SyncMessage): Promise<void> {
     const { namespace, topic, data } = message;
     if (namespace.startsWith(RESERVED)) throw new RangeError("A namespace of the backplane's own");
     if (this.#bus.carries(message)) return await this.#bus.publish(message);
@@ -282,6 +286,10 @@ class Router implements RoutingDriver {
     const owner = token.slice(0, 16);
     const send = (head: Head, body?: Bytes) => this.#send(owner, key, head, body);
     const relay = new Relay(id, key, this.#timeout, send, () => this.#relays.delete(id));
+    const late = setTimeout(() => {
+      this.#report("delivery", new Error(`No answer from instance ${owner}`));
+      relay.end();
+    }, this.#timeout);
     this.#relays.set(id, relay);
     this.#startTimer();
     const { method } = request;
@@ -290,7 +298,7 @@ class Router implements RoutingDriver {
       { kind: "request", id, from: this.#instance, session, time, method, headers, namespace },
       body,
     ).then((sent) => sent || relay.end());
-    return await relay.response;
+    return await relay.response.finally(() => clearTimeout(late));
   }
 
   // --- As the instance that owns the session ---
@@ -441,7 +449,8 @@ class Relay {
   readonly #send: (head: Head) => Promise<boolean>;
   readonly #forget: () => void;
   #respond!: (response: Response) => void;
-  #timer: ReturnType<typeof setTimeout>;
+  /** Runs while there is doubt. */
+  #timer: ReturnType<typeof setTimeout> | undefined;
   #controller: ReadableStreamDefaultController<Bytes> | undefined;
   #asked = false;
   #doubted = false;
@@ -471,14 +480,12 @@ class Relay {
     this.#send = send;
     this.#forget = forget;
     this.response = new Promise((resolve) => this.#respond = resolve);
-    this.#timer = setTimeout(() => this.end(), timeout);
   }
 
   /** "Somebody says there is no such session": anyone can, so the owner may yet contradict. */
   doubt(): void {
     if (this.#doubted || this.#next > 0) return;
     this.#doubted = true;
-    clearTimeout(this.#timer);
     this.#timer = setTimeout(() => {
       this.#respond(refuse(404, "No such session"));
       this.end();
@@ -555,7 +562,7 @@ class Relay {
 
   /** "A gap or silence ends the stream, which the client resumes." */
   tick(now: number): void {
-    if (!this.#controller) return; // its own timer is set
+    if (!this.#controller) return;
     if (now - this.#gapSince > DOUBT || now - this.#lastHeard > 2 * this.#timeout) {
       this.#send({ kind: "cancel", id: this.#id });
       return this.end();

@@ -4,7 +4,6 @@
  */
 
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
-import { Readable } from "node:stream";
 
 type Handler = (request: Request, info: unknown) => Response | Promise<Response>;
 
@@ -55,6 +54,22 @@ function toRequest(incoming: IncomingMessage): Request {
   return new Request(new URL(incoming.url!, `http://${headers.host ?? "localhost"}`), {
     method,
     headers: pairs,
-    ...!empty && { body: Readable.toWeb(incoming), duplex: "half" },
+    ...!empty && { body: toStream(incoming), duplex: "half" },
   } as RequestInit);
+}
+
+/** `Readable.toWeb` would do, but it throws where nobody can catch it when its reader has gone (Node 20). */
+function toStream(incoming: IncomingMessage): ReadableStream<Uint8Array> {
+  const chunks = incoming.iterator({ destroyOnReturn: false });
+  return new ReadableStream<Uint8Array>({
+    async pull(controller) {
+      const { done, value } = await chunks.next();
+      if (done) controller.close();
+      else controller.enqueue(new Uint8Array(value));
+    },
+    cancel() {
+      // What is left is read and dropped: to destroy it would take the answer along.
+      Promise.resolve(chunks.return?.()).then(() => incoming.resume(), () => {});
+    },
+  }, { highWaterMark: 0 });
 }

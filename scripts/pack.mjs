@@ -10,15 +10,23 @@ import { dirname, join, resolve } from "node:path";
 const root = dirname(import.meta.dirname);
 const destination = resolve(process.argv[2] ?? root);
 const stage = mkdtempSync(join(tmpdir(), "duplex-pack-"));
-const { name, version } = JSON.parse(readFileSync(join(root, "package.json"), "utf8"));
+const read = (file) => JSON.parse(readFileSync(join(root, file), "utf8"));
+const { name, version } = read("package.json");
+/** As at JSR: entry points and the files behind them. */
+const entries = Object.entries(read("deno.json").exports);
 
 try {
   // Types beside the code for what is imported, none for what is run.
-  compile(["mod.ts", "server.ts", "client.ts"], "--declaration", "--isolatedDeclarations");
+  compile(entries.map(([, file]) => file), "--declaration", "--isolatedDeclarations");
   compile(["examples/bin.ts"], "--types", "node");
-  edit("mod.d.ts", (text) => text.replace(/(from "\.\/\w+)\.ts"/g, '$1.js"'));
+  for (const [, file] of entries) {
+    edit(to(file, ".d.ts"), (text) => text.replace(/(\bfrom "\.\/\w+)\.ts"/g, '$1.js"'));
+  }
   // The chat's page is given the client as it is here: as JavaScript.
-  edit("examples/chat.js", (text) => text.replace("../client.ts", "../client.js"));
+  edit("examples/chat.js", (text) => {
+    if (!text.includes("../client.ts")) throw new Error("examples/chat.ts has changed");
+    return text.replace("../client.ts", "../client.js");
+  });
   for (const file of ["examples/chat.html", "README.md", "PROTOCOL.md", "LICENSE"]) {
     copyFileSync(join(root, file), join(stage, file));
   }
@@ -44,10 +52,11 @@ function compile(files, ...options) {
 }
 
 function edit(file, change) {
-  const before = readFileSync(join(stage, file), "utf8");
-  const after = change(before);
-  if (after === before) throw new Error(`${file} is not what scripts/pack.mjs expects`);
-  writeFileSync(join(stage, file), after);
+  writeFileSync(join(stage, file), change(readFileSync(join(stage, file), "utf8")));
+}
+
+function to(file, extension) {
+  return file.replace(/\.ts$/, extension);
 }
 
 function manifest() {
@@ -62,9 +71,12 @@ function manifest() {
     main: "./mod.js",
     types: "./mod.d.ts",
     exports: {
-      ".": { types: "./mod.d.ts", default: "./mod.js" },
-      "./server": { types: "./server.d.ts", default: "./server.js" },
-      "./client": { types: "./client.d.ts", default: "./client.js" },
+      ...Object.fromEntries(
+        entries.map(([entry, file]) => [
+          entry,
+          { types: to(file, ".d.ts"), default: to(file, ".js") },
+        ]),
+      ),
       "./package.json": "./package.json",
     },
     bin: { "duplex-sse": "examples/bin.js" },

@@ -7,6 +7,7 @@
  */
 import { type ChildProcess, spawn } from "node:child_process";
 import net from "node:net";
+import process from "node:process";
 import { setTimeout as pause } from "node:timers/promises";
 import { decodeEnvelope, encodeEnvelope } from "crossws/sync";
 import type { ClusterAdapter } from "../cluster.ts";
@@ -109,16 +110,15 @@ export class RedisServer implements AsyncDisposable {
   }
 
   signal(name: "SIGSTOP" | "SIGCONT"): void {
-    this.#child!.kill(name);
+    process.kill(this.#child!.pid!, name); // Deno's child.kill works but once
   }
 
   async kill(): Promise<void> {
     const child = this.#child;
     this.#child = undefined;
     if (!child) return;
-    const exited = new Promise((resolve) => child.on("close", resolve));
-    child.kill("SIGCONT");
-    child.kill("SIGKILL");
+    const exited = new Promise((resolve) => child.on("exit", resolve));
+    process.kill(child.pid!, "SIGKILL");
     await exited;
   }
 
@@ -147,15 +147,12 @@ export interface RoundRobin extends TestServer {
 /** A proxy that knows nothing of sessions: every request goes to the next instance. */
 export async function roundRobin(t: TestContext, ports: number[]): Promise<RoundRobin> {
   let turn = 0;
-  const state = {
-    ports,
-    log: [] as string[],
-    choose: undefined as RoundRobin["choose"],
-  };
+  const log: string[] = [];
+  let rr: RoundRobin | undefined;
   const server = await t.serve(async (request, info) => {
     info?.timeout?.(request, 0); // Bun
-    const at = state.choose?.(request) ?? turn++ % ports.length;
-    state.log.push(`${request.method} ${at}`);
+    const at = rr?.choose?.(request) ?? turn++ % ports.length;
+    log.push(`${request.method} ${at}`);
     const { pathname, search } = new URL(request.url);
     const headers = new Headers(request.headers);
     for (const name of ["host", "connection", "accept-encoding"]) headers.delete(name);
@@ -164,7 +161,6 @@ export async function roundRobin(t: TestContext, ports: number[]): Promise<Round
         method: request.method,
         headers,
         redirect: "manual",
-        signal: t.signal,
         ...request.body && { body: request.body, duplex: "half" },
       } as RequestInit);
       return new Response(response.body, { status: response.status, headers: response.headers });
@@ -173,14 +169,5 @@ export async function roundRobin(t: TestContext, ports: number[]): Promise<Round
       return new Response("Bad gateway", { status: 502 });
     }
   });
-  return Object.assign(server, {
-    ports,
-    log: state.log,
-    get choose() {
-      return state.choose;
-    },
-    set choose(value) {
-      state.choose = value;
-    },
-  });
+  return rr = Object.assign(server, { ports, log, choose: undefined });
 }

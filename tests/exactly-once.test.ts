@@ -22,6 +22,7 @@ import {
   until,
   within,
 } from "./harness.ts";
+import { type Configuration, proxy } from "./proxies.ts";
 
 const SOAK = !!process.env.DUPLEX_SOAK;
 const COUNT = SOAK ? 20_000 : 2_000;
@@ -38,10 +39,22 @@ for (const server of ["deno", "bun"] as const) {
   }
 }
 
+// What nginx holds it delivers when the connection is cut, or not, or a part of it.
+for (
+  const [transport, configuration] of [["post", "shipped"], ["duplex", "documented"]] as const
+) {
+  test(
+    `over ${transport} through nginx, as ${configuration}, all arrive exactly once and in order`,
+    (t) => exchange(t, runtime, transport, configuration),
+    { timeout: TIMEOUT, skip: needs(runtime, "nginx", "openssl") },
+  );
+}
+
 async function exchange(
   t: TestContext,
   server: "deno" | "bun",
   transport: "duplex" | "stream" | "post",
+  nginx?: Configuration,
 ): Promise<void> {
   const seed = pickSeed();
   const closer = server === runtime ? "client" : "server";
@@ -50,8 +63,9 @@ async function exchange(
     env: { DUPLEX_EXCHANGE: JSON.stringify(terms) },
   });
   const { port } = await child.json<{ port: number }>();
+  const behind = nginx ? (await proxy(t, "nginx", port, { configuration: nginx })).port : port;
   const proxy = t.use(
-    await chaos(port, {
+    await chaos(behind, {
       seed,
       cutEvery: [20, 200],
       delay: [0, 4],

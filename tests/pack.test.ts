@@ -6,7 +6,7 @@ import { execFile, spawn } from "node:child_process";
 import { readdirSync } from "node:fs";
 import { mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { dirname, join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { sseAdapter } from "../server.ts";
 import { esbuild } from "./bundle.ts";
@@ -122,20 +122,25 @@ test("the tarball holds what users need, and nothing else", async (t) => {
   const installed = join(dir, "node_modules", "duplex-sse");
   const files = readdirSync(installed, { recursive: true, withFileTypes: true })
     .filter((entry) => entry.isFile()).map((entry) => entry.name).sort();
-  assertEquals(files, [
-    ...["LICENSE", "PROTOCOL.md", "README.md", "bin.js", "chat.html", "chat.js"],
-    ...["client.d.ts", "client.js", "mod.d.ts", "mod.js", "node.js", "package.json"],
-    ...["server.d.ts", "server.js"],
-  ]);
+  const { version, exports } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
+  const entries = Object.values<string>(exports).map((file) => basename(file, ".ts"));
+  assertEquals(
+    files,
+    [
+      ...["LICENSE", "PROTOCOL.md", "README.md", "package.json"],
+      ...["bin.js", "chat.html", "chat.js", "node.js"],
+      ...entries.flatMap((entry) => [`${entry}.d.ts`, `${entry}.js`]),
+    ].sort(),
+  );
   const manifest = JSON.parse(await readFile(join(installed, "package.json"), "utf8"));
-  const { version } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
   assertEquals([manifest.name, manifest.version, manifest.private], [
     ...["duplex-sse", version],
     undefined,
   ]);
   assertEquals(Object.keys(manifest).filter((key) => /ependencies|scripts/.test(key)), []);
-  for (const file of ["mod.js", "client.js", "server.js", "mod.d.ts"]) {
-    assert(!/"\.\/\w+\.ts"/.test(await readFile(join(installed, file), "utf8")), file);
+  assertEquals(Object.keys(manifest.exports), [...Object.keys(exports), "./package.json"]);
+  for (const file of entries.flatMap((entry) => [`${entry}.js`, `${entry}.d.ts`])) {
+    assert(!/from "\.\/\w+\.ts"/.test(await readFile(join(installed, file), "utf8")), file);
   }
 }, { timeout });
 

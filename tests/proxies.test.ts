@@ -85,7 +85,7 @@ async function open(
   return connected;
 }
 
-for (const { name, configuration, held, cuts, lag } of cases) {
+for (const { name, configuration, held, lag } of cases) {
   const about = `${name}, as ${configuration}`;
   const skip = needs(name, "openssl");
   const expected = (transport: Transport) => held.includes(transport) ? "post" : transport;
@@ -96,7 +96,7 @@ for (const { name, configuration, held, cuts, lag } of cases) {
       async (t) => {
         const { peers, port } = await site(t, name, { configuration });
         const { messages } = await open(t, port, { transport });
-        const peer = await peers.next();
+        const peer = peers.all.at(-1)!; // Caddy lets a held request open a session that nobody has
         /** Each is sent when the one before has arrived: in a lump it would wait for ever. */
         const slowest = async () => {
           let slowest = 0;
@@ -161,54 +161,54 @@ for (const { name, configuration, held, cuts, lag } of cases) {
     assert(heads[0]!.startsWith(`${opening} `), heads[0]);
     assertEquals(streamed.length, held.includes("duplex") ? 0 : 1);
   }, { timeout, skip });
-
-  if (!cuts) continue;
-
-  test(
-    `${about}: its idle cut is survived by heartbeats`,
-    async (t) => {
-      // The proportions of the defaults: 15 s to 50 s.
-      const { port, peers } = await site(t, name, {
-        configuration,
-        ...!SOAK && { idle: 3, heartbeatInterval: 900 },
-      });
-      const all: { transport: Transport; connected: Connected; peer: Peer }[] = [];
-      for (const transport of transports) {
-        const connected = await open(t, port, { transport });
-        connected.socket.send("before");
-        assertEquals(await connected.messages.next(), "before");
-        all.push({ transport, connected, peer: await peers.next() });
-      }
-      await sleep(SOAK ? 130_000 : 7_000, t.signal);
-      for (const { transport, connected: { socket, messages, events }, peer } of all) {
-        assertEquals(events, ["open"], transport);
-        socket.send("after");
-        assertEquals(await messages.next(), "after");
-        peer.send("down");
-        assertEquals(await messages.next(), "down");
-        assertEquals([socket.transport, events], [expected(transport), ["open"]]);
-      }
-    },
-    { timeout: SOAK ? 200_000 : timeout, skip },
-  );
-
-  test(`${about}: a quiet stream that it cuts is resumed`, async (t) => {
-    const { port, peers } = await site(t, name, { configuration, idle: 1 }); // 15 s of quiet
-    for (const transport of transports) {
-      const { socket, messages, events } = await open(t, port, { transport });
-      const peer = await peers.next();
-      await until(() => events.filter((event) => event === "drop").length > 1, { timeout: 20_000 });
-      peer.send("down");
-      assertEquals(await messages.next(), "down");
-      socket.send("up");
-      assertEquals(await messages.next(), "up");
-      socket.close(1000);
-      await until(() => events.includes("close"));
-      assertEquals(events.includes("error"), false);
-    }
-    assertEquals(peers.left, 0, "no session was opened again");
-  }, { timeout, skip });
 }
+
+const cutting = cases.filter(({ cuts }) => cuts);
+
+test("idle cuts of nginx and haproxy are survived by heartbeats", async (t) => {
+  await Promise.all(cutting.map(async ({ name, configuration, held }) => {
+    // The proportions of the defaults: 15 s to 50 s.
+    const { port, peers } = await site(t, name, {
+      configuration,
+      ...!SOAK && { idle: 3, heartbeatInterval: 900 },
+    });
+    const all: { about: string; transport: Transport; connected: Connected; peer: Peer }[] = [];
+    for (const transport of transports) {
+      const connected = await open(t, port, { transport });
+      connected.socket.send("before");
+      assertEquals(await connected.messages.next(), "before");
+      const about = `${name}, ${configuration}, ${transport}`;
+      all.push({ about, transport, connected, peer: peers.all.at(-1)! });
+    }
+    await sleep(SOAK ? 130_000 : 7_000, t.signal);
+    for (const { about, transport, connected, peer } of all) {
+      const { socket, messages, events } = connected;
+      assertEquals(events, ["open"], about);
+      socket.send("after");
+      assertEquals(await messages.next(), "after", about);
+      peer.send("down");
+      assertEquals(await messages.next(), "down", about);
+      const used = held.includes(transport) ? "post" : transport;
+      assertEquals([socket.transport, events], [used, ["open"]], about);
+    }
+  }));
+}, { timeout: SOAK ? 200_000 : timeout, skip: needs("nginx", "haproxy", "openssl") });
+
+test("quiet streams that nginx and haproxy cut are resumed", async (t) => {
+  await Promise.all(cutting.map(async ({ name, configuration }) => {
+    const { port, peers } = await site(t, name, { configuration, idle: 1 }); // 15 s of quiet
+    await Promise.all(transports.map(async (transport) => {
+      const { socket, messages, events } = await open(t, port, { transport });
+      await until(() => events.filter((event) => event === "drop").length > 1, { timeout: 20_000 });
+      socket.send(transport);
+      assertEquals(await messages.next({ timeout: 20_000 }), transport);
+      socket.close(1000);
+      await until(() => events.includes("close"), { timeout: 20_000 });
+      assert(!events.includes("error"));
+    }));
+    assertEquals(peers.all.length, 3, "no session was opened again");
+  }));
+}, { timeout, skip: needs("nginx", "haproxy", "openssl") });
 
 for (const transport of ["auto", "stream"] as const) {
   test(

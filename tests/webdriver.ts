@@ -7,10 +7,12 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { existsSync, readdirSync } from "node:fs";
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { type AddressInfo, createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import { command, once, runtime, sleep, type TestContext, until, within } from "./harness.ts";
+import type { Readable } from "node:stream";
+import { command, once, runtime, type TestContext, until, within } from "./harness.ts";
 
 /** A window. Functions run in its page: they see nothing of where they are written. */
 export interface Tab {
@@ -58,12 +60,16 @@ export async function startFirefox(): Promise<Browser> {
   await endWithFile(child, [profile]);
   return async (t) => {
     const { ws_port: port } = await until(async () => {
-      const text = await readFile(join(profile, "WebDriverBiDiServer.json"), "utf8").catch(() => "");
+      const text = await readFile(join(profile, "WebDriverBiDiServer.json"), "utf8").catch(() =>
+        ""
+      );
       return text && JSON.parse(text) as { ws_port: number };
     }, { timeout: START, interval: 50 });
     const bidi = await BiDi.connect(`ws://127.0.0.1:${port}/session`);
     t.defer(() => bidi.close());
-    await bidi.send("session.new", { capabilities: { alwaysMatch: { acceptInsecureCerts: true } } });
+    await bidi.send("session.new", {
+      capabilities: { alwaysMatch: { acceptInsecureCerts: true } },
+    });
     const { context } = await bidi.send<{ context: string }>("browsingContext.create", {
       type: "window",
     });
@@ -160,18 +166,36 @@ class FirefoxTab implements Tab {
 /** Starts WebKit's driver and a display for it, outside of any test. */
 export async function startWebKit(): Promise<Browser> {
   const executable = command("webkit");
-  const browser = miniBrowser();
-  const display = await startDisplay();
-  if (!executable || !browser || !display) {
+  const binary = miniBrowser();
+  if (!executable || !binary || !command("xvfb")) {
     return () => Promise.reject(new Error("There is no WebKit"));
   }
   const home = await mkdtemp(join(tmpdir(), "duplex-webkit-"));
-  const child = spawn(executable, ["--port=0", "--host=127.0.0.1"], {
-    stdio: ["ignore", "ignore", "pipe"],
-    env: { ...process.env, DISPLAY: display, HOME: home },
+  const display = await startDisplay();
+  const port = await freePort();
+  const child = spawn(executable, [`--port=${port}`], {
+    stdio: "ignore",
+    env: { ...process.env, DISPLAY: display, HOME: home, XDG_RUNTIME_DIR: home },
   });
   await endWithFile(child, [home]);
-  return () => Promise.reject(new Error("not yet"));
+  const url = `http://127.0.0.1:${port}`;
+  return async (t) => {
+    await until(() => ask("GET", `${url}/status`).then(() => true, () => false), {
+      timeout: START,
+      interval: 50,
+    });
+    const { sessionId } = await ask<{ sessionId: string }>("POST", `${url}/session`, {
+      capabilities: {
+        alwaysMatch: {
+          acceptInsecureCerts: true,
+          timeouts: { script: WAIT, pageLoad: WAIT },
+          "webkitgtk:browserOptions": { binary, args: ["--automation"] },
+        },
+      },
+    });
+    t.defer(() => ask("DELETE", `${url}/session/${sessionId}`));
+    return new WebKitTab(`${url}/session/${sessionId}`);
+  };
 }
 
 /** Where Debian and Ubuntu have it. */
@@ -182,9 +206,73 @@ function miniBrowser(): string | undefined {
     .map((name) => join(folder, name, "MiniBrowser")).find(existsSync);
 }
 
-async function startDisplay(): Promise<string | undefined> {
-  await sleep(0);
-  return undefined;
+/** Xvfb writes the number of a free display into a pipe. */
+async function startDisplay(): Promise<string> {
+  const child = spawn(
+    "Xvfb",
+    ["-displayfd", "3", "-screen", "0", "800x600x24", "-nolisten", "tcp"],
+    {
+      stdio: ["ignore", "ignore", "ignore", "pipe"],
+    },
+  );
+  await endWithFile(child, []);
+  const number = await within(
+    new Promise((resolve, reject) => {
+      (child.stdio[3] as Readable).once("data", resolve);
+      child.once("error", reject);
+    }),
+    START,
+    "Xvfb",
+  );
+  return `:${String(number).trim()}`;
+}
+
+async function freePort(): Promise<number> {
+  const server = createServer();
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const { port } = server.address() as AddressInfo;
+  await new Promise((resolve) => server.close(resolve));
+  return port;
+}
+
+/** One command of WebDriver. */
+async function ask<R>(method: string, url: string, body?: unknown): Promise<R> {
+  const response = await fetch(url, {
+    method,
+    ...body !== undefined && { body: JSON.stringify(body) },
+    signal: AbortSignal.timeout(START),
+  });
+  const { value } = await response.json();
+  if (!response.ok) throw new Error(`${method} ${url}: ${JSON.stringify(value)}`);
+  return value;
+}
+
+class WebKitTab implements Tab {
+  readonly #session: string;
+
+  constructor(session: string) {
+    this.#session = session;
+  }
+
+  async goto(url: string): Promise<void> {
+    await ask("POST", `${this.#session}/url`, { url });
+  }
+
+  async run<A extends unknown[], R>(body: (...args: A) => R, ...args: A): Promise<Awaited<R>> {
+    const answer = await ask<string>("POST", `${this.#session}/execute/async`, {
+      script: `const done = arguments[0]; ${
+        script(body, args)
+      }.then(done, (error) => done(JSON.stringify({ error: String(error) })))`,
+      args: [],
+    });
+    const { value, error } = JSON.parse(answer);
+    if (error) throw new Error(error);
+    return value;
+  }
+
+  wait<A extends unknown[]>(body: (...args: A) => unknown, ...args: A): Promise<void> {
+    return wait(this, body, args);
+  }
 }
 
 // ---------------------------------------------------------------- both

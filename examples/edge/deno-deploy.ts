@@ -7,7 +7,8 @@
  * - First byte: no limit of concern; the stream begins at once.
  * - Isolation: instances share nothing, and several may run, by region and by load. Resumption
  *   hides every dropped connection as long as a client's requests reach the instance that has its
- *   session; another answers 404, and the client sees 1006. One region keeps that rare.
+ *   session; another answers 404, and the client sees 1006. One region keeps that rare;
+ *   `sync: cluster(driver)` of cluster.ts lets any instance answer, over Redis or another backplane.
  */
 
 import { sseAdapter } from "../../server.ts"; // yours: jsr:@duplex/sse/server

@@ -6,7 +6,7 @@
  *   written is ended by that; the client resumes it, which begins a new request with a new budget.
  * - Isolation: instances share nothing, and one is near each of your users. A request that reaches
  *   another than the one with its session gets 404, and the client sees 1006; then connect anew,
- *   `open` tells the newcomer all it has to know.
+ *   `open` tells the newcomer all it has to know. `sync: cluster(driver)` lets any instance answer.
  */
 
 import { sseAdapter } from "../../server.ts"; // yours: jsr:@duplex/sse/server

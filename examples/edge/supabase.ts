@@ -6,7 +6,7 @@
  *   (1012), and clients connect anew. Within a worker's life resumption hides every dropped connection.
  * - First byte: within 150 s. Ours goes out at once.
  * - Isolation: workers share nothing. A request that reaches another than the one with its session
- *   gets 404, and the client sees 1006.
+ *   gets 404, and the client sees 1006; `sync: cluster(driver)` lets any worker answer.
  * - The page is always of another origin: `cors`. Supabase checks the token of every request by
  *   itself; give the client `headers: () => ({ authorization: "Bearer " + accessToken })`.
  */

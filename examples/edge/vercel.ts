@@ -7,7 +7,8 @@
  * - Isolation: instances share nothing and come and go with the load; one region makes it rarer that
  *   a request reaches another, but nothing rules it out. There it is answered 404, and the client
  *   sees 1006. Then connect anew (any wrapper that reconnects a WebSocket can do it): `open` tells
- *   the newcomer all it has to know. Sessions that must not break belong on one server.
+ *   the newcomer all it has to know. Sessions that must not break belong on one server, or behind
+ *   `sync: cluster(driver)`.
  * - `request.signal` never fires: the heartbeat notices who has left.
  */
 

@@ -1,0 +1,219 @@
+/**
+ * What our client does in a page of any browser that WebDriver drives: declared by
+ * firefox.test.ts and webkit.test.ts. (Chromium has tests of its own, by Playwright.)
+ *
+ * @module
+ */
+import type { WebSocketSSEOptions } from "../client.ts";
+import { chaos } from "./chaos.ts";
+import { assert, assertEquals, runtime, test, type TestContext, until } from "./harness.ts";
+import { site, type TestPage } from "./page.ts";
+import { Queue } from "./pair.ts";
+import type { Browser, Tab } from "./webdriver.ts";
+
+declare const globalThis: TestPage & typeof window;
+
+const timeout = 90_000;
+const MiB = 1024 * 1024;
+
+/** Bun's server speaks HTTP/1.1 over TLS, unless it is told otherwise. */
+const protocols = [
+  { protocol: "HTTP/1.1", tls: false, spoken: "http/1.1" },
+  runtime === "deno"
+    ? { protocol: "HTTP/2", tls: true, spoken: "h2" }
+    : { protocol: "HTTP/1.1 over TLS", tls: true, spoken: "http/1.1" },
+];
+
+export interface BrowserOptions {
+  skip: string | undefined;
+  /** Its EventSource does not notice over HTTP/2 that the connection is lost, and waits for ever. */
+  deaf?: boolean;
+}
+
+export function browserTests(browser: string, open: Browser, options: BrowserOptions): void {
+  const { skip, deaf = false } = options;
+  for (const { protocol, tls, spoken } of protocols) {
+    const check = (name: string, body: (t: TestContext) => Promise<void>) =>
+      test(`${browser} over ${protocol}: ${name}`, body, { timeout, skip });
+
+    /** A window that shows the page of a site. */
+    const visit = async (t: TestContext, url: string): Promise<Tab> => {
+      const tab = await open(t);
+      await tab.goto(`${url}/`);
+      await tab.wait(() => !!globalThis.connect);
+      return tab;
+    };
+
+    check("messages of every kind, 1 MiB among them, by post", async (t) => {
+      const { url, requests } = await site(t, {
+        tls,
+        handleProtocols: (offered) => offered.has("two") ? "two" : "",
+      });
+      const tab = await visit(t, url);
+      await connect(tab, { protocols: ["one", "two"] });
+      const result = await tab.run(async (size) => {
+        const { socket } = globalThis;
+        const echoes: unknown[] = [];
+        const sent = [
+          "text",
+          "",
+          "\uFEFFé\r\n\0🙂",
+          new Uint8Array([0, 255, 10]),
+          new Uint8Array(),
+          new Blob(["blob"]),
+          "x".repeat(size),
+          new Uint8Array(size).map((_, index) => index * 31 + (index >> 8)),
+        ];
+        const all = new Promise<void>((resolve) => {
+          socket.onmessage = ({ data }) => echoes.push(data) === sent.length && resolve();
+        });
+        for (const each of sent) socket.send(each);
+        await all;
+        const text = async (data: unknown) =>
+          typeof data === "string"
+            ? data
+            : `bytes ${new Uint8Array(await new Blob([data as Blob]).arrayBuffer())}`;
+        const wrong: number[] = [];
+        for (const [index, each] of sent.entries()) {
+          if (await text(each) !== await text(echoes[index])) wrong.push(index);
+        }
+        const { protocol, transport, bufferedAmount, stats } = socket;
+        const [page] = performance.getEntriesByType("navigation");
+        return {
+          wrong,
+          protocol,
+          transport,
+          bufferedAmount,
+          resumes: stats.resumes,
+          resent: stats.resent,
+          spoken: (page as PerformanceNavigationTiming).nextHopProtocol,
+        };
+      }, MiB);
+      assertEquals(result, {
+        wrong: [],
+        protocol: "two",
+        transport: "post",
+        bufferedAmount: 0,
+        resumes: 0,
+        resent: 0,
+        spoken,
+      });
+      // A stream that was tried all the same would have come as text, or not at all.
+      const posts = requests.filter((each) => each.startsWith("POST"));
+      assertEquals(posts.filter((each) => each !== "POST"), []);
+      assert(posts.length > 0);
+    });
+
+    check("codes and reasons of a close go both ways", async (t) => {
+      const { url, closes } = await site(t, { tls, message: (peer) => peer.close(4002, "go") });
+      const tab = await visit(t, url);
+      await connect(tab);
+      await tab.run(() => globalThis.socket.close(4001, "bye"));
+      assertEquals(await closed(tab), { code: 4001, reason: "bye", wasClean: true });
+      const { code, reason } = await closes.next();
+      assertEquals([code, reason], [4001, "bye"]);
+
+      await connect(tab);
+      await tab.run(() => globalThis.socket.send("close me"));
+      assertEquals(await closed(tab), { code: 4002, reason: "go", wasClean: true });
+      assertEquals((await closes.next()).code, 4002);
+    });
+
+    check("a page that is left ends its session at once, by 1001", async (t) => {
+      const { url, closes } = await site(t, { tls });
+      const tab = await visit(t, url);
+      await connect(tab);
+      await tab.run(() => globalThis.socket.send("keep me"));
+      await tab.goto(`${url}/other`);
+      assertEquals((await closes.next({ timeout: 20_000 })).code, 1001);
+    });
+
+    check("cut and silent networks lose nothing and repeat nothing", async (t) => {
+      const numbers = new Queue<number>();
+      const { url, port, peers } = await site(t, {
+        tls,
+        heartbeatInterval: 500,
+        message: (_, message) => numbers.push(Number(message.text())),
+      });
+      const proxy = t.use(await chaos(port));
+      const tab = await visit(t, url.replace(`${port}`, `${proxy.port}`));
+      await connect(tab);
+      const peer = await peers.next();
+      let n = 0;
+      /** Sends some in both directions. */
+      const some = async () => {
+        for (const end = n + 10; n < end;) {
+          peer.send(String(++n));
+          await tab.run((n) => globalThis.socket.send(String(n)), n);
+        }
+      };
+      const resumed = (times: number) =>
+        tab.wait((times) => globalThis.socket.stats.resumes >= times, times);
+      await some();
+      proxy.cutAll("rst");
+      await some();
+      await resumed(1);
+      await some();
+      proxy.stallAll();
+      await some();
+      await tab.wait(() => globalThis.log.filter((each) => each === "drop").length === 2);
+      await some();
+      proxy.resumeAll();
+      await resumed(2);
+      await some();
+      const expected = Array.from({ length: n }, (_, index) => index + 1);
+      await until(() => numbers.all.length >= n, { timeout: 30_000 });
+      assertEquals(numbers.all, expected);
+      await tab.wait((n) => globalThis.log.includes(String(n)), n);
+      const messages = (await log(tab)).filter((each) => /^\d/.test(String(each)));
+      assertEquals(messages.map(Number), expected);
+    });
+
+    const resumes = !deaf || spoken !== "h2";
+    check(
+      `a native EventSource receives${resumes ? ", and resumes after a cut" : ""}`,
+      async (t) => {
+        const { url, port, peers } = await site(t, { tls });
+        const proxy = t.use(await chaos(port));
+        const tab = await visit(t, url.replace(`${port}`, `${proxy.port}`));
+        await tab.run(() => {
+          const log: unknown[] = globalThis.log = [];
+          const source = new EventSource("/ws");
+          source.onmessage = ({ data }) => log.push(data);
+          source.onerror = () => log.push("error");
+        });
+        const peer = await peers.next({ timeout: 20_000 });
+        peer.send("one");
+        await tab.wait(() => globalThis.log.includes("one"));
+        if (!resumes) return;
+        proxy.cutAll("rst");
+        peer.send("two\nlines");
+        await tab.wait(() => globalThis.log.includes("error"));
+        peer.send("three");
+        await tab.wait(() => globalThis.log.includes("three"));
+        const messages = (await log(tab)).filter((each) => each !== "error");
+        assertEquals(messages, ["one", "two\nlines", "three"]);
+        assertEquals(peers.all.length, 1, "it is the same session");
+      },
+    );
+  }
+}
+
+/** Opens a socket in the page. */
+async function connect(tab: Tab, options: WebSocketSSEOptions = {}): Promise<void> {
+  await tab.run((options) => void globalThis.connect("/ws", options), options);
+  await tab.wait(() => globalThis.log.length > 0);
+  assertEquals(await log(tab), ["open"]);
+}
+
+function log(tab: Tab): Promise<unknown[]> {
+  return tab.run(() => globalThis.log);
+}
+
+/** Waits for the end of the page's socket, which is the last of its log. */
+async function closed(tab: Tab): Promise<unknown> {
+  await tab.wait(() =>
+    globalThis.socket.readyState === 3 && typeof globalThis.log.at(-1) === "object"
+  );
+  return (await log(tab)).at(-1);
+}

@@ -1,0 +1,321 @@
+/**
+ * Three processes, Deno and Bun, behind a proxy that sends each request to the
+ * next one, over a real Redis: under cuts, kill -9, an outage of Redis and a
+ * rolling restart.
+ */
+import { WebSocketSSE, type WebSocketSSEOptions } from "../client.ts";
+import { RedisServer, type RoundRobin, roundRobin } from "./bus.ts";
+import { chaos, pickSeed } from "./chaos.ts";
+import type { Told } from "./fixtures/cluster.ts";
+import {
+  assert,
+  assertEquals,
+  assertGreater,
+  assertLess,
+  type Child,
+  needs,
+  once,
+  sleep,
+  test,
+  type TestContext,
+  until,
+} from "./harness.ts";
+
+const skip = needs("redis-server", "deno", "bun");
+
+interface Instance {
+  readonly child: Child;
+  readonly port: number;
+  tell(): Promise<Told>;
+}
+
+async function launch(
+  t: TestContext,
+  runtime: "deno" | "bun",
+  redis: RedisServer,
+  env: Record<string, string> = {},
+): Promise<Instance> {
+  const child = await t.spawn(runtime, "tests/fixtures/cluster.ts", {
+    env: { REDIS_PORT: `${redis.port}`, ...env },
+  });
+  const { port } = await child.json<{ port: number }>({ timeout: 20_000 });
+  return {
+    child,
+    port,
+    tell() {
+      child.send("tell");
+      return child.json<Told>();
+    },
+  };
+}
+
+async function launchAll(t: TestContext, env: Record<string, string> = {}): Promise<{
+  redis: RedisServer;
+  instances: Instance[];
+  proxy: RoundRobin;
+}> {
+  const redis = await RedisServer.start(t);
+  const runtimes = ["deno", "bun", "deno"] as const;
+  const instances = await Promise.all(
+    runtimes.map((runtime) => launch(t, runtime, redis, env)),
+  );
+  const proxy = await roundRobin(t, instances.map(({ port }) => port));
+  await sleep(200, t.signal); // their subscriptions
+  return { redis, instances, proxy };
+}
+
+/** A client that counts, and takes what comes back only in order. */
+class Talker {
+  readonly name: string;
+  readonly socket: WebSocketSSE;
+  readonly failures: string[] = [];
+  closed: CloseEvent | undefined;
+  closedAt = 0;
+  sent = 0;
+  received = 0;
+
+  constructor(t: TestContext, url: string, name: string, options: WebSocketSSEOptions = {}) {
+    this.name = name;
+    this.socket = new WebSocketSSE(`${url}/?c=${name}`, { signal: t.signal, ...options });
+    this.socket.onmessage = ({ data }) => {
+      if (data === `${this.received}`) this.received++;
+      else this.failures.push(`${data} after ${this.received - 1}`);
+    };
+    this.socket.onclose = (event) => {
+      this.closed = event;
+      this.closedAt = performance.now();
+    };
+  }
+
+  /** Says so many things, a few at a time. */
+  async talk(count: number, pause = 2): Promise<void> {
+    for (const last = this.sent + count; this.sent < last && !this.closed;) {
+      this.socket.send(`${this.sent++}`);
+      if (this.sent % 5 === 0) await sleep(pause);
+    }
+  }
+
+  async heard(timeout = 30_000): Promise<void> {
+    await until(() => this.received === this.sent || this.closed, { timeout, interval: 20 });
+  }
+}
+
+/** All that the instances know, and that each session was at one alone. */
+async function gather(instances: Instance[]): Promise<Record<string, string[]>> {
+  const got: Record<string, string[]> = {};
+  for (const { sessions } of await Promise.all(instances.map((instance) => instance.tell()))) {
+    for (const [name, seen] of Object.entries(sessions)) {
+      assert(!got[name], `${name} was at two instances`);
+      assertEquals(seen.opens, 1, name);
+      got[name] = seen.got;
+    }
+  }
+  return got;
+}
+
+const numbers = (count: number) => Array.from({ length: count }, (_, i) => `${i}`);
+
+test(
+  "three processes, every request at the next one: exactly once, in order, through cuts",
+  async (t) => {
+    const { instances, proxy } = await launchAll(t);
+    const network = t.use(await chaos(proxy.port, { seed: pickSeed(), cutEvery: [100, 500] }));
+    const transports = ["post", "post", "stream", "duplex"] as const;
+    const talkers = await Promise.all(transports.map(async (transport, i) => {
+      for (let attempt = 0;; attempt++) { // opening is not repeated by the client itself
+        const talker = new Talker(t, network.url, `${i}.${attempt}`, { transport });
+        await Promise.race([once(talker.socket, "open"), once(talker.socket, "close")]);
+        if (talker.socket.readyState === WebSocketSSE.OPEN) return talker;
+      }
+    }));
+    await Promise.all(talkers.map((talker) => talker.talk(600, 10)));
+    await Promise.all(talkers.map((talker) => talker.heard()));
+    network.calm();
+    const got = await gather(instances);
+    for (const { name, received, failures, socket } of talkers) {
+      assertEquals([failures, received], [[], 600], name);
+      assertEquals(got[name], numbers(600), name);
+      assertGreater(socket.stats.resumes, 0, name);
+    }
+    const turns = new Set(proxy.log);
+    assert(
+      ["GET 0", "GET 1", "GET 2", "POST 0", "POST 1", "POST 2"].every((turn) => turns.has(turn)),
+    );
+  },
+  { skip, timeout: 60_000 },
+);
+
+test("a refusal of the receiving instance counts", async (t) => {
+  const { instances, proxy } = await launchAll(t);
+  let credentials = "good";
+  const talker = new Talker(t, proxy.url, "a", {
+    transport: "post",
+    headers: () => ({ authorization: credentials }),
+  });
+  await once(talker.socket, "open");
+  await talker.talk(10);
+  await talker.heard();
+  credentials = "revoked";
+  proxy.choose = () => 2; // never the owner, which opened at 0
+  talker.socket.send("10");
+  await until(() => talker.closed);
+  assertEquals(talker.closed!.code, 1006);
+  assertEquals((await gather(instances)).a, numbers(10));
+}, { skip, timeout: 30_000 });
+
+test(
+  "an instance is killed under load: its clients end with 1006, nobody else loses anything",
+  async (t) => {
+    const { instances, proxy } = await launchAll(t, { RESUME_TIMEOUT: "3000", TIMEOUT: "1000" });
+    const talkers = numbers(6).map((name) => new Talker(t, proxy.url, name, { transport: "post" }));
+    await Promise.all(talkers.map(({ socket }) => once(socket, "open")));
+    const owners = await Promise.all(instances.map(async (instance) => await instance.tell()));
+    const talking = Promise.all(talkers.map((talker) => talker.talk(500, 15)));
+    await sleep(500, t.signal);
+    const killed = performance.now();
+    instances[1]!.child.kill("SIGKILL");
+    await sleep(300, t.signal);
+    proxy.ports.splice(1, 1); // the health check's part
+    await talking;
+    await Promise.all(talkers.map((talker) => talker.heard()));
+    const got = await gather([instances[0]!, instances[2]!]);
+    let lost = 0;
+    for (const { name, closed, closedAt, failures, received } of talkers) {
+      assertEquals(failures, [], name);
+      if (owners[1]!.sessions[name]) {
+        lost++;
+        assertEquals(closed?.code, 1006, name);
+        assertLess(closedAt - killed, 10_000, name);
+      } else {
+        assertEquals([closed, received], [undefined, 500], name);
+        assertEquals(got[name], numbers(500), name);
+      }
+    }
+    assertEquals(lost, 2);
+  },
+  { skip, timeout: 60_000 },
+);
+
+for (
+  const [how, stop, go] of [
+    [
+      "falls silent",
+      (redis: RedisServer) => redis.signal("SIGSTOP"),
+      (redis: RedisServer) => redis.signal("SIGCONT"),
+    ],
+    ["dies", (redis: RedisServer) => redis.kill(), (redis: RedisServer) => redis.start()],
+  ] as const
+) {
+  test(`Redis ${how} for 5 s: local traffic goes on, what is routed arrives once`, async (t) => {
+    const { redis, instances, proxy } = await launchAll(t, { TIMEOUT: "1500" });
+    const local = new Talker(t, `http://127.0.0.1:${instances[0]!.port}`, "local", {
+      transport: "post",
+    });
+    const routed = numbers(3).map((name) => new Talker(t, proxy.url, name, { transport: "post" }));
+    await Promise.all([local, ...routed].map(({ socket }) => once(socket, "open")));
+    const before = await instances[0]!.tell();
+    await stop(redis);
+    const outage = sleep(5_000, t.signal);
+    const talking = Promise.all(routed.map((talker) => talker.talk(500, 30)));
+    for (let n = 0; n < 2000; n++) instances[0]!.child.send(`publish nobody hears ${n}`);
+    const heard: number[] = [];
+    for (let n = 0; n < 40; n++) {
+      await local.talk(5);
+      await until(() => local.received === local.sent || local.failures.length >= 1900);
+      heard.push(local.received);
+      await sleep(100, t.signal);
+    }
+    await outage;
+    await go(redis);
+    await talking;
+    await Promise.all(routed.map((talker) =>
+      until(() => talker.received === 500, {
+        timeout: 25_000,
+      })
+    ));
+    const got = await gather(instances);
+    for (const { name } of routed) assertEquals(got[name], numbers(500), name);
+    assertEquals(got.local, numbers(200));
+    const told = await Promise.all(instances.map((instance) => instance.tell()));
+    assert(told.every(({ errors }) => errors.length > 0), "onError was told");
+    assertLess(told[0]!.errors.length, 200, "and not for every message");
+    assertLess(told[0]!.memory - before.memory, 150, "nothing grows without bound");
+  }, { skip, timeout: 60_000 });
+}
+
+test("a rolling restart loses no message that was acknowledged", async (t) => {
+  const { redis, instances, proxy } = await launchAll(t, { RESUME_TIMEOUT: "5000" });
+  const finished: Told[] = [];
+  const talkers = numbers(6).map((name) => new Persistent(t, proxy.url, name));
+  const talking = Promise.all(talkers.map((talker) => talker.talk(400)));
+  for (const i of [0, 1, 2]) {
+    await sleep(400, t.signal);
+    const successor = await launch(t, i === 1 ? "deno" : "bun", redis);
+    const old = instances[i]!;
+    proxy.ports.splice(proxy.ports.indexOf(old.port), 1, successor.port);
+    instances[i] = successor;
+    old.child.send("close 1012");
+    finished.push(await old.child.json<Told>({ timeout: 15_000 }));
+  }
+  await talking;
+  await until(() => talkers.every(({ waiting }) => !waiting.size), { timeout: 20_000 });
+  const told = [...finished, ...await Promise.all(instances.map((instance) => instance.tell()))];
+  const codes = finished.flatMap(({ sessions }) =>
+    Object.values(sessions).flatMap((s) => s.closes)
+  );
+  assert(codes.length > 0 && codes.every((code) => code === 1012), codes.join());
+  for (const { name, acknowledged, reconnects } of talkers) {
+    const got = new Set(
+      told.flatMap(({ sessions }) =>
+        Object.entries(sessions).filter(([key]) => key.startsWith(`${name}.`))
+          .flatMap(([, seen]) => seen.got)
+      ),
+    );
+    assertEquals(numbers(400).filter((n) => !got.has(n)), [], name);
+    assertEquals(acknowledged.size, 400, name);
+    assertGreater(reconnects, 0, name);
+  }
+}, { skip, timeout: 90_000 });
+
+/** Reconnects as wrappers do: a message is forgotten when its echo has come. */
+class Persistent {
+  readonly name: string;
+  readonly waiting: Set<string> = new Set();
+  readonly acknowledged: Set<string> = new Set();
+  reconnects = -1;
+  readonly #t: TestContext;
+  readonly #url: string;
+  #socket!: WebSocketSSE;
+
+  constructor(t: TestContext, url: string, name: string) {
+    this.#t = t;
+    this.#url = url;
+    this.name = name;
+    this.#connect();
+  }
+
+  #connect(): void {
+    const query = `?c=${this.name}.${++this.reconnects}`;
+    const { signal } = this.#t;
+    const socket = this.#socket = new WebSocketSSE(`${this.#url}/${query}`, {
+      transport: "post",
+      signal,
+    });
+    socket.onopen = () => this.waiting.forEach((text) => socket.send(text));
+    socket.onmessage = ({ data }) => {
+      this.waiting.delete(data);
+      this.acknowledged.add(data);
+    };
+    socket.onclose = () => {
+      if (!signal.aborted) sleep(50, signal).then(() => signal.aborted || this.#connect());
+    };
+  }
+
+  async talk(count: number): Promise<void> {
+    for (let n = 0; n < count; n++) {
+      this.waiting.add(`${n}`);
+      if (this.#socket.readyState === WebSocketSSE.OPEN) this.#socket.send(`${n}`);
+      await sleep(10, this.#t.signal);
+    }
+  }
+}

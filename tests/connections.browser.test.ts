@@ -1,0 +1,146 @@
+/** Chromium: many sockets of one page, and what stands between it and our server. */
+import type { Page } from "playwright-core";
+import type { WebSocketSSEOptions } from "../client.ts";
+import { startChromium } from "./chromium.ts";
+import { assertEquals, assertLess, assertMatch, needs, test } from "./harness.ts";
+import { site, type TestPage } from "./page.ts";
+import { Queue } from "./pair.ts";
+import { type Configuration, proxy, type ProxyName } from "./proxies.ts";
+
+const browser = await startChromium();
+const skip = needs("chromium", "openssl");
+const timeout = 60_000;
+
+declare const globalThis: TestPage & typeof window;
+
+async function goto(page: Page, url: string): Promise<Page> {
+  await page.goto(`${url}/`);
+  await page.waitForFunction(() => !!globalThis.connect);
+  return page;
+}
+
+/** Opens so many sockets in the page. */
+function connect(page: Page, count: number, options: WebSocketSSEOptions = {}): Promise<unknown> {
+  return page.evaluate(
+    ([count, options]) => {
+      const opened = Array.from({ length: count }, () => {
+        const socket = globalThis.connect("/ws", options);
+        return new Promise((resolve) => socket.addEventListener("open", resolve, { once: true }));
+      });
+      return Promise.all(opened).then(() => true);
+    },
+    [count, options] as const,
+  );
+}
+
+test("Chromium over HTTP/2: 20 sockets of one page send and receive at once", async (t) => {
+  const { url, peers } = await site(t, { tls: true, http2: true });
+  const page = await goto(await (await browser.windows(t)).newPage(), url);
+  await connect(page, 20);
+  const answers = await page.evaluate(() =>
+    Promise.all(globalThis.sockets.map((socket, index) => {
+      socket.send(`socket ${index}`);
+      return new Promise((resolve) => {
+        socket.addEventListener("message", ({ data }) => resolve(data), { once: true });
+      });
+    }))
+  );
+  assertEquals(answers, Array.from({ length: 20 }, (_, index) => `socket ${index}`));
+  assertEquals(peers.all.length, 20);
+  assertEquals(await page.evaluate(() => globalThis.warnings), []);
+  assertEquals(
+    await page.evaluate(() => [...new Set(globalThis.sockets.map(({ transport }) => transport))]),
+    ["stream"],
+  );
+}, { timeout, skip });
+
+test(
+  "Chromium over HTTP/1.1: the seventh socket says why it waits, and opens when it can",
+  async (t) => {
+    const { url } = await site(t);
+    const context = await browser.windows(t);
+    const first = await goto(await context.newPage(), url);
+    const second = await goto(await context.newPage(), url); // all tabs have six together
+    await connect(first, 6);
+    await second.evaluate(() => void globalThis.connect("/ws"));
+    await second.waitForFunction(() => globalThis.warnings.length > 0);
+    const { warnings, readyState } = await second.evaluate(() => ({
+      warnings: globalThis.warnings,
+      readyState: globalThis.socket.readyState,
+    }));
+    assertMatch(warnings.join(), /^127\.0\.0\.1:\d+ does not answer\. .*6 connections.*HTTP\/2/);
+    assertEquals(readyState, 0);
+    await first.close();
+    await second.waitForFunction(() => globalThis.socket.readyState === 1);
+    await second.evaluate(() => globalThis.socket.send("hello"));
+    await second.waitForFunction(() => globalThis.log.includes("hello"));
+    assertEquals(await second.evaluate(() => globalThis.warnings.length), 1);
+  },
+  { timeout, skip },
+);
+
+const cases: { name: ProxyName; configuration: Configuration; transport: "stream" | "post" }[] = [
+  { name: "nginx", configuration: "shipped", transport: "post" },
+  { name: "nginx", configuration: "documented", transport: "stream" },
+  { name: "haproxy", configuration: "shipped", transport: "stream" },
+  { name: "haproxy", configuration: "documented", transport: "stream" },
+  { name: "caddy", configuration: "documented", transport: "stream" },
+];
+
+for (const { name, configuration, transport } of cases) {
+  test(
+    `Chromium over HTTP/2 by ${name}, as ${configuration}: 5 MB up, and back, by ${transport}`,
+    async (t) => {
+      const received = new Queue<string>();
+      const { port, requests } = await site(t, {
+        message: (peer, message) => {
+          const text = message.text();
+          received.push(text.slice(0, text.indexOf(" ")));
+          peer.send(text);
+        },
+      });
+      const { secure } = await proxy(t, name, port, { configuration });
+      const page = await goto(await (await browser.windows(t)).newPage(), secure);
+      await connect(page, 1);
+      const took = await page.evaluate(async () => {
+        const began = performance.now();
+        const { socket } = globalThis;
+        const answered = new Promise((resolve) =>
+          socket.addEventListener("message", resolve, { once: true })
+        );
+        socket.send("first ");
+        await answered;
+        return performance.now() - began;
+      });
+      const echoes = await page.evaluate(async (count) => {
+        const { socket } = globalThis;
+        const echoes: string[] = [];
+        const all = new Promise<void>((resolve) => {
+          socket.onmessage = ({ data }) => {
+            echoes.push(`${data.slice(0, data.indexOf(" "))} ${data.length}`);
+            if (echoes.length === count) resolve();
+          };
+        });
+        for (let n = 0; n < count; n++) socket.send(`${n} `.padEnd(65536, "x"));
+        await all;
+        return echoes;
+      }, COUNT);
+      const numbers = Array.from({ length: COUNT }, (_, n) => `${n}`);
+      assertEquals(received.all, ["first", ...numbers]);
+      assertEquals(echoes, numbers.map((n) => `${n} 65536`));
+      assertEquals(await page.evaluate(() => globalThis.socket.transport), transport);
+      if (transport === "stream") return;
+      // The next socket of the page begins with what has worked.
+      assertLess(took, 10_000);
+      const before = requests.length;
+      await connect(page, 1);
+      assertEquals(await page.evaluate(() => globalThis.socket.transport), transport);
+      await page.evaluate(() => globalThis.socket.send("again "));
+      await page.waitForFunction(() => globalThis.log.includes("again "));
+      assertEquals(requests.slice(before).filter((each) => each.startsWith("POST")), ["POST"]);
+    },
+    { timeout, skip: needs(name, "chromium", "openssl") },
+  );
+}
+
+const COUNT = 80;
