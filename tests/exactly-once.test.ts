@@ -22,7 +22,7 @@ import {
   until,
   within,
 } from "./harness.ts";
-import { type Configuration, proxy } from "./proxies.ts";
+import { type Configuration, proxy as startProxy } from "./proxies.ts";
 
 const SOAK = !!process.env.DUPLEX_SOAK;
 const COUNT = SOAK ? 20_000 : 2_000;
@@ -41,7 +41,10 @@ for (const server of ["deno", "bun"] as const) {
 
 // What nginx holds it delivers when the connection is cut, or not, or a part of it.
 for (
-  const [transport, configuration] of [["post", "shipped"], ["duplex", "documented"]] as const
+  const [transport, configuration] of [["post", "shipped"], ["stream", "shipped"], [
+    "duplex",
+    "documented",
+  ]] as const
 ) {
   test(
     `over ${transport} through nginx, as ${configuration}, all arrive exactly once and in order`,
@@ -63,7 +66,7 @@ async function exchange(
     env: { DUPLEX_EXCHANGE: JSON.stringify(terms) },
   });
   const { port } = await child.json<{ port: number }>();
-  const behind = nginx ? (await proxy(t, "nginx", port, { configuration: nginx })).port : port;
+  const behind = nginx ? (await startProxy(t, "nginx", port, { configuration: nginx })).port : port;
   const proxy = t.use(
     await chaos(behind, {
       seed,

@@ -24,7 +24,7 @@ const NAMES = Object.keys(KINDS) as (keyof typeof KINDS)[];
 export async function memory({ short, rounds, runtimes }: Scale): Promise<Outcome> {
   const outcome: Outcome = { figures: [], ratios: [] };
   for (const runtime of runtimes) {
-    const connections = short ? 500 : 1000;
+    const connections = short ? 300 : 1000;
     const samples = await interleaved(
       NAMES,
       short ? 1 : rounds,
