@@ -57,6 +57,8 @@ const OPEN_TIMEOUT = 30_000;
 const DUPLEX_TIMEOUT = 2_000;
 /** After that we say what may be the matter. */
 const ANSWER_TIMEOUT = 5_000;
+/** Besides 1 s for every 8 KiB. */
+const POST_TIMEOUT = 15_000;
 const CLOSE_ANSWER_TIMEOUT = 3_000;
 const ACK_DELAY = 1_000;
 const WATCH_PERIOD = 250;
@@ -1021,23 +1023,10 @@ export class WebSocketSSE extends EventTarget {
   /** "The uplink as long streaming POSTs", each renewed before it reaches what proxies cap. */
   async #stream(): Promise<void> {
     const body = this.#body = new UplinkBody(this.#first, (body) => this.#fill(body));
-    const abort = body.abort = new AbortController();
-    let status = 0;
-    try {
-      const response = await this.#request("POST", abort.signal, {
-        "content-type": UPLINK_TYPE,
-        [SEQ_HEADER]: `${body.next}`,
-      }, body.stream);
-      response.body?.cancel().catch(() => {});
-      status = response.status;
-      body.open = false;
-      const first = this.#first;
-      if (response.ok) this.#confirm(Number(response.headers.get(RECEIVED_HEADER) ?? 0));
-      if (response.ok && (this.#first > first || this.#body !== body)) return;
-    } catch {
-      // told by the status
-    }
-    if (this.#ended || this.#body !== body) return; // we ended it ourselves
+    const seq = body.next;
+    const status = await this.#send(body.stream, body.abort = new AbortController(), seq);
+    // Confirmed, or ended by ourselves.
+    if (this.#ended || this.#body !== body || isGood(status) && this.#first > seq) return;
     this.#endBody();
     this.#acknowledged = -1; // what it carried may be lost
     // One that has worked was cut; one that has not may never work, or the network is down.
@@ -1146,8 +1135,10 @@ export class WebSocketSSE extends EventTarget {
         size += frame!.length;
         messages++;
       }
-      const status = await this.#postBody(concat(parts), first);
-      if (status === 200) since = retries = 0;
+      const body = concat(parts);
+      const abort = this.#postAbort = new AbortController();
+      const status = await this.#send(body, abort, first, POST_TIMEOUT + body.length / 8);
+      if (this.#first > first) since = retries = 0; // as told by the answer, or by the event stream
       else if (status === 413 && messages === 1) return this.#tooLarge();
       else if (status === 413) this.#maxBatch = Math.max(1, size >> 1);
       else if (isFinal(status)) return this.#fail();
@@ -1163,21 +1154,25 @@ export class WebSocketSSE extends EventTarget {
     this.#pump(this.#acknowledged < 0);
   }
 
-  /** Sends one body and takes what its answer confirms. 200 means progress, 0 that there was no answer. */
-  async #postBody(body: Bytes, seq: number): Promise<number> {
-    const abort = this.#postAbort = new AbortController();
-    const timer = setTimeout(() => abort.abort(), 15_000 + body.length / 8);
+  /** Sends one body and takes what its answer confirms. The status is 0 when there was no answer. */
+  async #send(
+    body: ReadableStream<Bytes> | Bytes,
+    abort: AbortController,
+    seq?: number,
+    timeout?: number,
+  ): Promise<number> {
+    const timer = timeout && setTimeout(() => abort.abort(), timeout);
     try {
       const response = await this.#request("POST", abort.signal, {
         "content-type": UPLINK_TYPE,
-        [SEQ_HEADER]: `${seq}`,
+        ...seq && { [SEQ_HEADER]: `${seq}` },
       }, body);
       response.body?.cancel().catch(() => {});
-      if (!response.ok) return response.status;
-      this.#confirm(Number(response.headers.get(RECEIVED_HEADER) ?? 0));
-      return this.#first > seq ? 200 : 0;
+      if (body === this.#body?.stream) this.#body.open = false; // before another is begun
+      if (response.ok) this.#confirm(Number(response.headers.get(RECEIVED_HEADER) ?? 0));
+      return response.status;
     } catch {
-      return this.#first > seq ? 200 : 0; // the event stream may have told more than the answer
+      return 0;
     } finally {
       clearTimeout(timer);
     }
@@ -1187,23 +1182,9 @@ export class WebSocketSSE extends EventTarget {
     this.#controlPosting = true;
     const parts = this.#takeControl(true);
     const abort = this.#controlAbort = new AbortController();
-    const timer = setTimeout(() => abort.abort(), 15_000);
-    let status = 0;
-    try {
-      const response = await this.#request(
-        "POST",
-        abort.signal,
-        { "content-type": UPLINK_TYPE },
-        concat(parts),
-      );
-      response.body?.cancel().catch(() => {});
-      status = response.status;
-    } catch {
-      // told by the status
-    }
-    clearTimeout(timer);
+    const status = await this.#send(concat(parts), abort, undefined, POST_TIMEOUT);
     if (isFinal(status)) this.#drop(); // the resume will tell what is the matter
-    if (status >= 200 && status < 300) this.#controlRetries = 0;
+    if (isGood(status)) this.#controlRetries = 0;
     else {
       // The server may be waiting for nothing but this. (A resume acknowledges, too.)
       this.#acknowledged = -1;
@@ -1568,8 +1549,12 @@ function isTransient(status: number): boolean {
   return [0, 408, 411, 425, 429].includes(status) || status >= 500;
 }
 
+function isGood(status: number): boolean {
+  return status >= 200 && status < 300;
+}
+
 function isFinal(status: number): boolean {
-  return !isTransient(status) && !(status >= 200 && status < 300);
+  return !isTransient(status) && !isGood(status);
 }
 
 /** Deno, Bun and Node, whose fetch answers while the request's body is still being sent. */

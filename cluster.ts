@@ -285,7 +285,7 @@ class Router implements RoutingDriver {
     const id = hex(crypto.getRandomValues(new Uint8Array(ID_SIZE)));
     const owner = token.slice(0, 16);
     const send = (head: Head, body?: Bytes) => this.#send(owner, key, head, body);
-    const relay = new Relay(id, key, this.#timeout, send, () => this.#relays.delete(id));
+    const relay = new Relay(id, key, token, this.#timeout, send, () => this.#relays.delete(id));
     const late = setTimeout(() => {
       this.#report("delivery", new Error(`No answer from instance ${owner}`));
       relay.end();
@@ -329,18 +329,24 @@ class Router implements RoutingDriver {
       }),
       head.namespace,
     );
-    await this.#answer(head, key, response);
+    await this.#answer(head, key, known.token, response);
   }
 
-  async #answer({ id, from }: RequestHead, key: CryptoKey, response: Response): Promise<void> {
+  async #answer(
+    { id, from }: RequestHead,
+    key: CryptoKey,
+    token: string,
+    response: Response,
+  ): Promise<void> {
     const { status } = response;
     const send = (head: Head, body?: Bytes) => this.#send(from, key, head, body);
     const headers = Object.fromEntries(response.headers);
+    delete headers[TOKEN_HEADER];
     if (!response.headers.get("content-type")?.startsWith(STREAM_TYPE) || !response.body) {
       const body = new Uint8Array(await response.arrayBuffer());
       return void await send({ kind: "answer", id, n: 0, end: true, status, headers }, body);
     }
-    const served = new Served(id, key, response.body.getReader(), this.#timeout, send);
+    const served = new Served(id, key, token, response.body.getReader(), this.#timeout, send);
     this.#served.set(id, served);
     this.#startTimer();
     try {
@@ -445,6 +451,7 @@ class Relay {
   readonly key: CryptoKey;
   readonly response: Promise<Response>;
   readonly #id: string;
+  readonly #token: string;
   readonly #timeout: number;
   readonly #send: (head: Head) => Promise<boolean>;
   readonly #forget: () => void;
@@ -470,12 +477,14 @@ class Relay {
   constructor(
     id: string,
     key: CryptoKey,
+    token: string,
     timeout: number,
     send: (head: Head) => Promise<boolean>,
     forget: () => void,
   ) {
     this.#id = id;
     this.key = key;
+    this.#token = token;
     this.#timeout = timeout;
     this.#send = send;
     this.#forget = forget;
@@ -508,7 +517,8 @@ class Relay {
 
   #accept({ n, end, status, headers }: AnswerHead, body: Bytes): void {
     this.#finished = end;
-    if (n > 0) return void this.#queue.push(body);
+    // "The token does not travel": the event that tells it is put back here.
+    if (n > 0) return void this.#queue.push(n > 1 ? body : concat([tokenEvent(this.#token), body]));
     clearTimeout(this.#timer);
     if (end) {
       this.#respond(
@@ -529,7 +539,8 @@ class Relay {
         this.end();
       },
     }, { highWaterMark: 0 });
-    this.#respond(new Response(stream, { status: status!, headers: headers! }));
+    const all = { ...headers, [TOKEN_HEADER]: this.#token };
+    this.#respond(new Response(stream, { status: status!, headers: all }));
   }
 
   #flush(): void {
@@ -594,6 +605,8 @@ class Served {
   readonly #reader: { read(): Promise<{ done: boolean; value?: Uint8Array }>; cancel(): unknown };
   readonly #timeout: number;
   readonly #send: (head: Head, body?: Bytes) => Promise<boolean>;
+  /** What the stream begins with, and what does not travel. */
+  #secret: Bytes;
   #sent = 0;
   #allowed = CREDIT;
   #wake = () => {};
@@ -603,12 +616,14 @@ class Served {
   constructor(
     id: string,
     key: CryptoKey,
+    token: string,
     reader: ReadableStreamDefaultReader<Uint8Array>,
     timeout: number,
     send: (head: Head, body?: Bytes) => Promise<boolean>,
   ) {
     this.#id = id;
     this.key = key;
+    this.#secret = tokenEvent(token);
     this.#reader = reader as never;
     this.#timeout = timeout;
     this.#send = send;
@@ -619,7 +634,7 @@ class Served {
     while (!this.#cancelled) {
       await this.#credit();
       const { done, value } = await this.#reader.read();
-      const bytes = (value ?? EMPTY) as Bytes;
+      const bytes = this.#withoutToken((value ?? EMPTY) as Bytes);
       for (let at = 0; at < Math.max(bytes.length, 1); at += PIECE) {
         await this.#credit();
         if (this.#cancelled) return;
@@ -628,6 +643,13 @@ class Served {
       }
       if (done) return;
     }
+  }
+
+  #withoutToken(bytes: Bytes): Bytes {
+    const secret = this.#secret;
+    this.#secret = EMPTY;
+    if (secret.some((byte, at) => byte !== bytes[at])) throw new Error("An unknown event stream");
+    return bytes.subarray(secret.length);
   }
 
   async #credit(): Promise<void> {
@@ -853,6 +875,11 @@ class Bus {
   }
 }
 
+/** The first event of every stream. */
+function tokenEvent(token: string): Bytes {
+  return encoder.encode(`event: crossws-id\ndata: ${token}\n\n`);
+}
+
 /** The size of what crossws's drivers make of a message. */
 function envelope({ namespace, topic, data }: SyncMessage): number {
   const binary = typeof data !== "string";
@@ -874,9 +901,12 @@ function decodeMessage(whole: Bytes): Incoming {
     ? Infinity
     : new DataView(whole.buffer, whole.byteOffset).getUint32(MAC_SIZE);
   if (MESSAGE_HEADER + length > whole.length) throw new Error("Garbage on the backplane");
-  const head = JSON.parse(
-    decoder.decode(whole.subarray(MESSAGE_HEADER, MESSAGE_HEADER + length)),
-  );
+  let head: unknown;
+  try {
+    head = JSON.parse(decoder.decode(whole.subarray(MESSAGE_HEADER, MESSAGE_HEADER + length)));
+  } catch {
+    // told below
+  }
   if (!isHead(head)) throw new Error("Garbage on the backplane");
   return {
     head,

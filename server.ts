@@ -550,7 +550,7 @@ class Hub {
         : new Refusal(500, "A hook failed").response();
       request.body?.cancel().catch(() => {}); // nobody will read it; a locked one has its reader
     }
-    if (!cors) return response;
+    if (!cors || !response.status) return response; // Response.error() has none, and takes no headers
     try {
       addCors(response.headers, cors);
       return response;

@@ -30,21 +30,26 @@ export function answer(commands: Commands): void {
 /** The bench's side of a child. */
 export class Remote implements AsyncDisposable {
   readonly child: Child;
+  readonly name: string;
 
-  constructor(child: Child) {
+  constructor(child: Child, name: string) {
     this.child = child;
+    this.name = name;
   }
 
   /** Starts a script of this folder, with its garbage collector within reach. */
   static async start(runtime: Runtime, script: string, ...args: string[]): Promise<Remote> {
     const env = { DENO_V8_FLAGS: "--expose-gc" };
-    return new Remote(await spawn(runtime, `bench/${script}`, { args, env }));
+    return new Remote(
+      await spawn(runtime, `bench/${script}`, { args, env }),
+      [runtime, script, ...args].join(" "),
+    );
   }
 
   async call<T = void>(command: string, input: object = {}, timeout = 120_000): Promise<T> {
     this.child.send(JSON.stringify({ command, ...input }));
     const { result, error } = await this.child.json<{ result: T; error?: string }>({ timeout });
-    if (error) throw new Error(`${error}\n${this.child.stderr().slice(-2000)}`);
+    if (error) throw new Error(`${this.name}: ${error}\n${this.child.stderr().slice(-2000)}`);
     return result;
   }
 

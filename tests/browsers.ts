@@ -16,12 +16,13 @@ declare const globalThis: TestPage & typeof window;
 const timeout = 90_000;
 const MiB = 1024 * 1024;
 
-/** Bun's server speaks HTTP/1.1 over TLS, unless it is told otherwise. */
+/** Deno speaks HTTP/2 over TLS by itself, Bun when it is told to. */
 const protocols = [
-  { protocol: "HTTP/1.1", tls: false, spoken: "http/1.1" },
-  runtime === "deno"
-    ? { protocol: "HTTP/2", tls: true, spoken: "h2" }
-    : { protocol: "HTTP/1.1 over TLS", tls: true, spoken: "http/1.1" },
+  { protocol: "HTTP/1.1", tls: false, http2: false, spoken: "http/1.1" },
+  ...runtime === "bun"
+    ? [{ protocol: "HTTP/1.1 over TLS", tls: true, http2: false, spoken: "http/1.1" }]
+    : [],
+  { protocol: "HTTP/2", tls: true, http2: true, spoken: "h2" },
 ];
 
 export interface BrowserOptions {
@@ -32,7 +33,7 @@ export interface BrowserOptions {
 
 export function browserTests(browser: string, open: Browser, options: BrowserOptions): void {
   const { skip, deaf = false } = options;
-  for (const { protocol, tls, spoken } of protocols) {
+  for (const { protocol, tls, http2, spoken } of protocols) {
     const check = (name: string, body: (t: TestContext) => Promise<void>) =>
       test(`${browser} over ${protocol}: ${name}`, body, { timeout, skip });
 
@@ -47,6 +48,7 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
     check("messages of every kind, 1 MiB among them, by post", async (t) => {
       const { url, requests } = await site(t, {
         tls,
+        http2,
         handleProtocols: (offered) => offered.has("two") ? "two" : "",
       });
       const tab = await visit(t, url);
@@ -105,7 +107,11 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
     });
 
     check("codes and reasons of a close go both ways", async (t) => {
-      const { url, closes } = await site(t, { tls, message: (peer) => peer.close(4002, "go") });
+      const { url, closes } = await site(t, {
+        tls,
+        http2,
+        message: (peer) => peer.close(4002, "go"),
+      });
       const tab = await visit(t, url);
       await connect(tab);
       await tab.run(() => globalThis.socket.close(4001, "bye"));
@@ -120,7 +126,7 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
     });
 
     check("a page that is left ends its session at once, by 1001", async (t) => {
-      const { url, closes } = await site(t, { tls });
+      const { url, closes } = await site(t, { tls, http2 });
       const tab = await visit(t, url);
       await connect(tab);
       await tab.run(() => globalThis.socket.send("keep me"));
@@ -132,6 +138,7 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
       const numbers = new Queue<number>();
       const { url, port, peers } = await site(t, {
         tls,
+        http2,
         heartbeatInterval: 500,
         message: (_, message) => numbers.push(Number(message.text())),
       });
@@ -173,7 +180,7 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
     check(
       `a native EventSource receives${resumes ? ", and resumes after a cut" : ""}`,
       async (t) => {
-        const { url, port, peers } = await site(t, { tls });
+        const { url, port, peers } = await site(t, { tls, http2 });
         const proxy = t.use(await chaos(port));
         const tab = await visit(t, url.replace(`${port}`, `${proxy.port}`));
         await tab.run(() => {

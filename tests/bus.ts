@@ -8,7 +8,6 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import net from "node:net";
 import process from "node:process";
-import { setTimeout as pause } from "node:timers/promises";
 import { decodeEnvelope, encodeEnvelope } from "crossws/sync";
 import type { ClusterAdapter } from "../cluster.ts";
 import type { SyncMessage } from "../server.ts";
@@ -165,7 +164,6 @@ export async function roundRobin(t: TestContext, ports: number[]): Promise<Round
       } as RequestInit);
       return new Response(response.body, { status: response.status, headers: response.headers });
     } catch {
-      await pause(20);
       return new Response("Bad gateway", { status: 502 });
     }
   });

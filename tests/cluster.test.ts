@@ -13,11 +13,9 @@ import { chaos, type ChaosProxy, mulberry32, pickSeed } from "./chaos.ts";
 import {
   assert,
   assertEquals,
-  assertGreater,
   assertLess,
   assertLessOrEqual,
   assertMatch,
-  assertRejects,
   assertThrows,
   needs,
   note,
@@ -189,3 +187,420 @@ for (const { name, skip, options, connect: driver } of drivers) {
     assertEquals(errors, []);
   }, { skip, timeout: 30_000 });
 }
+
+// ---------------------------------------------------------------- refusals
+
+test("a foreign session's requests: 401 of the hook here, 404 and 409 of the owner alone", async (t) => {
+  const bus = new MemoryBus(t);
+  const { instances, told, errors } = await start(t, bus.adapter);
+  const [owner, other] = instances as [Pair<never>, Pair<never>];
+  const { token, post } = await openRaw(t, `${owner.url}/a`);
+  assertEquals((await post("TEXT 2\r\nhi\r\n", 1)).status, 204);
+  const ask = async (init: RequestInit & { path?: string; headers?: Record<string, string> }) => {
+    const { path = "/a", headers, ...rest } = init;
+    const response = await fetch(`${other.url}${path}`, {
+      ...rest,
+      headers: { "x-crossws-id": token, "x-duplex-version": "1", ...headers },
+    });
+    await response.body?.cancel();
+    return [response.status, response.headers.get("x-duplex-received")];
+  };
+  const uplink = (seq: number, body: string, path = "/a") =>
+    ask({
+      path,
+      method: "POST",
+      body,
+      headers: { "content-type": UPLINK, "x-duplex-seq": `${seq}` },
+    });
+  bus.reset();
+  assertEquals(await uplink(2, "TEXT 3\r\nyou\r\n"), [204, "2"]);
+  assertEquals(bus.counts.published, 2, "one message there, one back");
+  assertEquals(await uplink(2, "TEXT 3\r\nyou\r\n"), [204, "2"], "a repetition");
+  assertEquals(await uplink(4, "TEXT 1\r\n!\r\n"), [409, "2"], "a gap");
+  assertEquals(await uplink(3, "NONSENSE\r\n"), [400, "2"]);
+  bus.reset();
+  assertEquals(await uplink(3, "TEXT 1\r\n!\r\n", "/a?as=nobody"), [401, null]);
+  assertEquals(bus.counts.published, 0, "a refusal stays here");
+  assertEquals(await uplink(3, "TEXT 1\r\n!\r\n", "/b"), [404, null], "another namespace");
+  const resume = { accept: "text/event-stream", "x-duplex-attempt": "1", "last-event-id": "99" };
+  assertEquals(await ask({ headers: resume }), [409, null], "what it never sent");
+  assertEquals(await ask({ headers: { accept: "text/html" } }), [406, null]);
+  const unknown = { "x-crossws-id": token.slice(0, 17) + "0".repeat(32) };
+  assertEquals(await ask({ headers: { ...resume, ...unknown } }), [404, null]);
+  assertEquals(told.map((calls) => calls.length), [3, 0, 0]);
+  assertEquals(errors, []);
+});
+
+test("nobody answers: 503 in time, and onError knows", async (t) => {
+  const { instances, errors } = await start(t, new MemoryBus(t).adapter, {
+    cluster: { timeout: 300 },
+  });
+  const response = await fetch(`${instances[0]!.url}/a`, {
+    headers: {
+      accept: "text/event-stream",
+      "x-crossws-id": `${"0".repeat(16)}.${"0".repeat(32)}`,
+      "x-duplex-version": "1",
+      "x-duplex-attempt": "1",
+      "last-event-id": "0",
+    },
+  });
+  assertEquals([response.status, response.headers.get("retry-after")], [503, "1"]);
+  await response.body?.cancel();
+  assertEquals(errors, ["delivery: No answer from instance 0000000000000000"]);
+});
+
+test("a streaming body at the wrong instance is 411, and plain messages are taken there", async (t) => {
+  const { instances, told } = await start(t, new MemoryBus(t).adapter);
+  const { token } = await openRaw(t, `${instances[0]!.url}/a`);
+  const streaming = (headers: Record<string, string>) =>
+    fetch(`${instances[1]!.url}/a`, {
+      method: "POST",
+      headers: {
+        "x-crossws-id": token,
+        "content-type": UPLINK,
+        "x-duplex-version": "1",
+        ...headers,
+      },
+      body: new ReadableStream({
+        start: (controller) => controller.enqueue(new TextEncoder().encode("PING\r\n")),
+      }),
+      duplex: "half",
+    } as RequestInit);
+  const resume = { accept: "text/event-stream", "x-duplex-attempt": "1", "last-event-id": "0" };
+  for (const headers of [{}, resume]) {
+    const response = await streaming(headers);
+    await response.body?.cancel();
+    assertEquals(response.status, 411);
+  }
+  // crossws's own wire.
+  const opening = await fetch(`${instances[0]!.url}/a`, {
+    headers: { accept: "text/event-stream" },
+  });
+  t.defer(() => opening.body!.cancel());
+  const plain = opening.headers.get("x-crossws-id")!;
+  const sent = await fetch(`${instances[2]!.url}/a`, {
+    method: "POST",
+    headers: { "x-crossws-id": plain },
+    body: "from afar",
+  });
+  await sent.body?.cancel();
+  assertEquals(sent.status, 204);
+  assertEquals(told, [["open", "open", "from afar"], [], []]);
+});
+
+test("the namespace of the backplane is refused to peers and to publishers", async (t) => {
+  const bus = new MemoryBus(t);
+  const { instances, errors } = await start(t, bus.adapter, {
+    count: 1,
+    hooks: { upgrade: ({ url }) => ({ namespace: new URL(url).searchParams.get("room") ?? "x" }) },
+  });
+  const response = await fetch(`${instances[0]!.url}/?room=%00duplex`, {
+    headers: { accept: "text/event-stream" },
+  });
+  await response.body?.cancel();
+  assertEquals(response.status, 400);
+  instances[0]!.ws.publish("*", "gotcha", { namespace: "\0duplex" });
+  await until(() => errors.length > 0);
+  assertMatch(errors[0]!, /^publish: .*namespace/);
+  assertEquals(bus.counts.published, 0);
+});
+
+test("the cluster's options are checked", () => {
+  const { adapter } = { adapter: (() => ({})) as unknown as ClusterAdapter };
+  assertThrows(() => cluster(adapter, { maxPayload: 1000 }), RangeError);
+  assertThrows(() => cluster(adapter, { timeout: 0 }), RangeError);
+  assertThrows(() => cluster(adapter, { timeout: NaN }), RangeError);
+});
+
+// ---------------------------------------------------------------- a bad backplane
+
+test("garbage, other versions, forgeries and replays are ignored and reported", async (t) => {
+  const bus = new MemoryBus(t);
+  const { instances, errors, told } = await start(t, bus.adapter);
+  const [owner, other] = instances as [Pair<never>, Pair<never>];
+  const raw = await openRaw(t, `${owner.url}/a`);
+  const resume = (attempt: number) =>
+    fetch(`${other.url}/a`, {
+      headers: {
+        accept: "text/event-stream",
+        "x-crossws-id": raw.token,
+        "x-duplex-version": "1",
+        "x-duplex-attempt": `${attempt}`,
+        "last-event-id": "0",
+      },
+    });
+  bus.reset();
+  const response = await resume(1);
+  t.defer(() => response.body!.cancel());
+  await until(() => bus.payloads.length >= 3); // the request, its answer, the first events
+  const messages = bus.payloads.map((payload) => JSON.parse(payload).msg);
+  const instance = messages[0].topic as string;
+  assertEquals(instance, raw.token.slice(0, 16));
+  // "Tokens never travel in clear."
+  const secret = raw.token.slice(17);
+  for (const { data } of messages) assert(!atob(data).includes(secret));
+
+  const fragment = (index: number) =>
+    Uint8Array.from(atob(messages[index].data), (c) => c.charCodeAt(0));
+  const inject = async (what: string, data: Uint8Array | string, expected: RegExp) => {
+    const reported = errors.length;
+    bus.inject({ namespace: "\0duplex", topic: instance, data });
+    await until(() => errors.length > reported).catch(() => {
+      throw new Error(`not reported: ${what}`);
+    });
+    assertMatch(errors.at(-1)!, expected);
+    await sleep(1_050, t.signal); // reports are rare
+  };
+  await inject("text", "{}", /Garbage/);
+  await inject("empty", new Uint8Array(), /Garbage/);
+  await inject("noise", crypto.getRandomValues(new Uint8Array(500)).fill(1, 0, 1), /Garbage/);
+  await inject("version", fragment(0).fill(9, 0, 1), /Version 9/);
+  await inject("a replay", fragment(0), /replayed/);
+  const forged = fragment(0);
+  forged[forged.length - 3]! ^= 1; // the namespace's last character
+  await inject("a forgery", forged, /forged/);
+  const code = fragment(0);
+  code[30]! ^= 1; // of the authentication code
+  await inject("another code", code, /forged/);
+  for (let n = 0; n < 1000; n++) {
+    bus.inject({ namespace: "\0duplex", topic: "*", data: new Uint8Array(n % 60) });
+  }
+  await sleep(100, t.signal);
+  assertLess(errors.length, 15, "a flood is reported once");
+
+  // None of it has touched the session, and somebody's "unknown" does not outdo the owner.
+  assertEquals([told[0], raw.token.length], [["open"], 49]);
+  assertEquals((await raw.post("TEXT 2\r\nhi\r\n", 1)).status, 204);
+  const next = await resume(2);
+  assertEquals(next.status, 200);
+  await next.body!.cancel();
+}, { timeout: 30_000 });
+
+test('a forged "unknown" loses against the owner\'s answer', async (t) => {
+  const bus: MemoryBus = new MemoryBus(t, {
+    fault(message) {
+      const text = new TextDecoder("latin1").decode(message.data as Uint8Array);
+      const id = /"kind":"request","id":"(\w+)","from":"(\w+)"/.exec(text);
+      if (!id) return [50]; // the owner's answer takes its time
+      const head = `{"kind":"unknown","id":"${id[1]}"}`;
+      const data = new Uint8Array(25 + 36 + head.length);
+      data[0] = data[24] = 1;
+      data[60] = head.length;
+      data.set(new TextEncoder().encode(head), 61);
+      queueMicrotask(() => bus.inject({ namespace: "\0duplex", topic: id[2]!, data }));
+      return [0];
+    },
+  });
+  const { instances, told } = await start(t, bus.adapter);
+  const { token } = await openRaw(t, `${instances[0]!.url}/a`);
+  const response = await fetch(`${instances[1]!.url}/a`, {
+    method: "POST",
+    headers: { "x-crossws-id": token, "content-type": UPLINK, "x-duplex-seq": "1" },
+    body: "TEXT 2\r\nhi\r\n",
+  });
+  await response.body?.cancel();
+  assertEquals([response.status, told[0]], [204, ["open", "hi"]]);
+});
+
+test("a backplane that loses, repeats and reorders costs time, and no message", async (t) => {
+  const seed = pickSeed();
+  note(`DUPLEX_SEED=${seed}`);
+  const random = mulberry32(seed);
+  const bus = new MemoryBus(t, {
+    limit: 8000,
+    fault: () => random() < 0.01 ? [] : random() < 0.1 ? [0, 20] : [random() * 10],
+  });
+  const { proxy, told, errors } = await start(t, bus.adapter, {
+    cluster: { maxPayload: 8000, timeout: 300 },
+  });
+  direct(proxy, 0);
+  const network = t.use(await chaos(proxy.port, { seed }));
+  const { socket, opened, messages, events } = connect(t, network.url, { transport: "post" });
+  await opened;
+  direct(proxy, 1, 2);
+  network.cutAll("rst");
+  for (let n = 0; n < 500; n++) {
+    socket.send(n % 50 ? `${n}` : `${n} ${"x".repeat(20_000)}`);
+    if (n % 10 === 0) await sleep(5, t.signal);
+  }
+  const heard = await messages.take(500, { timeout: 20_000 });
+  assertEquals(
+    heard.map((text) => parseInt(String(text))),
+    Array.from({ length: 500 }, (_, n) => n),
+  );
+  assertEquals(told[0]!.length, 501);
+  assert(!events.includes("error"));
+  assert(errors.every((error) => /replayed|No answer/.test(error)), errors.join());
+}, { timeout: 40_000 });
+
+// ---------------------------------------------------------------- the relayed stream
+
+async function relayed(t: TestContext, options: SSEOptions & { bus?: MemoryBus } = {}) {
+  const { bus = new MemoryBus(t), ...rest } = options;
+  const { proxy, instances } = await start(t, bus.adapter, {
+    cluster: { timeout: 500 },
+    ...rest,
+  });
+  direct(proxy, 0);
+  const network: ChaosProxy = t.use(await chaos(proxy.port, { seed: 1 }));
+  const connected = connect(t, `${network.url}/`, { transport: "post" });
+  await connected.opened;
+  direct(proxy, 1, 2);
+  network.cutAll("rst");
+  await until(() => connected.events.includes("resume"));
+  const [peer] = [...instances[0]!.ws.peers.get("/")!];
+  return { bus, network, peer: peer!, proxy, instances, ...connected };
+}
+
+test("a relayed stream has the window and the limits of the session", async (t) => {
+  const { peer, network, messages, closed } = await relayed(t, {
+    maxBufferedAmount: 256 * 1024,
+    window: 64 * 1024,
+  });
+  for (let n = 0; n < 200; n++) {
+    peer.send(`${n} ${"x".repeat(10_000)}`);
+    await peer.waitForDrain();
+  }
+  assertEquals((await messages.take(200)).map((text) => parseInt(String(text)))[199], 199);
+  network.stallAll(); // the client takes nothing more
+  for (let n = 0; n < 100 && peer.websocket.readyState === 1; n++) {
+    peer.send("x".repeat(10_000));
+    await sleep(2);
+  }
+  assertEquals(peer.websocket.readyState, 3, "closed with 1013");
+  network.resumeAll();
+  assertEquals((await closed).code, 1013);
+});
+
+test("a relaying instance that falls silent is left, and so is a client that goes", async (t) => {
+  let silent = false;
+  const bus = new MemoryBus(t, { fault: () => silent ? [] : [0] });
+  const { messages, peer, events, socket, network } = await relayed(t, {
+    bus,
+    heartbeatInterval: 60_000,
+  });
+  peer.send("before");
+  await messages.next();
+  await sleep(1_500, t.signal); // quiet, and kept by both
+  peer.send("quiet");
+  assertEquals(await messages.next(), "quiet");
+  assertEquals(events.join(), "open,drop,resume");
+  silent = true;
+  const drops = () => events.filter((type) => type === "drop").length;
+  await until(() => drops() === 2, { timeout: 3_000 }); // nobody waits for a heartbeat
+  peer.send("meanwhile");
+  silent = false;
+  assertEquals(await messages.next(), "meanwhile");
+  assertEquals(socket.stats.resumes, 2);
+  network.refuse(60_000);
+  network.cutAll("rst"); // told to the owner as a cancel: the connection is gone, the session waits
+  await until(() => peer.send("x".repeat(1000)) === -1, { timeout: 3_000 });
+}, { timeout: 20_000 });
+
+test("a relayed stream is a message a part, and one back for every fourth", async (t) => {
+  const bus = new MemoryBus(t);
+  const { peer, messages } = await relayed(t, { bus });
+  await sleep(50, t.signal);
+  bus.reset();
+  for (let n = 0; n < 40; n++) {
+    peer.send(`${n}`);
+    await messages.next();
+  }
+  await sleep(50, t.signal);
+  const { published } = bus.counts;
+  assert(published >= 50 && published <= 52, `${published}`); // 40 + 10, and a keep-alive
+  bus.reset();
+  for (let n = 0; n < 1000; n++) peer.send(`${n}`);
+  await messages.take(1000);
+  assertLess(bus.counts.published, 50, "what is sent together travels together");
+});
+
+// ---------------------------------------------------------------- what it costs
+
+/** What PROTOCOL.md states: payloads and bytes that the instances get. */
+test(
+  "a routed batch is two messages, and idle instances get nothing where one can be addressed",
+  async (t) => {
+    const rows: string[] = [];
+    for (const send of [false, true]) {
+      for (const count of [1, 2, 4, 8]) {
+        const bus = new MemoryBus(t, { send });
+        const { instances } = await start(t, bus.adapter, { count });
+        const { token, events } = await openRaw(t, `${instances[0]!.url}/a`);
+        bus.reset();
+        const body = `TEXT 64\r\n${"x".repeat(100)}\r\n`.repeat(10);
+        const { status } = await fetch(`${instances.at(-1)!.url}/a`, {
+          method: "POST",
+          headers: { "x-crossws-id": token, "content-type": UPLINK, "x-duplex-seq": "1" },
+          body,
+        });
+        assertEquals(status, 204);
+        await sleep(30, t.signal);
+        const uplink = { ...bus.counts };
+        bus.reset();
+        instances[0]!.ws.publish("all", "x".repeat(100));
+        await sleep(30, t.signal);
+        const publication = { ...bus.counts };
+        const wrong = count > 1 ? 2 : 0;
+        assertEquals(uplink.published, wrong);
+        assertEquals(uplink.delivered, send ? wrong : wrong * (count - 1));
+        assertEquals([publication.published, publication.delivered], [1, count - 1]);
+        rows.push(
+          [
+            send ? "send" : "broadcast",
+            count,
+            ...Object.values(uplink),
+            ...Object.values(publication),
+          ]
+            .join(" | "),
+        );
+        await events.cancel();
+      }
+    }
+    if (globalThis.process?.env.DUPLEX_VERBOSE) console.log(rows.join("\n"));
+  },
+  { timeout: 30_000 },
+);
+
+test("who runs one instance pays nothing: no message for a session's whole life", async (t) => {
+  const bus = new MemoryBus(t);
+  const { proxy } = await start(t, bus.adapter, { count: 1 });
+  const network = t.use(await chaos(proxy.port, { seed: 1 }));
+  const { socket, opened, messages, closed } = connect(t, network.url);
+  await opened;
+  socket.send("one");
+  await messages.next();
+  network.cutAll("rst");
+  socket.send("two");
+  await messages.next();
+  socket.close();
+  await closed;
+  assertEquals(bus.counts.published, 0);
+});
+
+test("a backplane that never settles is given up beyond a bound", async (t) => {
+  const errors: string[] = [];
+  let published = 0;
+  const stuck: ClusterAdapter = () => ({
+    subscribe: () => {},
+    publish: (_message: SyncMessage) => {
+      published++;
+      return new Promise(() => {});
+    },
+  });
+  const { ws, url } = await listen(t, {
+    sync: cluster(stuck),
+    onError: (error) => void errors.push(String(error)),
+  });
+  for (let n = 0; n < 5000; n++) ws.publish("all", "x");
+  await until(() => errors.length > 0);
+  assertLessOrEqual(published, 1024);
+  assertEquals(errors.length, 1);
+  const begin = performance.now();
+  const response = await fetch(url, {
+    headers: { accept: "text/event-stream", "x-crossws-id": `${"0".repeat(16)}.${"0".repeat(32)}` },
+  });
+  await response.body?.cancel();
+  assertEquals(response.status, 503);
+  assertLess(performance.now() - begin, 1000);
+});

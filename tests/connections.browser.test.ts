@@ -4,7 +4,6 @@ import type { WebSocketSSEOptions } from "../client.ts";
 import { startChromium } from "./chromium.ts";
 import { assertEquals, assertLess, assertMatch, needs, test } from "./harness.ts";
 import { site, type TestPage } from "./page.ts";
-import { Queue } from "./pair.ts";
 import { type Configuration, proxy, type ProxyName } from "./proxies.ts";
 
 const browser = await startChromium();
@@ -87,11 +86,13 @@ const cases: { name: ProxyName; configuration: Configuration; transport: "stream
   { name: "caddy", configuration: "documented", transport: "stream" },
 ];
 
+const COUNT = 80;
+
 for (const { name, configuration, transport } of cases) {
   test(
     `Chromium over HTTP/2 by ${name}, as ${configuration}: 5 MB up, and back, by ${transport}`,
     async (t) => {
-      const received = new Queue<string>();
+      const received: string[] = [];
       const { port, requests } = await site(t, {
         message: (peer, message) => {
           const text = message.text();
@@ -100,18 +101,24 @@ for (const { name, configuration, transport } of cases) {
         },
       });
       const { secure } = await proxy(t, name, port, { configuration });
-      const page = await goto(await (await browser.windows(t)).newPage(), secure);
-      await connect(page, 1);
-      const took = await page.evaluate(async () => {
-        const began = performance.now();
-        const { socket } = globalThis;
-        const answered = new Promise((resolve) =>
-          socket.addEventListener("message", resolve, { once: true })
-        );
-        socket.send("first ");
-        await answered;
-        return performance.now() - began;
-      });
+      const page = await (await browser.windows(t)).newPage();
+      let took = Infinity;
+      for (let n = 0; n < 5 && took >= 3_000; n++) {
+        await goto(page, secure); // a page just loaded remembers nothing
+        received.length = 0;
+        await connect(page, 1);
+        took = await page.evaluate(async () => {
+          const began = performance.now();
+          const { socket } = globalThis;
+          const answered = new Promise((resolve) =>
+            socket.addEventListener("message", resolve, { once: true })
+          );
+          socket.send("first ");
+          await answered;
+          return performance.now() - began;
+        });
+      }
+      assertLess(took, 3_000);
       const echoes = await page.evaluate(async (count) => {
         const { socket } = globalThis;
         const echoes: string[] = [];
@@ -126,12 +133,11 @@ for (const { name, configuration, transport } of cases) {
         return echoes;
       }, COUNT);
       const numbers = Array.from({ length: COUNT }, (_, n) => `${n}`);
-      assertEquals(received.all, ["first", ...numbers]);
+      assertEquals(received, ["first", ...numbers]);
       assertEquals(echoes, numbers.map((n) => `${n} 65536`));
       assertEquals(await page.evaluate(() => globalThis.socket.transport), transport);
       if (transport === "stream") return;
       // The next socket of the page begins with what has worked.
-      assertLess(took, 10_000);
       const before = requests.length;
       await connect(page, 1);
       assertEquals(await page.evaluate(() => globalThis.socket.transport), transport);
@@ -142,5 +148,3 @@ for (const { name, configuration, transport } of cases) {
     { timeout, skip: needs(name, "chromium", "openssl") },
   );
 }
-
-const COUNT = 80;

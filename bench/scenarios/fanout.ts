@@ -57,7 +57,7 @@ async function measure(runtime: Runtime, shape: Shape, rounds: number) {
   const pairs = {} as Record<Name, { server: Remote; load: Remote }>;
   for (const name of NAMES) {
     const server = stack.use(await Remote.start(runtime, "server.ts", name));
-    const load = stack.use(await Remote.start("bun", "load.ts"));
+    const load = stack.use(await Remote.start("bun", "load.ts", `for ${runtime} ${name}`));
     const port = await server.call<number>("port");
     await load.call("open", { kind: KINDS[name], port, connections: shape.subscribers });
     pairs[name] = { server, load };
