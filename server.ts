@@ -371,7 +371,7 @@ export interface SSEOptions<Context = PeerContext> {
    * "manual" leaves it to your own middleware. Default: false, cross-site requests get 403.
    */
   cors?: Cors;
-  /** Relays publications to other instances. */
+  /** Relays publications to other instances; with `cluster(driver)`, any of them takes any request. */
   sync?: SyncAdapter;
   /** Told when `sync` fails. Default: `console.error`. */
   onError?(error: unknown, context: { stage: "subscribe" | "publish" | "delivery" }): void;

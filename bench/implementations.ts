@@ -55,7 +55,8 @@ function nativeDeno(onMessage: OnMessage): Implementation {
   const sockets = new Topics<WebSocket>();
   return {
     fetch(request) {
-      const { socket, response } = Deno.upgradeWebSocket(request);
+      // The load answers no pings.
+      const { socket, response } = Deno.upgradeWebSocket(request, { idleTimeout: 0 });
       socket.onopen = () => sockets.add(socket, topicsOf(request));
       socket.onmessage = ({ data }) => onMessage(data, (text) => socket.send(text));
       socket.onclose = () => sockets.delete(socket);
@@ -85,6 +86,7 @@ function nativeBun(onMessage: OnMessage): Implementation {
       if (!server.upgrade(request, { data: topicsOf(request) })) return new Response("Upgrade");
     },
     websocket: {
+      idleTimeout: 0,
       open(socket: BunSocket) {
         for (const topic of socket.data) socket.subscribe(topic);
         count++;

@@ -174,7 +174,7 @@ answer({
 
   /** The time at which the last of them came. */
   async arrived() {
-    for (const late = Date.now() + 60_000; !lastAt; await Bun.sleep(1)) {
+    for (const late = Date.now() + 30_000; !lastAt; await Bun.sleep(1)) {
       if (Date.now() < late) continue;
       throw new Error(`${left} messages are missing, ${closed} connections have closed`);
     }

@@ -67,7 +67,9 @@ function runInstance(name: string, redisPort: number): void {
 /** The instances, and the proxy in front of them. */
 async function runAll(redisPort: number): Promise<void> {
   const ports = await Promise.all(["1", "2", "3"].map((name) => startInstance(name, redisPort)));
-  const script = stripTypes(await readFile(new URL("../client.ts", import.meta.url), "utf8"));
+  const script = stripTypes(
+    await readFile(fileURLToPath(new URL("../client.ts", import.meta.url).href), "utf8"),
+  );
   let turn = 0;
   const port = serve(Number(PORT ?? 8000), (request, info) => {
     const { pathname, search } = new URL(request.url);

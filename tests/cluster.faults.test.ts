@@ -12,6 +12,7 @@ import {
   assertEquals,
   assertGreater,
   assertLess,
+  assertMatch,
   type Child,
   needs,
   once,
@@ -20,6 +21,7 @@ import {
   type TestContext,
   until,
 } from "./harness.ts";
+import { connect } from "./pair.ts";
 
 const skip = needs("redis-server", "deno", "bun");
 
@@ -318,4 +320,33 @@ class Persistent {
       await sleep(10, this.#t.signal);
     }
   }
+}
+
+for (const runtime of ["deno", "bun"] as const) {
+  test(`examples/cluster.ts on ${runtime}: each request at the next instance`, async (t) => {
+    const redis = await RedisServer.start(t);
+    const child = await t.spawn(runtime, "examples/cluster.ts", {
+      env: { PORT: "0", REDIS_PORT: `${redis.port}` },
+    });
+    t.defer(async () => {
+      child.kill("SIGTERM"); // and its instances with it
+      await child.exited;
+    });
+    const [, url] = /^Chat on (http:\S+)\/,/.exec(await child.line({ timeout: 20_000 }))!;
+    const page = await fetch(`${url}/`);
+    assert((await page.text()).includes('from "/client.js"'));
+    const tabs = [0, 1, 2].map(() => connect(t, `${url}/chat`, { transport: "post" }));
+    for (const [i, { opened, messages }] of tabs.entries()) {
+      await opened;
+      assertMatch(String(await messages.next()), /^Your session is at instance [123]\.$/);
+      if (i === 0) await sleep(200, t.signal); // subscriptions
+    }
+    for (let n = 0; n < 5; n++) {
+      tabs[n % 3]!.socket.send(`hello ${n}`);
+      for (const { messages } of tabs) {
+        assertMatch(String(await messages.next()), new RegExp(`^hello ${n} \\(said at instance`));
+      }
+    }
+    assertEquals(child.stderr(), "");
+  }, { skip, timeout: 30_000 });
 }

@@ -78,6 +78,7 @@ async function start(
     cluster?: ClusterOptions | undefined;
   } & SSEOptions = {},
 ): Promise<Cluster> {
+  t.defer(() => sleep(50)); // last of all: what is being signed or verified
   const told: string[][] = [];
   const errors: string[] = [];
   const instances: Pair<Record<string, unknown>>[] = [];
