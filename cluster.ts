@@ -207,6 +207,10 @@ class Router implements RoutingDriver {
   readonly #served: Map<string, Served> = new Map();
   /** Ids of requests served, and when they may be forgotten. */
   readonly #seen: Map<string, number> = new Map();
+  /** The subscription stands. */
+  #ready: Promise<unknown> = Promise.resolve();
+  /** What came in and is not done with. */
+  readonly #work: Set<Promise<void>> = new Set();
   #timer: ReturnType<typeof setInterval> | undefined;
   #closed = false;
 
@@ -231,7 +235,9 @@ class Router implements RoutingDriver {
 
   subscribe(deliver: (message: SyncMessage) => void): MaybePromise<void> {
     this.#deliver = deliver;
-    return this.#driver.subscribe((message) => this.#receive(message));
+    const subscribing = this.#driver.subscribe((message) => this.#receive(message));
+    this.#ready = Promise.resolve(subscribing).catch(() => {}); // the hub reports it
+    return subscribing;
   }
 
   publish(message: SyncMessage): Promise<void> {
@@ -253,6 +259,11 @@ class Router implements RoutingDriver {
     clearInterval(this.#timer);
     for (const relay of this.#relays.values()) relay.end();
     for (const served of this.#served.values()) served.cancel();
+    // Answers on their way, the last CLOSE's among them.
+    let timer: ReturnType<typeof setTimeout> | undefined;
+    const late = new Promise((resolve) => timer = setTimeout(resolve, this.#timeout));
+    await Promise.race([Promise.allSettled(this.#work), late]);
+    clearTimeout(timer);
     await this.#driver.close?.();
   }
 
@@ -294,10 +305,12 @@ class Router implements RoutingDriver {
     this.#startTimer();
     const { method } = request;
     const time = Date.now();
-    send(
-      { kind: "request", id, from: this.#instance, session, time, method, headers, namespace },
-      body,
-    ).then((sent) => sent || relay.end());
+    const from = this.#instance;
+    const head: Head = { kind: "request", id, from, session, time, method, headers, namespace };
+    // An answer would not be heard before.
+    this.#ready.then(async () => {
+      if (this.#relays.has(id) && !await send(head, body)) relay.end();
+    });
     return await relay.response.finally(() => clearTimeout(late));
   }
 
@@ -382,7 +395,10 @@ class Router implements RoutingDriver {
       const whole = this.#bus.assemble(message);
       if (!whole) return this.#startTimer(); // to forget what stays incomplete
       incoming = decodeMessage(whole);
-      this.#dispatch(incoming).catch((error) => this.#report("delivery", error));
+      const work = this.#dispatch(incoming)
+        .catch((error) => this.#report("delivery", error))
+        .finally(() => this.#work.delete(work));
+      this.#work.add(work);
     } catch (error) {
       this.#report("delivery", error);
     }

@@ -7,6 +7,7 @@ import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { execFile } from "node:child_process";
+import { type AddressInfo, createServer } from "node:net";
 import { sseAdapter } from "../mod.ts";
 import {
   assert,
@@ -42,6 +43,15 @@ function output(args: string[], awaited?: string): Promise<{ code: number | null
     child.stdout!.on("data", take);
     child.stderr!.on("data", take);
     child.on("close", (code) => resolve({ code, out }));
+  });
+}
+
+function freePort(): Promise<number> {
+  return new Promise((resolve) => {
+    const server = createServer().listen(0, () => {
+      const { port } = server.address() as AddressInfo;
+      server.close(() => resolve(port));
+    });
   });
 }
 
@@ -97,7 +107,7 @@ test("README.md's first snippet prints what stands below it", async (t) => {
   const { dir } = t.use(await consumer());
   const [program, result] = await blocks("README.md");
   assertEquals([program!.language, result!.language], ["ts", "text"]);
-  const port = 20_000 + Math.floor(Math.random() * 20_000);
+  const port = await freePort();
   await writeFile(join(dir, "first.ts"), program!.text.replaceAll("8000", String(port)));
   const { out } = await within(output(["run", "-A", join(dir, "first.ts")], result!.text), 30_000);
   assert(out.includes(result!.text), out);
