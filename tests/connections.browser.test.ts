@@ -2,7 +2,7 @@
 import type { Page } from "playwright-core";
 import type { WebSocketSSEOptions } from "../client.ts";
 import { startChromium } from "./chromium.ts";
-import { assertEquals, assertLess, assertMatch, needs, test } from "./harness.ts";
+import { assert, assertEquals, assertLess, assertMatch, needs, test } from "./harness.ts";
 import { site, type TestPage } from "./page.ts";
 import { type Configuration, proxy, type ProxyName } from "./proxies.ts";
 
@@ -143,7 +143,9 @@ for (const { name, configuration, transport } of cases) {
       assertEquals(await page.evaluate(() => globalThis.socket.transport), transport);
       await page.evaluate(() => globalThis.socket.send("again "));
       await page.waitForFunction(() => globalThis.log.includes("again "));
-      assertEquals(requests.slice(before).filter((each) => each.startsWith("POST")), ["POST"]);
+      const posts = requests.slice(before).filter((each) => each.startsWith("POST"));
+      assert(posts.length > 0);
+      assert(posts.every((each) => each === "POST"), "one of them streamed"); // ACKs may go beside
     },
     { timeout, skip: needs(name, "chromium", "openssl") },
   );

@@ -159,8 +159,10 @@ export function note(text: string): void {
 function failure(failures: unknown[]): unknown {
   const [error, second] = failures;
   if (second) console.error("also, while cleaning up:", second);
-  if (!(error instanceof Error)) notes.forEach((text) => console.error(text));
-  else if (notes.length > 0) {
+  // A DOMException's message cannot be added to.
+  if (!(error instanceof Error) || error instanceof DOMException) {
+    notes.forEach((text) => console.error(text));
+  } else if (notes.length > 0) {
     // Some runners print the stack, which repeats the message, some both.
     const text = `\n[${notes.join("; ")}]`;
     const stack = error.stack?.replace(error.message, error.message + text);
