@@ -20,7 +20,7 @@ interface Shape {
 export async function fanOutBursts({ short, rounds, runtimes }: Scale): Promise<Outcome> {
   const outcome: Outcome = { figures: [], ratios: [] };
   for (const runtime of runtimes) {
-    const bursts = short ? 150 : 300;
+    const bursts = short ? 60 : 300;
     const samples = await measure(runtime, { subscribers: 100, bursts, burst: 20 }, rounds);
     const name = "fan-out to 100, bursts of 20";
     outcome.figures.push(figure(name, runtime, "messages/s", samples));
@@ -37,7 +37,7 @@ export async function fanOutBursts({ short, rounds, runtimes }: Scale): Promise<
 export async function fanOutSingly({ short, rounds, runtimes }: Scale): Promise<Outcome> {
   const outcome: Outcome = { figures: [], ratios: [] };
   for (const runtime of runtimes) {
-    const subscribers = short ? 500 : 1000;
+    const subscribers = short ? 200 : 1000;
     const samples = await measure(runtime, { subscribers, bursts: 100, burst: 1 }, rounds);
     const name = `fan-out to ${subscribers}, one at a time`;
     outcome.figures.push(figure(name, runtime, "messages/s", samples));

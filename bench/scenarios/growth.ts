@@ -81,7 +81,7 @@ async function costs(
     connections: subscribers,
   });
   const burst = 20;
-  const deliveries = short ? 40_000 : 200_000;
+  const deliveries = short ? 20_000 : 200_000;
   const bursts = Math.max(2, Math.ceil(deliveries / burst / subscribers));
   const every = Math.max(2, subscribers * 0.06); // ms: enough to write one before the next
   const messages = bursts * burst * subscribers;

@@ -26,7 +26,7 @@ export async function memory({ short, rounds, runtimes }: Scale): Promise<Outcom
   for (const runtime of runtimes) {
     const connections = short ? 300 : 1000;
     const samples = await interleaved(
-      NAMES,
+      short ? ["raw", "ours", "ours, duplex"] : NAMES,
       short ? 1 : rounds,
       (name) => held(runtime, name, connections),
     );
