@@ -50,6 +50,8 @@ const CLOSED = 3;
 /** "Batches and streams stay under 512 KiB in all": proxies cut a request at 1 MB. */
 const MAX_BODY = 512 * 1024;
 const MAX_CHUNK = 64 * 1024;
+/** Characters of one event: a stream that never ends its line must not fill the memory. */
+const MAX_EVENT = 128 * 1024 * 1024;
 /** What browsers let a page send while it is being left. */
 const MAX_KEEPALIVE = 60 * 1024;
 const OPEN_TIMEOUT = 30_000;
@@ -701,6 +703,7 @@ export class WebSocketSSE extends EventTarget {
           if (decoded.startsWith("\uFEFF")) decoded = decoded.slice(1);
         }
         parser.push(decoded);
+        if (parser.partial > MAX_EVENT) this.#fail();
         this.#rawBytes += value.length; // after: what came with duplex-open is yet to be acknowledged
         this.#acknowledgeWindow(parser.partial);
         await this.#drain(); // the next chunk waits until this one is dispatched

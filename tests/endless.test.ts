@@ -1,0 +1,29 @@
+/** A server that never ends its line must not fill the client's memory. */
+import { WebSocketSSE } from "../client.ts";
+import { assert, assertEquals, assertLess, once, test } from "./harness.ts";
+
+test("an event that never ends fails the socket, and its stream is cancelled", async () => {
+  const MiB = 1024 * 1024;
+  const chunk = new Uint8Array(MiB).fill(120);
+  let given = 0;
+  let cancelled = false;
+  const body = new ReadableStream<Uint8Array>({
+    pull(controller) {
+      const first = new TextEncoder().encode("event: crossws-id\ndata: token\n\ndata: ");
+      controller.enqueue(given++ ? chunk : first);
+      if (given > 300) controller.close(); // the test fails, the machine does not
+    },
+    cancel() {
+      cancelled = true;
+    },
+  }, { highWaterMark: 0 });
+  const socket = new WebSocketSSE("http://localhost/", {
+    transport: "post",
+    fetch: () =>
+      Promise.resolve(new Response(body, { headers: { "content-type": "text/event-stream" } })),
+  });
+  const { code, wasClean } = await once<CloseEvent>(socket, "close", { timeout: 20_000 });
+  assertEquals([code, wasClean], [1006, false]);
+  assert(cancelled);
+  assertLess(given, 140);
+}, { timeout: 30_000 });
