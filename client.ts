@@ -49,6 +49,7 @@ const CLOSED = 3;
 
 /** "Batches and streams stay under 512 KiB in all": proxies cut a request at 1 MB. */
 const MAX_BODY = 512 * 1024;
+const MIN_READ = 4 * 1024;
 const MAX_CHUNK = 64 * 1024;
 /** Characters of one event: a stream that never ends its line must not fill the memory. */
 const MAX_EVENT = 128 * 1024 * 1024;
@@ -63,6 +64,7 @@ const ANSWER_TIMEOUT = 5_000;
 const POST_TIMEOUT = 15_000;
 const CLOSE_ANSWER_TIMEOUT = 3_000;
 const ACK_DELAY = 1_000;
+const ACK_EVERY = 32;
 const WATCH_PERIOD = 250;
 const MAX_RETRY_DELAY = 2_000;
 const MAX_LEARNED = 100;
@@ -229,6 +231,8 @@ export class WebSocketSSE extends EventTarget {
   /** Nothing more goes over the network, whatever is still to be dispatched. */
   #ended = false;
   #droppedAt = 0;
+  /** The connection is being replaced by ourselves. */
+  #renewing = false;
   #strikes = 0;
   #ticker: ReturnType<typeof setInterval> | undefined;
   #closeTimer: ReturnType<typeof setTimeout> | undefined;
@@ -252,6 +256,7 @@ export class WebSocketSSE extends EventTarget {
   #out: Outgoing[] = [];
   /** The number of the first message in `#out`. */
   #first = 1;
+  #pumping = false;
   #begunBytes = 0;
   #handledBytes = 0;
   #pongs: Bytes[] = [];
@@ -393,23 +398,22 @@ export class WebSocketSSE extends EventTarget {
    */
   send(data: string | ArrayBufferLike | Blob | ArrayBufferView): void {
     if (arguments.length === 0) throw new TypeError("send needs a message");
-    const body = convert(data);
-    const size = body instanceof Blob ? body.size : body.bytes.length;
+    const message = toMessage(data);
     if (this.#readyState === CONNECTING) {
       throw new DOMException("Still connecting", "InvalidStateError");
     }
     if (!this.#sends) {
       throw new DOMException("Sending is off: bidir is false", "InvalidStateError");
     }
+    const blob = message instanceof Blob && message;
+    const [frame, size] = blob ? [undefined, blob.size] : this.#encode(message as string | Bytes);
     this.#bufferedAmount += size;
     if (this.#readyState !== OPEN) return;
     this.#stats.sent++;
-    if (!(body instanceof Blob)) {
-      return void this.#enqueue(this.#encode(body.type, body.bytes), size);
-    }
-    const entry = this.#enqueue(undefined, size);
-    body.arrayBuffer().then((buffer) => {
-      entry.frame = this.#encode("BINARY", new Uint8Array(buffer));
+    const entry = this.#enqueue(frame, size);
+    if (!blob) return;
+    blob.arrayBuffer().then((buffer) => {
+      [entry.frame] = this.#encode(new Uint8Array(buffer));
       this.#pump();
     }, () => this.#fail());
   }
@@ -648,7 +652,7 @@ export class WebSocketSSE extends EventTarget {
       ? setTimeout(() => this.#warn(), ANSWER_TIMEOUT)
       : undefined;
     try {
-      return await send(this.#target, {
+      const response = await send(this.#target, {
         method,
         headers,
         signal,
@@ -658,6 +662,8 @@ export class WebSocketSSE extends EventTarget {
         ...body && { body },
         ...body instanceof ReadableStream && { duplex: "half" },
       } as RequestInit);
+      this.#dispatchedInTask = false; // what comes of the network comes in a task of its own
+      return response;
     } finally {
       clearTimeout(timer);
     }
@@ -675,8 +681,7 @@ export class WebSocketSSE extends EventTarget {
 
   /** Reads one event stream to its end, whichever way that comes. */
   async #read(connection: Connection): Promise<void> {
-    const reader = connection.response!.body!.getReader();
-    connection.reader = reader;
+    const reader = connection.reader = readerOf(connection.response!.body!);
     // An answer without its first events: no ticker watches yet. (crossws's wire has no heartbeats.)
     const opening = this.#full && !this.#terms
       ? setTimeout(() => this.#terms || connection.end(), OPEN_TIMEOUT)
@@ -693,7 +698,11 @@ export class WebSocketSSE extends EventTarget {
     let first = true;
     try {
       for (;;) {
-        const { done, value } = await reader.read();
+        const reading = reader.read();
+        const waited = !await Promise.race([reading, soon()]);
+        const { done, value } = await reading;
+        // What was there already may come in the task of what was before it.
+        if (waited) this.#dispatchedInTask = false;
         // "A client detaches its old reader before it reads its count."
         if (done || connection !== this.#connection || this.#ended) break;
         connection.quietTicks = 0;
@@ -770,9 +779,12 @@ export class WebSocketSSE extends EventTarget {
     else {
       this.#droppedAt = 0;
       this.#streamFailures = 0;
-      this.#stats.resumes++;
       for (const wake of this.#pauses) wake(); // the network is back
-      this.#deliver(() => this.#dispatch(new Event("resume")));
+      if (!this.#renewing) {
+        this.#stats.resumes++;
+        this.#deliver(() => this.#dispatch(new Event("resume")));
+      }
+      this.#renewing = false;
     }
     if (this.#connection?.body && !this.#body) {
       this.#body = this.#connection.body;
@@ -808,7 +820,6 @@ export class WebSocketSSE extends EventTarget {
     if (!this.#mayBePageTask && this.#connection?.reader && this.#inbox.length === 1) {
       // Nothing was dispatched in this task: no need to wait for another.
       this.#dispatchedInTask = true;
-      nextTask(() => this.#dispatchedInTask = false);
       this.#inbox.pop()!();
       return;
     }
@@ -820,7 +831,6 @@ export class WebSocketSSE extends EventTarget {
       }
       this.#inbox = [];
       this.#draining = undefined;
-      nextTask(() => this.#dispatchedInTask = false);
     })();
   }
 
@@ -890,7 +900,7 @@ export class WebSocketSSE extends EventTarget {
     }
     if (!this.#droppedAt) {
       this.#droppedAt = Date.now();
-      this.#deliver(() => this.#dispatch(new Event("drop")));
+      this.#dropped();
     }
     const { resumeTimeout, heartbeatInterval } = this.#terms!;
     const patience = Math.max(Math.min(resumeTimeout / 3, 2 * heartbeatInterval), 1000);
@@ -906,14 +916,22 @@ export class WebSocketSSE extends EventTarget {
         [ATTEMPT_HEADER]: `${this.#attempt}`,
         "last-event-id": `${this.#received}`,
       }, Math.min(left, patience)).catch(() => undefined);
-      if (!connection?.response) continue;
-      if (this.#grants(connection)) return connection;
-      connection.end();
+      const { status = 0 } = connection?.response ?? {};
+      if (status === 200 && this.#grants(connection!)) return connection!;
+      connection?.end();
       // "An instance that is not the session's own takes no streaming body." For this socket only.
-      if (connection.response.status === 411) this.#transport = "post";
-      if (!isTransient(connection.response.status)) break;
+      if (status === 411) this.#transport = "post";
+      else if (!isTransient(status)) break;
+      else if (this.#renewing) {
+        this.#renewing = false;
+        this.#dropped();
+      }
     }
     throw new Error("Not resumed");
+  }
+
+  #dropped(): void {
+    this.#deliver(() => this.#dispatch(new Event("drop")));
   }
 
   /** Waits longer each time, and never in step with other clients. */
@@ -933,14 +951,32 @@ export class WebSocketSSE extends EventTarget {
 
   // --- Up ---
 
-  #encode(type: string, payload: Bytes): Bytes {
-    return this.#full ? frame(type, payload) : payload; // plain: the body of a request is the message
+  /** A message as it goes, and its own size. A copy, since the caller may change the bytes. */
+  #encode(message: string | Bytes): [Bytes, number] {
+    if (!this.#full) { // plain: the body of a request is the message
+      const bytes = typeof message === "string" ? encoder.encode(message) : message.slice();
+      return [bytes, bytes.length];
+    }
+    if (typeof message !== "string") return [frame("BINARY", message), message.length];
+    // Most text is ASCII, so that its length is known and one encoding makes the frame.
+    const head = `TEXT ${message.length.toString(16)}\r\n`;
+    const bytes = encoder.encode(`${head}${message}\r\n`);
+    const size = bytes.length - head.length - 2;
+    if (size === message.length) return [bytes, size];
+    return [frame("TEXT", bytes.subarray(head.length, -2)), size];
   }
 
+  /** What is sent in one task goes together. */
   #enqueue(bytes: Bytes | undefined, size: number, isClose = false): Outgoing {
     const entry: Outgoing = { frame: bytes, size, begun: false, isClose };
     this.#out.push(entry);
-    this.#pump();
+    if (!this.#pumping) {
+      this.#pumping = true;
+      queueMicrotask(() => {
+        this.#pumping = false;
+        this.#pump();
+      });
+    }
     return entry;
   }
 
@@ -984,7 +1020,7 @@ export class WebSocketSSE extends EventTarget {
     this.#unlearned = undefined;
     if (this.#body) {
       this.#body.confirmed = this.#streamWorked = true;
-      if (!this.#body.open && this.#first >= this.#body.next) this.#body = undefined;
+      if (!this.#body.open && this.#first >= this.#body.next) this.#replaceBody(this.#body);
     }
     if (this.#readyState === CLOSING && !this.#answered) this.#awaitClose();
     if (!this.#out.length) this.#answered?.();
@@ -1014,7 +1050,8 @@ export class WebSocketSSE extends EventTarget {
   /** Acknowledgement and answers to pings go along with any body that is sent anyway. */
   #takeControl(acknowledge = false): Bytes[] {
     const parts = this.#pongs.splice(0).map((payload) => frame("PONG", payload));
-    if (acknowledge || this.#received > this.#acknowledged) {
+    // On an open stream, where each would cost a frame, not with every message.
+    if (acknowledge || this.#received > this.#acknowledged + (this.#body ? ACK_EVERY : 0)) {
       this.#acknowledged = this.#received;
       parts.push(frame("ACK", encoder.encode(`${this.#received}`)));
     }
@@ -1055,11 +1092,10 @@ export class WebSocketSSE extends EventTarget {
     const parts = this.#takeControl(body.ackDue);
     body.ackDue = false;
     let size = 0;
-    let messages = 0;
     while (size < MAX_CHUNK) {
       const number = Math.max(body.next, this.#first);
       const length = this.#out[number - this.#first]?.frame?.length ?? 0;
-      if (body.total + size > 0 && body.total + size + length > MAX_BODY) {
+      if (body.used + size > 0 && body.used + size + length > MAX_BODY) {
         if (!this.#canBegin(number)) break;
         if (parts.length) body.write(parts);
         return this.#finishBody(body);
@@ -1070,19 +1106,30 @@ export class WebSocketSSE extends EventTarget {
       if (number !== body.next) parts.push(frame("SEQ", encoder.encode(`${number}`)));
       parts.push(bytes);
       size += bytes.length;
-      messages++;
       body.next = number + 1;
     }
     if (parts.length) body.write(parts);
-    if (messages) this.#startWatch();
+    body.used += size;
+    if (size) this.#startWatch();
   }
 
   /** The body has had its share. What follows goes in another, once this one is confirmed. */
   #finishBody(body: UplinkBody): void {
     body.finish();
     if (body.next > this.#first) return this.#startWatch();
-    this.#body = undefined; // nothing of it is to be confirmed
+    this.#replaceBody(body); // nothing of it is to be confirmed
     this.#pump();
+  }
+
+  /** A duplex request is replaced as a whole: its resumption, which nobody notices, brings another. */
+  #replaceBody(body: UplinkBody): void {
+    this.#body = undefined;
+    if (
+      body !== this.#connection?.body || this.#transport !== "duplex" || !this.#terms!.resumeTimeout
+    ) return;
+    this.#droppedAt = Date.now();
+    this.#renewing = true;
+    this.#connection.end();
   }
 
   #endBody(): void {
@@ -1329,7 +1376,7 @@ class Connection {
   readonly abort: AbortController = new AbortController();
   response: Response | undefined;
   body: UplinkBody | undefined;
-  reader: ReturnType<ReadableStream<Uint8Array>["getReader"]> | undefined;
+  reader: Reader | undefined;
   /** Ticks of half a heartbeat since the last byte. */
   quietTicks = 0;
 
@@ -1361,6 +1408,8 @@ class UplinkBody {
   next: number;
   /** Bytes so far. */
   total = 0;
+  /** Bytes of messages so far. */
+  used = 0;
   #controller!: ReadableStreamDefaultController<Bytes>;
 
   constructor(next: number, fill: (body: UplinkBody) => void) {
@@ -1439,6 +1488,17 @@ class EventParser {
         cr = chunk.indexOf("\r", end + skip);
       }
       if (end < 0) break;
+      // Most events are one line of data and an empty one, in one chunk.
+      if (
+        chunk[end + 1] === "\n" && skip === 1 && chunk.startsWith("data: ", at) &&
+        !this.#line && this.#data === undefined
+      ) {
+        const type = this.#type;
+        this.#type = "";
+        this.#onEvent(type, chunk.slice(at + 6, end));
+        at = end + 2;
+        continue;
+      }
       const line = this.#line + chunk.slice(at, end);
       this.#line = "";
       this.#onLine(line);
@@ -1467,6 +1527,37 @@ class EventParser {
   }
 }
 
+/** What we need of a stream's reader. */
+interface Reader {
+  read(): Promise<{ done: true; value?: Uint8Array } | { done: false; value: Uint8Array }>;
+  cancel(): Promise<void>;
+}
+
+/**
+ * Reads into one buffer again and again where that is possible: Deno allocates 64 KiB
+ * for each read otherwise. What a read gives is valid until the next.
+ */
+function readerOf(body: ReadableStream<Uint8Array>): Reader {
+  let reader: ReadableStreamBYOBReader;
+  try {
+    reader = body.getReader({ mode: "byob" });
+  } catch {
+    return body.getReader() as Reader; // not a stream of bytes
+  }
+  let size = MIN_READ;
+  let buffer = new ArrayBuffer(size);
+  return {
+    async read() {
+      const chunk = await reader.read(new Uint8Array(buffer));
+      // What fills the buffer may have had more behind it.
+      if (chunk.value?.length === size && size < MAX_CHUNK) buffer = new ArrayBuffer(size *= 4);
+      else if (chunk.value) buffer = chunk.value.buffer;
+      return chunk;
+    },
+    cancel: () => reader.cancel(),
+  };
+}
+
 // --- Small things ---
 
 /** What is no text is as bad as what is no JSON. */
@@ -1484,22 +1575,17 @@ function frame(type: string, payload: Bytes): Bytes {
   ]);
 }
 
-/** What `send` takes: bytes are copied, since the caller may change them afterwards. */
-function convert(data: unknown): { type: string; bytes: Bytes } | Blob {
+/** What `send` takes; whatever is no bytes is a string. */
+function toMessage(data: unknown): string | Bytes | Blob {
   if (data instanceof Blob) return data;
   if (ArrayBuffer.isView(data)) {
-    return {
-      type: "BINARY",
-      bytes: new Uint8Array(data.buffer, data.byteOffset, data.byteLength).slice(),
-    };
+    return new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
   }
   if (
     data instanceof ArrayBuffer ||
     Object.prototype.toString.call(data) === "[object SharedArrayBuffer]"
-  ) {
-    return { type: "BINARY", bytes: new Uint8Array(data as ArrayBuffer).slice() };
-  }
-  return { type: "TEXT", bytes: encoder.encode(String(data)) };
+  ) return new Uint8Array(data as ArrayBuffer);
+  return String(data);
 }
 
 function parseURL(value: string): URL {
@@ -1595,6 +1681,11 @@ function speaksHTTP2(target: string): boolean {
     entry.name.startsWith(origin) &&
     /^h[23]/.test((entry as { nextHopProtocol?: string }).nextHopProtocol ?? "")
   );
+}
+
+/** After more microtasks than a read takes that need not wait for the network. */
+async function soon(): Promise<void> {
+  for (let i = 0; i < 3; i++) await undefined;
 }
 
 /** Runs something in a task of its own, sooner than a timer would. */

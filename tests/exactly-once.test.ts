@@ -70,7 +70,7 @@ async function exchange(
   const proxy = t.use(
     await chaos(behind, {
       seed,
-      cutEvery: [20, 200],
+      cutEvery: [5, 100],
       delay: [0, 4],
       stall: 0.05,
       refuse: { every: [500, 1500], for: [20, 200] },
