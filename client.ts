@@ -49,8 +49,7 @@ const CLOSED = 3;
 
 /** "Batches and streams stay under 512 KiB in all": proxies cut a request at 1 MB. */
 const MAX_BODY = 512 * 1024;
-const MIN_READ = 4 * 1024;
-const MAX_CHUNK = 64 * 1024;
+const READ_SIZE = 16 * 1024;
 /** Characters of one event: a stream that never ends its line must not fill the memory. */
 const MAX_EVENT = 128 * 1024 * 1024;
 /** What browsers let a page send while it is being left. */
@@ -200,17 +199,22 @@ export class WebSocketSSE extends EventTarget {
   /** 3 */
   declare readonly CLOSED: 3;
 
+  /** Handler of `open`. */
+  declare onopen: EventHandler<Event>;
+  /** Handler of `message`. */
+  // deno-lint-ignore no-explicit-any
+  declare onmessage: EventHandler<MessageEvent<any>>;
+  /** Handler of `error`. */
+  declare onerror: EventHandler<Event>;
+  /** Handler of `close`. */
+  declare onclose: EventHandler<CloseEvent>;
+
   readonly #url: URL;
   readonly #target: string;
   readonly #authorization: string | undefined;
   readonly #protocols: string[];
   readonly #options: WebSocketSSEOptions;
-  readonly #handlers: {
-    [name in keyof WebSocketSSEEventMap]?: {
-      value: EventHandler<never>;
-      listener: (event: Event) => void;
-    };
-  } = {};
+  readonly #handlers: { [name: string]: { value: unknown; listener: (event: Event) => void } } = {};
   readonly #stats: WebSocketSSEStats = { resumes: 0, resent: 0, received: 0, sent: 0 };
   readonly #leave = (): void => this.#pageHides();
   readonly #abort = (): void => this.#fail();
@@ -357,40 +361,6 @@ export class WebSocketSSE extends EventTarget {
     return { ...this.#stats };
   }
 
-  /** Handler of `open`. */
-  get onopen(): EventHandler<Event> {
-    return this.#handler("open");
-  }
-  set onopen(value: EventHandler<Event>) {
-    this.#setHandler("open", value);
-  }
-
-  /** Handler of `message`. */
-  // deno-lint-ignore no-explicit-any
-  get onmessage(): EventHandler<MessageEvent<any>> {
-    return this.#handler("message");
-  }
-  // deno-lint-ignore no-explicit-any
-  set onmessage(value: EventHandler<MessageEvent<any>>) {
-    this.#setHandler("message", value);
-  }
-
-  /** Handler of `error`. */
-  get onerror(): EventHandler<Event> {
-    return this.#handler("error");
-  }
-  set onerror(value: EventHandler<Event>) {
-    this.#setHandler("error", value);
-  }
-
-  /** Handler of `close`. */
-  get onclose(): EventHandler<CloseEvent> {
-    return this.#handler("close");
-  }
-  set onclose(value: EventHandler<CloseEvent>) {
-    this.#setHandler("close", value);
-  }
-
   /**
    * Queues a message. What cannot go now waits, through dropped connections too.
    *
@@ -446,67 +416,38 @@ export class WebSocketSSE extends EventTarget {
     this.#awaitClose();
   }
 
-  /** As `EventTarget`'s, typed by event name. */
-  override addEventListener<K extends keyof WebSocketSSEEventMap>(
-    type: K,
-    listener: (this: WebSocketSSE, event: WebSocketSSEEventMap[K]) => unknown,
-    options?: boolean | AddEventListenerOptions,
-  ): void;
-  /** As `EventTarget`'s, for events of any name. */
-  override addEventListener(
-    type: string,
-    listener: ((event: Event) => unknown) | { handleEvent(event: Event): unknown } | null,
-    options?: boolean | AddEventListenerOptions,
-  ): void;
-  override addEventListener(
-    type: string,
-    listener: unknown,
-    options?: boolean | AddEventListenerOptions,
-  ): void {
-    super.addEventListener(type, listener as () => void, options);
-  }
-
-  /** As `EventTarget`'s, typed by event name. */
-  override removeEventListener<K extends keyof WebSocketSSEEventMap>(
-    type: K,
-    listener: (this: WebSocketSSE, event: WebSocketSSEEventMap[K]) => unknown,
-    options?: boolean | EventListenerOptions,
-  ): void;
-  /** As `EventTarget`'s, for events of any name. */
-  override removeEventListener(
-    type: string,
-    listener: ((event: Event) => unknown) | { handleEvent(event: Event): unknown } | null,
-    options?: boolean | EventListenerOptions,
-  ): void;
-  override removeEventListener(
-    type: string,
-    listener: unknown,
-    options?: boolean | EventListenerOptions,
-  ): void {
-    super.removeEventListener(type, listener as () => void, options);
-  }
-
   // --- Event handler attributes ---
 
-  #handler<E>(name: keyof WebSocketSSEEventMap): EventHandler<E> {
-    return (this.#handlers[name]?.value ?? null) as EventHandler<E>;
+  static {
+    for (const name of ["open", "message", "error", "close"] as const) {
+      Object.defineProperty(this.prototype, `on${name}`, {
+        configurable: true,
+        enumerable: true,
+        get(this: WebSocketSSE) {
+          return this.#handlers[name]?.value ?? null;
+        },
+        set(this: WebSocketSSE, value: unknown) {
+          this.#setHandler(name, value);
+        },
+      });
+    }
   }
 
   /** HTML: a handler takes its place among the listeners when it is first set, and leaves it at null. */
-  #setHandler<E>(name: keyof WebSocketSSEEventMap, value: EventHandler<E>): void {
+  #setHandler(name: string, value: unknown): void {
     const handler = this.#handlers[name];
     if (typeof value !== "function" && (typeof value !== "object" || !value)) {
-      if (handler) super.removeEventListener(name, handler.listener);
+      if (handler) this.removeEventListener(name, handler.listener);
       delete this.#handlers[name];
     } else if (handler) {
       handler.value = value;
     } else {
       const listener = (event: Event) => {
-        const value = this.#handlers[name]?.value as EventHandler<Event> | undefined;
+        const value = this.#handlers[name]?.value;
         if (typeof value === "function") value.call(this, event); // any object may be set
       };
       this.#handlers[name] = { value, listener };
-      super.addEventListener(name, listener);
+      this.addEventListener(name, listener);
     }
   }
 
@@ -543,7 +484,8 @@ export class WebSocketSSE extends EventTarget {
     const known = learned.get(this.#url.host);
     if (known) return known;
     if (isRuntime()) return "duplex";
-    return canStreamRequests() && speaksHTTP2(this.#target) ? "stream" : "post";
+    // Who has the attribute can stream the body of a request; Firefox and WebKit make text of it.
+    return "duplex" in Request.prototype && speaksHTTP2(this.#target) ? "stream" : "post";
   }
 
   async #open(): Promise<Connection> {
@@ -566,7 +508,7 @@ export class WebSocketSSE extends EventTarget {
 
   /** Asks for an event stream; with the duplex transport the request carries the uplink, too. */
   async #connect(headers: Record<string, string>, timeout: number): Promise<Connection> {
-    const connection = new Connection(this.#attempt);
+    const connection = new Connection();
     this.#connection = connection;
     const timer = setTimeout(() => {
       connection.end();
@@ -987,22 +929,32 @@ export class WebSocketSSE extends EventTarget {
     this.#enqueue(frame("CLOSE", payload), 0, true);
   }
 
-  /** Whether message `number` may be written now, and if so counts it as begun. */
-  #begin(number: number): Bytes | undefined {
+  /** Message `number`, if it may be written now. */
+  #due(number: number): Outgoing | undefined {
     const entry = this.#out[number - this.#first];
-    if (!entry?.frame) return;
-    if (entry.begun) this.#stats.resent++;
     // "window counts encoded bytes of counted messages. A sender below it may begin one message of any size."
-    else if (this.#begunBytes - this.#handledBytes >= this.#terms!.window && !entry.isClose) return;
-    else this.#begunBytes += entry.frame.length;
-    entry.begun = true;
-    return entry.frame;
+    const allowed = entry?.begun || entry?.isClose ||
+      this.#begunBytes - this.#handledBytes < this.#terms!.window;
+    return entry?.frame && allowed ? entry : undefined;
   }
 
-  #canBegin(number: number): boolean {
-    const entry = this.#out[number - this.#first];
-    return !!entry?.frame &&
-      (entry.begun || entry.isClose || this.#begunBytes - this.#handledBytes < this.#terms!.window);
+  /** What may be written now, as far as it fits in the body. */
+  #take(body: UplinkBody, most: number): Bytes[] {
+    const parts: Bytes[] = [];
+    for (;;) {
+      const number = Math.max(body.next, this.#first);
+      const entry = this.#due(number);
+      const size = entry?.frame?.length ?? 0;
+      if (!entry || body.used && body.used + size > most) return parts;
+      // "SEQ names the next message": those before it have been acknowledged meanwhile.
+      if (number !== body.next) parts.push(frame("SEQ", encoder.encode(`${number}`)));
+      parts.push(entry.frame!);
+      if (entry.begun) this.#stats.resent++;
+      else this.#begunBytes += size;
+      entry.begun = true;
+      body.used += size;
+      body.next = number + 1;
+    }
   }
 
   /** Messages up to this number have arrived. */
@@ -1037,7 +989,7 @@ export class WebSocketSSE extends EventTarget {
       return this.#fill(this.#body);
     }
     if (this.#transport !== "post" && this.#droppedAt) return; // the resumption brings a new stream
-    if (this.#canBegin(this.#first)) {
+    if (this.#due(this.#first)) {
       if (this.#transport === "post" && !this.#posting) return void this.#post();
       if (this.#transport !== "post" && !this.#body && !this.#resting) return void this.#stream();
     }
@@ -1089,28 +1041,11 @@ export class WebSocketSSE extends EventTarget {
       if (!body.total) body.write([frame("PING", EMPTY)]); // some fetches send no header before a byte
       return;
     }
-    const parts = this.#takeControl(body.ackDue);
+    const parts = [...this.#takeControl(body.ackDue), ...this.#take(body, MAX_BODY)];
     body.ackDue = false;
-    let size = 0;
-    while (size < MAX_CHUNK) {
-      const number = Math.max(body.next, this.#first);
-      const length = this.#out[number - this.#first]?.frame?.length ?? 0;
-      if (body.used + size > 0 && body.used + size + length > MAX_BODY) {
-        if (!this.#canBegin(number)) break;
-        if (parts.length) body.write(parts);
-        return this.#finishBody(body);
-      }
-      const bytes = this.#begin(number);
-      if (!bytes) break;
-      // "SEQ names the next message": those before it have been acknowledged meanwhile.
-      if (number !== body.next) parts.push(frame("SEQ", encoder.encode(`${number}`)));
-      parts.push(bytes);
-      size += bytes.length;
-      body.next = number + 1;
-    }
     if (parts.length) body.write(parts);
-    body.used += size;
-    if (size) this.#startWatch();
+    if (this.#due(Math.max(body.next, this.#first))) this.#finishBody(body);
+    else if (body.next > this.#first) this.#startWatch();
   }
 
   /** The body has had its share. What follows goes in another, once this one is confirmed. */
@@ -1173,24 +1108,17 @@ export class WebSocketSSE extends EventTarget {
   async #post(): Promise<void> {
     this.#posting = true;
     let since = 0;
-    for (let retries = 0; !this.#ended && this.#canBegin(this.#first);) {
+    for (let retries = 0; !this.#ended && this.#due(this.#first);) {
       const first = this.#first;
-      const parts = this.#takeControl();
-      let size = 0;
-      let messages = 0;
-      for (let number = first; this.#canBegin(number); number++) {
-        const { frame } = this.#out[number - first]!;
-        if (size && size + frame!.length > this.#maxBatch) break;
-        parts.push(this.#begin(number)!);
-        size += frame!.length;
-        messages++;
-      }
-      const body = concat(parts);
+      const batch = new UplinkBody(first);
+      const body = concat([...this.#takeControl(), ...this.#take(batch, this.#maxBatch)]);
       const abort = this.#postAbort = new AbortController();
       const status = await this.#send(body, abort, first, POST_TIMEOUT + body.length / 8);
       if (this.#first > first) since = retries = 0; // as told by the answer, or by the event stream
-      else if (status === 413 && messages === 1) return this.#tooLarge();
-      else if (status === 413) this.#maxBatch = Math.max(1, size >> 1);
+      // "A 413 that is not ours (a proxy's) on a lone message is 1009 too."
+      else if (status === 413 && batch.next === first + 1) {
+        return this.#end(1009, "Message too large", false);
+      } else if (status === 413) this.#maxBatch = batch.used >> 1;
       else if (isFinal(status)) return this.#fail();
       else {
         this.#acknowledged = -1; // what it carried may be lost
@@ -1242,12 +1170,6 @@ export class WebSocketSSE extends EventTarget {
     }
     this.#controlPosting = false;
     if (this.#acknowledged < 0 || this.#pongs.length) this.#pump(this.#acknowledged < 0);
-  }
-
-  /** "A 413 that is not ours (a proxy's) on a lone message is 1009 too." */
-  #tooLarge(): void {
-    this.#posting = false;
-    this.#end(1009, "Message too large", false);
   }
 
   /** crossws's wire: one request a message, in order. */
@@ -1346,6 +1268,34 @@ export class WebSocketSSE extends EventTarget {
   }
 }
 
+/** As `EventTarget` has them, typed by the name of the event. */
+export interface WebSocketSSE {
+  /** As `EventTarget`'s, typed by event name. */
+  addEventListener<K extends keyof WebSocketSSEEventMap>(
+    type: K,
+    listener: (this: WebSocketSSE, event: WebSocketSSEEventMap[K]) => unknown,
+    options?: boolean | AddEventListenerOptions,
+  ): void;
+  /** As `EventTarget`'s, for events of any name. */
+  addEventListener(
+    type: string,
+    listener: ((event: Event) => unknown) | { handleEvent(event: Event): unknown } | null,
+    options?: boolean | AddEventListenerOptions,
+  ): void;
+  /** As `EventTarget`'s, typed by event name. */
+  removeEventListener<K extends keyof WebSocketSSEEventMap>(
+    type: K,
+    listener: (this: WebSocketSSE, event: WebSocketSSEEventMap[K]) => unknown,
+    options?: boolean | EventListenerOptions,
+  ): void;
+  /** As `EventTarget`'s, for events of any name. */
+  removeEventListener(
+    type: string,
+    listener: ((event: Event) => unknown) | { handleEvent(event: Event): unknown } | null,
+    options?: boolean | EventListenerOptions,
+  ): void;
+}
+
 /** @deprecated The spelling of crossws's documentation; use {@link WebSocketSSE}. */
 export const WebsocketSSE: typeof WebSocketSSE = WebSocketSSE;
 
@@ -1357,9 +1307,8 @@ for (const [name, value] of Object.entries({ CONNECTING, OPEN, CLOSING, CLOSED }
   Object.defineProperty(WebSocketSSE.prototype, name, { value, enumerable: true });
 }
 for (
-  const name
-    of "url readyState bufferedAmount extensions protocol binaryType onopen onmessage onerror onclose send close"
-      .split(" ")
+  const name of "url readyState bufferedAmount extensions protocol binaryType send close"
+    .split(" ")
 ) {
   Object.defineProperty(WebSocketSSE.prototype, name, { enumerable: true });
 }
@@ -1372,17 +1321,12 @@ Object.defineProperty(WebSocketSSE.prototype, Symbol.toStringTag, {
 
 /** One event stream and, with the duplex transport, the uplink that shares its request. */
 class Connection {
-  readonly attempt: number;
   readonly abort: AbortController = new AbortController();
   response: Response | undefined;
   body: UplinkBody | undefined;
   reader: Reader | undefined;
   /** Ticks of half a heartbeat since the last byte. */
   quietTicks = 0;
-
-  constructor(attempt: number) {
-    this.attempt = attempt;
-  }
 
   /** Ends both directions; a read in progress ends, too. */
   end(): void {
@@ -1412,7 +1356,7 @@ class UplinkBody {
   used = 0;
   #controller!: ReadableStreamDefaultController<Bytes>;
 
-  constructor(next: number, fill: (body: UplinkBody) => void) {
+  constructor(next: number, fill: (body: UplinkBody) => void = () => {}) {
     this.next = next;
     this.stream = new ReadableStream<Bytes>({
       start: (controller) => {
@@ -1544,14 +1488,11 @@ function readerOf(body: ReadableStream<Uint8Array>): Reader {
   } catch {
     return body.getReader() as Reader; // not a stream of bytes
   }
-  let size = MIN_READ;
-  let buffer = new ArrayBuffer(size);
+  let buffer = new ArrayBuffer(READ_SIZE);
   return {
     async read() {
       const chunk = await reader.read(new Uint8Array(buffer));
-      // What fills the buffer may have had more behind it.
-      if (chunk.value?.length === size && size < MAX_CHUNK) buffer = new ArrayBuffer(size *= 4);
-      else if (chunk.value) buffer = chunk.value.buffer;
+      if (chunk.value) buffer = chunk.value.buffer;
       return chunk;
     },
     cancel: () => reader.cancel(),
@@ -1581,11 +1522,9 @@ function toMessage(data: unknown): string | Bytes | Blob {
   if (ArrayBuffer.isView(data)) {
     return new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
   }
-  if (
-    data instanceof ArrayBuffer ||
-    Object.prototype.toString.call(data) === "[object SharedArrayBuffer]"
-  ) return new Uint8Array(data as ArrayBuffer);
-  return String(data);
+  // Shared ones are not everywhere, and those of another realm are of another class.
+  const isBuffer = /ArrayBuffer]$/.test(Object.prototype.toString.call(data));
+  return isBuffer ? new Uint8Array(data as ArrayBuffer) : String(data);
 }
 
 function parseURL(value: string): URL {
@@ -1625,12 +1564,9 @@ function isStream({ response }: Connection): boolean {
 /** Node 20 has no CloseEvent. */
 function closeEvent(code: number, reason: string, wasClean: boolean): Event {
   const init = { code, reason, wasClean };
-  if (typeof CloseEvent === "function") return new CloseEvent("close", init);
-  return Object.defineProperties(new Event("close"), {
-    code: { value: code, enumerable: true },
-    reason: { value: reason, enumerable: true },
-    wasClean: { value: wasClean, enumerable: true },
-  });
+  return globalThis.CloseEvent
+    ? new CloseEvent("close", init)
+    : Object.assign(new Event("close"), init);
 }
 
 /** "The client retries on network errors, 408, 411, 425, 429 and 5xx; other statuses are final." */
@@ -1653,25 +1589,6 @@ function isRuntime(): boolean {
     document?: unknown;
   };
   return !!process?.versions?.node && !document;
-}
-
-/** Chromium reads `duplex` and streams; Firefox and WebKit make text of the stream. */
-function canStreamRequests(): boolean {
-  let reads = false;
-  try {
-    const init = {
-      method: "POST",
-      body: new ReadableStream(),
-      get duplex() {
-        reads = true;
-        return "half";
-      },
-    };
-    return !new Request("https://localhost", init as RequestInit).headers.has("content-type") &&
-      reads;
-  } catch {
-    return false;
-  }
 }
 
 /** Whether anything this page has of the origin came over HTTP/2 or 3. */
