@@ -499,7 +499,6 @@ class Hub {
   /** Ended sessions whose last bytes are still to be taken. */
   readonly #lingering: Set<Session> = new Set();
   #dirty: Session[] = [];
-  #spare: Session[] = [];
   #flushing = false;
   #lastParts: Bytes[] = [];
   #lastChunk: Bytes = HEARTBEAT;
@@ -688,7 +687,7 @@ class Hub {
     let refusal: Refusal | undefined;
     session?.heard();
     if (request.body) {
-      const reader = readerOf(request.body);
+      const reader = request.body.getReader();
       try {
         if (session) {
           await session.whileReading(
@@ -972,10 +971,8 @@ class Hub {
     queueMicrotask(() => {
       this.#flushing = false;
       const dirty = this.#dirty;
-      this.#dirty = this.#spare;
+      this.#dirty = [];
       for (const session of dirty) session.flush();
-      dirty.length = 0;
-      this.#spare = dirty;
       this.#lastParts = [];
       this.#lastChunk = HEARTBEAT;
     });
@@ -1267,23 +1264,6 @@ class Session implements Receiver {
       this.#clogged ||= this.bufferedAmount > 0;
       return;
     }
-    if (!this.#ackDue && !this.#pings && !this.#closing && !connection.hasPreface) {
-      if (this.next > this.#log.last) return;
-      // One message, as it is.
-      if (this.next === this.#log.last && this.full && this.#inFlight < this.#hub.window) {
-        const bytes = this.#log.get(this.next);
-        this.#inFlight += bytes.length;
-        if (this.next > this.#written) {
-          this.#written = this.next;
-          this.bufferedAmount -= bytes.length;
-        }
-        this.next++;
-        this.#lastWrite = Date.now();
-        connection.write(bytes);
-        if (this.#clogged || this.#waiters) this.#afterFlush();
-        return;
-      }
-    }
     const parts: Bytes[] = [];
     this.#gatherControl(connection, parts);
     this.#gatherMessages(parts);
@@ -1379,8 +1359,7 @@ class Session implements Receiver {
   }
 
   #wake(): void {
-    if (!this.#waiters) return;
-    for (const waiter of this.#waiters) {
+    for (const waiter of this.#waiters ?? []) {
       if (this.bufferedAmount > waiter.threshold && this.readyState < CLOSING) continue;
       this.#waiters!.delete(waiter);
       waiter.resolve();
@@ -1410,7 +1389,7 @@ class Session implements Receiver {
 
   /** Reads the uplink half of a request whose response is the event stream. */
   async readDuplex(body: ReadableStream<Uint8Array>, seq: number | undefined): Promise<void> {
-    const reader = readerOf(body);
+    const reader = body.getReader();
     try {
       await this.whileReading(
         reader,
@@ -1464,10 +1443,10 @@ class Session implements Receiver {
 
   control(type: string, payload: Bytes): void {
     if (type === "PONG") {
-      if (this.readyState === OPEN) this.callHooks("pong", payload.slice());
+      if (this.readyState === OPEN) this.callHooks("pong", payload);
     } else if (type === "PING") {
       this.#acknowledge(); // shows the client that this body is being read
-      if (this.readyState === OPEN) this.callHooks("ping", payload.slice());
+      if (this.readyState === OPEN) this.callHooks("ping", payload);
     } else {
       const count = parseNumber(decoder.decode(payload), "ACK");
       if (count > this.#written) throw new Refusal(400, "ACK of what was not sent", {}, 1002);
@@ -1962,10 +1941,6 @@ class Connection {
     }, { highWaterMark: 0 });
   }
 
-  get hasPreface(): boolean {
-    return this.#preface !== undefined;
-  }
-
   takePreface(): Bytes | undefined {
     const preface = this.#preface;
     this.#preface = undefined;
@@ -2174,7 +2149,7 @@ class UplinkParser {
     let at = 0;
     while (at < chunk.length) {
       if (!this.#missing) {
-        at = this.#readText(chunk, at) || this.#readHeader(chunk, at);
+        at = this.#readHeader(chunk, at);
         continue;
       }
       const end = Math.min(chunk.length, at + this.#missing);
@@ -2188,26 +2163,6 @@ class UplinkParser {
       this.#keep(part);
       if (!this.#missing) this.#complete(this.#buffer.subarray(0, this.#filled));
     }
-  }
-
-  /** A TEXT frame that is all there, without detours; 0 for anything else. */
-  #readText(chunk: Bytes, at: number): number {
-    if (chunk[at] !== 84 || this.#header) return 0;
-    if (chunk[at + 1] !== 69 || chunk[at + 2] !== 88 || chunk[at + 3] !== 84) return 0;
-    if (chunk[at + 4] !== 32) return 0;
-    let i = at + 5;
-    let length = 0;
-    for (; i < at + 13; i++) {
-      const digit = hexDigit(chunk[i]!);
-      if (digit < 0) break;
-      length = length * 16 + digit;
-    }
-    const start = i + 2;
-    const end = start + length;
-    if (i === at + 5 || chunk[i] !== 13 || chunk[i + 1] !== 10 || length > this.#max) return 0;
-    if (end + 2 > chunk.length || chunk[end] !== 13 || chunk[end + 1] !== 10) return 0;
-    this.#onFrame("TEXT", chunk.subarray(start, end), end + 2 - at);
-    return end + 2;
   }
 
   #keep(part: Bytes): void {
@@ -2256,37 +2211,6 @@ class UplinkParser {
     this.#header = "";
     this.#onFrame(this.#type, payload, size);
   }
-}
-
-/**
- * Reads into one buffer, again and again, where that is possible: Deno would allocate
- * 64 KiB for each read. What a read gives is valid until the next.
- */
-function readerOf(body: ReadableStream<Uint8Array>): Reader {
-  let reader: ReadableStreamBYOBReader;
-  try {
-    reader = body.getReader({ mode: "byob" });
-  } catch {
-    return body.getReader() as Reader; // no byte stream
-  }
-  let size = 2048;
-  let buffer = new ArrayBuffer(size);
-  return {
-    async read() {
-      const chunk = await reader.read(new Uint8Array(buffer));
-      if (!chunk.value) return { done: true };
-      if (chunk.value.length === size && size < 65536) buffer = new ArrayBuffer(size *= 4);
-      else buffer = chunk.value.buffer as ArrayBuffer;
-      return chunk as never;
-    },
-    cancel: () => reader.cancel(),
-  };
-}
-
-function hexDigit(byte: number): number {
-  if (byte >= 48 && byte <= 57) return byte - 48;
-  byte |= 32;
-  return byte >= 97 && byte <= 102 ? byte - 87 : -1;
 }
 
 // --- Requests and refusals ---

@@ -108,6 +108,7 @@ function raw(): Implementation {
   const encoder = new TextEncoder();
   return {
     fetch(request) {
+      if (request.body) return echo(request.body);
       let controller: Controller;
       const stream = new ReadableStream<Uint8Array<ArrayBuffer>>({
         start(given) {
@@ -125,6 +126,20 @@ function raw(): Implementation {
     },
     count: () => streams.peers.size,
   };
+}
+
+/** Each chunk as it comes. */
+function echo(body: ReadableStream<Uint8Array<ArrayBuffer>>): Response {
+  const reader = body.getReader();
+  const stream = new ReadableStream<Uint8Array<ArrayBuffer>>({
+    async pull(controller) {
+      const chunk = await reader.read();
+      if (chunk.done) controller.close();
+      else controller.enqueue(chunk.value);
+    },
+    cancel: () => reader.cancel(),
+  }, { highWaterMark: 0 });
+  return new Response(stream);
 }
 
 function crossws(onMessage: OnMessage): Implementation {

@@ -6,7 +6,7 @@
 import { figure, interleaved, type Outcome, ratio, type Samples, type Scale } from "../measure.ts";
 import { Remote } from "../rpc.ts";
 
-const NAMES = ["native", "crossws", "ours"] as const;
+const NAMES = ["native", "raw", "crossws", "ours"] as const;
 
 export async function roundTrip({ short, rounds, runtimes }: Scale): Promise<Outcome> {
   const outcome: Outcome = { figures: [], ratios: [] };
@@ -19,7 +19,7 @@ export async function roundTrip({ short, rounds, runtimes }: Scale): Promise<Out
       ports[name] = await server.call("port");
     }
     const trips = short ? 1000 : 4000;
-    const p99: Samples = { native: [], crossws: [], ours: [] };
+    const p99: Samples = { native: [], raw: [], crossws: [], ours: [] };
     const p50 = await interleaved(NAMES, rounds, async (kind) => {
       const times = await client.call<{ p50: number; p99: number }>(
         "roundTrip",
@@ -34,10 +34,12 @@ export async function roundTrip({ short, rounds, runtimes }: Scale): Promise<Out
     );
     outcome.ratios.push(
       ratio(`${runtime}: round trip p50, ours / native`, p50.ours, p50.native, { atMost: 1.5 }),
+      ratio(`${runtime}: round trip p50, ours / raw`, p50.ours, p50.raw),
     );
     if (short) continue; // a short run has too few for a 99th percentile
     outcome.ratios.push(
       ratio(`${runtime}: round trip p99, ours / native`, p99.ours!, p99.native!, { atMost: 2 }),
+      ratio(`${runtime}: round trip p99, ours / raw`, p99.ours!, p99.raw!),
     );
   }
   return outcome;
