@@ -64,6 +64,8 @@ const POST_TIMEOUT = 15_000;
 const CLOSE_ANSWER_TIMEOUT = 3_000;
 const ACK_DELAY = 1_000;
 const ACK_EVERY = 32;
+/** Answers to pings that may wait. */
+const MAX_PONGS = 16;
 const WATCH_PERIOD = 250;
 const MAX_RETRY_DELAY = 2_000;
 const MAX_LEARNED = 100;
@@ -624,10 +626,6 @@ export class WebSocketSSE extends EventTarget {
   /** Reads one event stream to its end, whichever way that comes. */
   async #read(connection: Connection): Promise<void> {
     const reader = connection.reader = readerOf(connection.response!.body!);
-    // An answer without its first events: no ticker watches yet. (crossws's wire has no heartbeats.)
-    const opening = this.#full && !this.#terms
-      ? setTimeout(() => this.#terms || connection.end(), OPEN_TIMEOUT)
-      : undefined;
     const parser = new EventParser((type, data) => {
       if (connection !== this.#connection) return;
       try {
@@ -636,6 +634,7 @@ export class WebSocketSSE extends EventTarget {
         this.#distrust(); // what cannot be parsed would be sent again for ever
       }
     });
+    // Left to itself, Deno's decoder drops a mark in mid-stream that comes byte by byte.
     const text = new TextDecoder("utf-8", { ignoreBOM: true });
     let first = true;
     try {
@@ -648,12 +647,9 @@ export class WebSocketSSE extends EventTarget {
         // "A client detaches its old reader before it reads its count."
         if (done || connection !== this.#connection || this.#ended) break;
         connection.quietTicks = 0;
-        let decoded = text.decode(value, { stream: true });
-        if (first && decoded) {
-          first = false;
-          if (decoded.startsWith("\uFEFF")) decoded = decoded.slice(1);
-        }
-        parser.push(decoded);
+        const decoded = text.decode(value, { stream: true });
+        parser.push(first && decoded[0] === "\uFEFF" ? decoded.slice(1) : decoded);
+        first &&= !decoded;
         if (parser.partial > MAX_EVENT) this.#fail();
         this.#rawBytes += value.length; // after: what came with duplex-open is yet to be acknowledged
         this.#acknowledgeWindow(parser.partial);
@@ -662,7 +658,6 @@ export class WebSocketSSE extends EventTarget {
     } catch {
       // the connection broke: as good as its end
     }
-    clearTimeout(opening);
     connection.end();
     if (connection === this.#connection) this.#connection = undefined;
   }
@@ -695,8 +690,8 @@ export class WebSocketSSE extends EventTarget {
         const [sent, payload] = data.split(" ");
         // "A count that silently shifted would confirm the wrong messages."
         if (Number(sent) !== this.#received) return this.#distrust();
-        this.#pongs.push(fromBase64(payload ?? ""));
-        this.#pongs.splice(0, this.#pongs.length - 16);
+        this.#pongs.push(frame("PONG", fromBase64(payload ?? "")));
+        if (this.#pongs.length > MAX_PONGS) this.#pongs.shift();
         return this.#pump();
       }
       case CLOSE_EVENT:
@@ -1001,7 +996,8 @@ export class WebSocketSSE extends EventTarget {
 
   /** Acknowledgement and answers to pings go along with any body that is sent anyway. */
   #takeControl(acknowledge = false): Bytes[] {
-    const parts = this.#pongs.splice(0).map((payload) => frame("PONG", payload));
+    const parts = this.#pongs;
+    this.#pongs = [];
     // On an open stream, where each would cost a frame, not with every message.
     if (acknowledge || this.#received > this.#acknowledged + (this.#body ? ACK_EVERY : 0)) {
       this.#acknowledged = this.#received;
