@@ -3,7 +3,14 @@
  * the path of the tarball. The checkout's own package.json stays private; the package gets another.
  */
 import { execFileSync } from "node:child_process";
-import { copyFileSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  copyFileSync,
+  existsSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join, resolve } from "node:path";
 
@@ -13,7 +20,8 @@ const stage = mkdtempSync(join(tmpdir(), "duplex-pack-"));
 const read = (file) => JSON.parse(readFileSync(join(root, file), "utf8"));
 const { name, version } = read("package.json");
 /** As at JSR: entry points and the files behind them. */
-const entries = Object.entries(read("deno.json").exports);
+const { name: jsr, exports } = read("deno.json");
+const entries = Object.entries(exports);
 
 try {
   // Types beside the code for what is imported, none for what is run.
@@ -30,6 +38,11 @@ try {
   for (const file of ["examples/chat.html", "README.md", "PROTOCOL.md", "LICENSE"]) {
     copyFileSync(join(root, file), join(stage, file));
   }
+  // What the package lacks, JSR has: in this version, for those who read at npm as well.
+  edit("README.md", (text) =>
+    text.replace(/\]\(\.\/([^)]+)\)/g, (link, file) => {
+      return existsSync(join(stage, file)) ? link : `](https://jsr.io/${jsr}/${version}/${file})`;
+    }));
   writeFileSync(join(stage, "package.json"), JSON.stringify(manifest(), null, 2) + "\n");
   const packed = execFileSync("npm", [
     ...["pack", "--json", "--loglevel=error", "--pack-destination", destination],

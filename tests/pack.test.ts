@@ -3,11 +3,11 @@
  * projects that know nothing of this checkout, and what JSR would serve.
  */
 import { execFile, spawn } from "node:child_process";
-import { readdirSync } from "node:fs";
+import { existsSync, readdirSync } from "node:fs";
 import { mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { basename, dirname, join } from "node:path";
-import { pathToFileURL } from "node:url";
+import { basename, dirname, join, relative } from "node:path";
+import { fileURLToPath, pathToFileURL } from "node:url";
 import { sseAdapter } from "../server.ts";
 import { esbuild } from "./bundle.ts";
 import { startChromium } from "./chromium.ts";
@@ -143,6 +143,38 @@ test("the tarball holds what users need, and nothing else", async (t) => {
     assert(!/from "\.\/\w+\.ts"/.test(await readFile(join(installed, file), "utf8")), file);
   }
 }, { timeout });
+
+test("the documents of both packages link to what their readers have", async (t) => {
+  const { out, errors } = await run(binary("deno")!, ["publish", "--dry-run", "--allow-dirty"]);
+  const listed = `${out}${errors}`.matchAll(/^ +(file:\S+) \([\d.]+K?B\)$/gm);
+  const atJsr = new Set(Array.from(listed, ([, url]) => relative(root, fileURLToPath(url!))));
+  assert(atJsr.has("README.md"));
+  const documents = ["README.md", "PROTOCOL.md"];
+  for (const file of [...documents, "examples/README.md", "docs/proxies.md"]) {
+    for (const link of await links(join(root, file))) {
+      const target = join(dirname(file), link);
+      assert(/^https?:/.test(link) || atJsr.has(target), `at JSR, ${file} links to ${link}`);
+    }
+  }
+
+  const installed = join(await project(t, {}), "node_modules", "duplex-sse");
+  const { name, version } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
+  const jsr = `https://jsr.io/${name}/${version}/`;
+  for (const file of documents) {
+    for (const link of await links(join(installed, file))) {
+      const known = link.startsWith(jsr)
+        ? atJsr.has(link.slice(jsr.length))
+        : /^https?:/.test(link) || existsSync(join(installed, link));
+      assert(known, `at npm, ${file} links to ${link}`);
+    }
+  }
+}, { timeout });
+
+/** Where a document links to, itself aside. */
+async function links(file: string): Promise<string[]> {
+  const text = await readFile(file, "utf8");
+  return [...text.matchAll(/\]\(([^)#]+)/g)].map((match) => match[1]!);
+}
 
 for (const runtime of ["node", "bun", "deno"] as const) {
   test(`a program on ${runtime}, from the tarball`, async (t) => {
