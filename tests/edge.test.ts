@@ -132,6 +132,16 @@ test("the examples for edge platforms type-check", async (t) => {
   assertEquals((await child.exited).code, 0, child.stderr());
 }, { timeout: 60_000 });
 
+test("each of them tells the platform's limits, and what resumption makes of them", async () => {
+  for (const file of await readdir(folder)) {
+    const [head] = (await readFile(join(folder, file), "utf8")).split("*/\n");
+    for (const limit of ["Duration", "First byte", "Isolation"]) {
+      assert(head!.includes(`\n * - ${limit}: `), `${file} does not tell: ${limit}`);
+    }
+    assertMatch(head!, /\bresum(es|ption)\b/i, file);
+  }
+});
+
 test("examples/README.md lists every example", async () => {
   const index = await readFile(join(root, "examples", "README.md"), "utf8");
   for (const file of await readdir(join(root, "examples"), { recursive: true })) {

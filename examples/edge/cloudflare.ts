@@ -8,6 +8,7 @@
  * - Duration: none for a stream in which something moves; Cloudflare's proxy cuts it after about
  *   100 s without a byte, and `heartbeatInterval` stays far below. A deployment, or a move to another
  *   machine, ends the object and its sessions: clients find 404, see 1006 and connect again.
+ * - First byte: Cloudflare's proxy waits about 100 s for it. Ours goes out at once.
  * - Departures show only when something is written: it is the heartbeat that notices them.
  * - Hibernation is for WebSockets: an object with an open event stream stays in memory and is billed
  *   for it. It is let go when the last session has ended.
