@@ -2,6 +2,7 @@
  * Beside other routes, in frameworks; with hooks that were written for crossws;
  * under libraries that take a WebSocket class. None of them is told anything.
  */
+import { Centrifuge } from "centrifuge";
 import { defineHooks } from "crossws";
 import { defineWebSocketHandler, H3 } from "h3";
 import { Hono } from "hono";
@@ -9,7 +10,7 @@ import { WebSocket as PartySocket } from "partysocket";
 import { WebSocketSSE } from "../client.ts";
 import { sseAdapter } from "../server.ts";
 import { converse } from "./conversation.ts";
-import { assertEquals, deferred, test, within } from "./harness.ts";
+import { assertEquals, deferred, test, type TestContext, until, within } from "./harness.ts";
 import { listen, Queue, shutDown } from "./pair.ts";
 import { room } from "./room.ts";
 
@@ -107,12 +108,24 @@ for (const runtime of ["deno", "bun"] as const) {
   }, { timeout: 20_000 });
 }
 
+/** The class for libraries that let go of a socket before it has closed: the test waits for it. */
+function awaited(t: TestContext): typeof WebSocketSSE {
+  const sockets: WebSocketSSE[] = [];
+  t.defer(() => until(() => sockets.every(({ readyState }) => readyState === 3)));
+  return class extends WebSocketSSE {
+    constructor(...init: ConstructorParameters<typeof WebSocketSSE>) {
+      super(...init);
+      sockets.push(this);
+    }
+  };
+}
+
 test("partysocket reconnects after what we cannot resume", async (t) => {
   const server = await listen(t, room);
   const messages = new Queue<unknown>();
   let closes = 0;
   const socket = new PartySocket(`${server.url}/room`, [], {
-    WebSocket: WebSocketSSE,
+    WebSocket: awaited(t),
     minReconnectionDelay: 10,
     maxReconnectionDelay: 50,
   });
@@ -130,4 +143,45 @@ test("partysocket reconnects after what we cannot resume", async (t) => {
   socket.addEventListener("close", () => closed.resolve());
   socket.close(1000);
   await within(closed.promise, 5_000, "closing");
+});
+
+test("centrifuge connects, subscribes and publishes, and again after what we cannot resume", async (t) => {
+  const server = await listen(t, {
+    hooks: {
+      message(peer, message) {
+        // A command on each line, as Centrifugo takes them.
+        for (const line of message.text().split("\n")) {
+          const { id, publish, ...command } = JSON.parse(line);
+          const [kind] = Object.keys(publish ? { publish } : command);
+          const reply = kind === "connect" ? { client: peer.id, version: "1" } : {};
+          peer.send(JSON.stringify({ id, [kind!]: reply }));
+          if (publish) {
+            const { channel, data } = publish;
+            peer.send(JSON.stringify({ push: { channel, pub: { data } } }));
+          }
+        }
+      },
+    },
+  });
+  const client = new Centrifuge(`${server.url.replace("http", "ws")}/connection`, {
+    websocket: awaited(t),
+    minReconnectDelay: 10,
+    maxReconnectDelay: 50,
+  });
+  t.defer(() => client.disconnect());
+  const publications = new Queue<unknown>();
+  const transports = new Queue<string>();
+  client.on("connected", ({ transport }) => transports.push(transport));
+  const news = client.newSubscription("news");
+  news.on("publication", ({ data }) => publications.push(data));
+  news.subscribe();
+  client.connect();
+  await news.ready(5_000);
+  await news.publish({ n: 1 });
+  assertEquals(await publications.next(), { n: 1 });
+  for (const peer of server.ws.peers.get("/connection")!) peer.terminate();
+  assertEquals(await transports.take(2), ["websocket", "websocket"]);
+  await news.ready(5_000);
+  await news.publish({ n: 2 });
+  assertEquals(await publications.next(), { n: 2 });
 });
