@@ -89,6 +89,7 @@ const program = (name: string) => `
 import sseAdapter, { WebSocketSSE } from "${name}";
 import { defineHooks, type Peer } from "${name}/server";
 import { type Transport, WebSocketSSE as Same, type WebSocketSSEOptions } from "${name}/client";
+import { cluster } from "${name}/cluster";
 
 const hooks = defineHooks<{ user: string }>({
   upgrade: () => ({ context: { user: "Ada" } }),
@@ -96,7 +97,8 @@ const hooks = defineHooks<{ user: string }>({
     peer.send(peer.context.user + ": " + message.text());
   },
 });
-const ws = sseAdapter({ bidir: true, hooks });
+const alone = cluster(() => ({ subscribe: async () => {}, publish: async () => {} }));
+const ws = sseAdapter({ bidir: true, hooks, sync: alone });
 const transport: Transport = "post";
 const options: WebSocketSSEOptions = {
   transport,
@@ -187,10 +189,11 @@ for (const runtime of ["node", "bun", "deno"] as const) {
 
 for (const entry of ["jsr:@duplex/sse", "@duplex/sse"]) {
   test(`a program on Deno, from ${entry} as JSR would serve it`, async (t) => {
+    const { exports } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
     const imports = Object.fromEntries(
-      ["mod", "server", "client"].map((file) => [
-        file === "mod" ? entry : `${entry}/${file}`,
-        String(pathToFileURL(join(root, `${file}.ts`))),
+      Object.entries<string>(exports).map(([path, file]) => [
+        path.replace(".", entry),
+        String(pathToFileURL(join(root, file))),
       ]),
     );
     const dir = await folder(t, {
@@ -307,7 +310,7 @@ for (const [name, [launcher, ...flags]] of Object.entries(launchers)) {
     assertStringIncludes(errors, "Not a port: no");
 
     // `timeout` ends what it runs with all its children, which a launcher does not.
-    const command = ["60", launcher!, ...args("--port", "0", "--hostname", "127.0.0.1")];
+    const command = ["60", launcher!, ...args("--port", "0", "--hostname", "localhost")];
     const child = spawn("timeout", command, {
       ...options,
       env: { ...process.env, ...options.env },
@@ -321,7 +324,7 @@ for (const [name, [launcher, ...flags]] of Object.entries(launchers)) {
     for (const output of [child.stdout, child.stderr]) {
       output.setEncoding("utf8").on("data", (text: string) => printed += text);
     }
-    const url = await until(() => /^Chat on (http:\/\/127\.0\.0\.1:\d+\/)$/m.exec(printed)?.[1], {
+    const url = await until(() => /^Chat on (http:\/\/localhost:\d+\/)$/m.exec(printed)?.[1], {
       timeout: 15_000,
     });
     await chat(t, url);
