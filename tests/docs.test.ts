@@ -1,14 +1,15 @@
 // README.md and PROTOCOL.md tell the truth: every snippet is executed or type-checked here, and
 // every HTTP exchange of PROTOCOL.md is held against a real server.
 
-import { readFile, writeFile } from "node:fs/promises";
 import { existsSync } from "node:fs";
-import { mkdtemp, rm } from "node:fs/promises";
+import { mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { execFile } from "node:child_process";
 import { type AddressInfo, createServer } from "node:net";
+import { gzipSync } from "node:zlib";
 import { sseAdapter } from "../mod.ts";
+import { esbuild } from "./bundle.ts";
 import {
   assert,
   assertEquals,
@@ -55,14 +56,15 @@ function freePort(): Promise<number> {
   });
 }
 
-/** A folder where `jsr:@duplex/sse` is this checkout. */
+/** A folder where `jsr:@duplex/sse` is this checkout, and packages are those that it has. */
 async function consumer(): Promise<{ dir: string; [Symbol.asyncDispose](): Promise<void> }> {
   const dir = await mkdtemp(join(tmpdir(), "duplex-docs-"));
+  const { exports } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
   const imports = Object.fromEntries(
-    ["", "/server", "/client"].flatMap((entry) =>
+    Object.entries<string>(exports).flatMap(([entry, file]) =>
       ["jsr:@duplex/sse", "@duplex/sse"].map((name) => [
-        name + entry,
-        `file://${root}/${entry ? entry.slice(1) : "mod"}.ts`,
+        entry.replace(".", name),
+        `file://${join(root, file)}`,
       ])
     ),
   );
@@ -70,11 +72,14 @@ async function consumer(): Promise<{ dir: string; [Symbol.asyncDispose](): Promi
     join(dir, "deno.json"),
     JSON.stringify({
       imports,
+      nodeModulesDir: "manual",
       compilerOptions: {
         lib: ["deno.window", "dom", "dom.iterable", "dom.asynciterable", "esnext"],
       },
     }),
   );
+  await writeFile(join(dir, "package.json"), await readFile(join(root, "package.json")));
+  await symlink(join(root, "node_modules"), join(dir, "node_modules"));
   return { dir, [Symbol.asyncDispose]: () => rm(dir, { recursive: true, force: true }) };
 }
 
@@ -94,6 +99,10 @@ test("README.md's snippets type-check, as do the examples in doc comments", asyn
     snippets.push(...await examples(file));
   }
   assert(snippets.length >= 8, `only ${snippets.length} snippets found`);
+  await typeCheck(dir, snippets);
+}, { timeout: 60_000 });
+
+async function typeCheck(dir: string, snippets: string[]): Promise<void> {
   const files = await Promise.all(snippets.map(async (text, i) => {
     const file = join(dir, `snippet-${i}.ts`);
     await writeFile(file, `${text}\nexport {};\n`);
@@ -101,7 +110,111 @@ test("README.md's snippets type-check, as do the examples in doc comments", asyn
   }));
   const { code, out } = await output(["check", ...files]);
   assertEquals(code, 0, out);
+}
+
+/** The cells of the row that begins with this one, in the tables of README.md's section. */
+async function row(section: string, name: string): Promise<string[]> {
+  const readme = await readFile(join(root, "README.md"), "utf8");
+  const [, text] = readme.split(`\n## ${section}\n`);
+  const line = text!.split("\n## ")[0]!.split("\n").find((line) => line.startsWith(`| ${name} `));
+  assert(line, `README.md's section ${section} has no row ${name}`);
+  return line.split("|").slice(1, -1).map((cell) => cell.trim());
+}
+
+/** What stands in backticks. */
+const codes = (cell: string) => Array.from(cell.matchAll(/`([^`]+)`/g), (match) => match[1]!);
+
+test("README.md's recipes type-check, and so does the move from crossws", async (t) => {
+  const { dir } = t.use(await consumer());
+  const recipe = async (name: string) => codes((await row("Recipes", name))[1]!);
+  const ours = 'import { sseAdapter, WebSocketSSE } from "jsr:@duplex/sse";';
+  const room = `${ours} const ws = sseAdapter({ bidir: true });`;
+  const [hooks, option] = await recipe("graphql-ws");
+  const node = (await recipe("Node"))[0]!;
+  const [diff] = (await blocks("README.md")).filter(({ language }) => language === "diff");
+  const added = diff!.text.split("\n").filter((line) => line.startsWith("+"));
+  assert(diff!.text.split("\n").length <= 5 + 1);
+  await typeCheck(dir, [
+    `${room} import { Hono } from "hono"; const app = new Hono(); ${(await recipe("Hono"))[0]};`,
+    `${ours} import { H3 } from "h3"; const app = new H3(); ${(await recipe("h3"))[0]};`,
+    `${room} import { serve } from "srvx"; ${node};`,
+    `${room} import { serve } from "@hono/node-server"; ${node};`,
+    `${ours}
+    import type { GraphQLSchema } from "graphql";
+    import { createClient } from "graphql-ws";
+    import { makeHooks } from "graphql-ws/use/crossws";
+    declare const schema: GraphQLSchema;
+    sseAdapter({ ${hooks} });
+    createClient({ url: "", ${option} });`,
+    `${ours} import { WebSocket as ReconnectingWebSocket } from "partysocket"; const url = "";
+    ${(await recipe("partysocket"))[0]};`,
+    `${added.map((line) => line.slice(1)).join("\n")} new WebSocketSSE("", {}); sseAdapter({});`,
+  ]);
 }, { timeout: 60_000 });
+
+for (
+  const [file, section, name, unlisted] of [
+    ["server.ts", "Server", "SSEOptions", ["perMessageDeflate", "compress"]], // do nothing
+    ["client.ts", "Client", "WebSocketSSEOptions", ["bdir"]], // as crossws misspells it
+  ] as const
+) {
+  test(`README.md lists each member of ${name}, with its default`, async () => {
+    const source = await readFile(join(root, file), "utf8");
+    const [, body] = new RegExp(`^export interface ${name}\\b.*\\{$([^]*?)^\\}$`, "m").exec(
+      source,
+    )!;
+    let members = 0;
+    for (
+      const [, comment, member] of body!.matchAll(/\/\*\*([^]*?)\*\/\s+(?:\/\/.*\s+)*(\w+)\?/g)
+    ) {
+      if ((unlisted as readonly string[]).includes(member!)) continue;
+      members++;
+      const [, listed] = await row(section, `\`${member}\``);
+      const [, value] = /\bDefault: ("[\w-]+"|[\d,]+(?: [KM]iB)?|true|false|none)/.exec(comment!) ??
+        [];
+      const plain = (text: string) => text.replace(/[\`,]/g, "");
+      if (value) assertEquals(plain(listed!), plain(value), member);
+    }
+    assertEquals(members, body!.match(/^ {2}\w+\?/gm)!.length - unlisted.length);
+  });
+}
+
+test("README.md tells the sizes as they are", async () => {
+  const readme = await readFile(join(root, "README.md"), "utf8");
+  for (const file of ["client", "server"]) {
+    const minified = await esbuild([`${file}.ts`, "--bundle", "--minify", "--format=esm"]);
+    const size = gzipSync(minified, { level: 9 }).length / 1000;
+    const told = Number(new RegExp(`\\b${file} (?:is )?([\\d.]+) kB`).exec(readme)?.[1]);
+    assert(Math.abs(told - size) <= 0.1, `${file}: ${size} kB`); // zlibs differ a little
+  }
+});
+
+test("every function and class has an example, at each entry point", async () => {
+  const { exports } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
+  let found = 0;
+  for (const file of Object.values<string>(exports)) {
+    const { code, out } = await output(["doc", "--json", join(root, file)]);
+    assertEquals(code, 0, out);
+    const [module] = Object.values<Documented>(JSON.parse(out).nodes);
+    assert(module!.module_doc?.tags?.some(({ kind }) => kind === "example"), file);
+    for (const { name, declarations } of module!.symbols) {
+      if (!declarations.some(({ kind }) => kind === "function" || kind === "class")) continue;
+      if (name === "WebsocketSSE") continue; // the other spelling of WebSocketSSE
+      const tags = declarations.flatMap(({ jsDoc }) => jsDoc?.tags ?? []);
+      assert(tags.some(({ kind }) => kind === "example"), `${file}: ${name}`);
+      found++;
+    }
+  }
+  assert(found > 6);
+}, { timeout: 30_000 });
+
+interface Documented {
+  module_doc?: { tags?: { kind: string }[] };
+  symbols: {
+    name: string;
+    declarations: { kind: string; jsDoc?: { tags?: { kind: string }[] } }[];
+  }[];
+}
 
 test("README.md's first snippet prints what stands below it", async (t) => {
   const { dir } = t.use(await consumer());
