@@ -1,10 +1,10 @@
 /**
- * What our client does in a page of any browser that WebDriver drives: declared by
- * firefox.test.ts and webkit.test.ts. (Chromium has tests of its own, by Playwright.)
+ * What our client does in a page of any browser: declared by browser.test.ts for Chromium,
+ * by firefox.test.ts and by webkit.test.ts.
  *
  * @module
  */
-import type { WebSocketSSEOptions } from "../client.ts";
+import type { Transport, WebSocketSSEOptions } from "../client.ts";
 import { chaos } from "./chaos.ts";
 import {
   assert,
@@ -38,25 +38,27 @@ const protocols = [
 
 export interface BrowserOptions {
   skip: string | undefined;
+  /** It sends streams, over HTTP/2. */
+  streams?: boolean;
   /** Over HTTP/2 its EventSource does not notice that the connection is lost, and waits for ever. */
   deaf?: boolean;
 }
 
 export function browserTests(browser: string, open: Browser, options: BrowserOptions): void {
-  const { skip, deaf = false } = options;
+  const { skip, streams = false, deaf = false } = options;
   for (const { protocol, tls, http2, spoken } of protocols) {
+    const transport: Transport = streams && spoken === "h2" ? "stream" : "post";
     const check = (name: string, body: (t: TestContext) => Promise<void>) =>
       test(`${browser} over ${protocol}: ${name}`, body, { timeout, skip });
 
     /** A window that shows the page of a site. */
     const visit = async (t: TestContext, url: string): Promise<Tab> => {
       const tab = await open(t);
-      await tab.goto(`${url}/`);
-      await tab.wait(() => !!globalThis.connect);
+      await show(tab, url);
       return tab;
     };
 
-    check("messages of every kind, 1 MiB among them, by post", async (t) => {
+    check(`messages of every kind, 1 MiB among them, by ${transport}`, async (t) => {
       const { url, requests } = await site(t, {
         tls,
         http2,
@@ -105,16 +107,17 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
       assertEquals(result, {
         wrong: [],
         protocol: "two",
-        transport: "post",
+        transport,
         bufferedAmount: 0,
         resumes: 0,
         resent: 0,
         spoken,
       });
-      // A stream that was tried all the same would have come as text, or not at all.
       const posts = requests.filter((each) => each.startsWith("POST"));
-      assertEquals(posts.filter((each) => each !== "POST"), []);
       assert(posts.length > 0);
+      // A stream that was tried all the same would have come as text, or not at all.
+      if (transport === "post") assertEquals(posts.filter((each) => each !== "POST"), []);
+      else assert(posts.includes("POST streamed"));
     });
 
     check("codes and reasons of a close go both ways", async (t) => {
@@ -129,6 +132,11 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
       assertEquals(await closed(tab), { code: 4001, reason: "bye", wasClean: true });
       const { code, reason } = await closes.next();
       assertEquals([code, reason], [4001, "bye"]);
+
+      await connect(tab);
+      await tab.run(() => globalThis.socket.close());
+      assertEquals(await closed(tab), { code: 1005, reason: "", wasClean: true });
+      assertEquals((await closes.next()).code, 1005);
 
       await connect(tab);
       await tab.run(() => globalThis.socket.send("close me"));
@@ -185,6 +193,8 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
       await tab.wait((n) => globalThis.log.includes(String(n)), n);
       const messages = (await log(tab)).filter((each) => /^\d/.test(String(each)));
       assertEquals(messages.map(Number), expected);
+      // A network that fails says nothing against the transport.
+      assertEquals(await tab.run(() => globalThis.socket.transport), transport);
     };
     check("cut and silent networks lose nothing and repeat nothing", async (t) => {
       // Once in a while WebKit leaves its driver without an answer: that is no loss of ours.
@@ -231,19 +241,29 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
   }
 }
 
+/** Shows the page of a site. */
+export async function show(tab: Tab, url: string): Promise<void> {
+  await tab.goto(`${url}/`);
+  await tab.wait(() => !!globalThis.connect);
+}
+
 /** Opens a socket in the page. */
-async function connect(tab: Tab, options: WebSocketSSEOptions = {}): Promise<void> {
-  await tab.run((options) => void globalThis.connect("/ws", options), options);
+export async function connect(
+  tab: Tab,
+  options: WebSocketSSEOptions = {},
+  url = "/ws",
+): Promise<void> {
+  await tab.run((url, options) => void globalThis.connect(url, options), url, options);
   await tab.wait(() => globalThis.log.length > 0);
   assertEquals(await log(tab), ["open"]);
 }
 
-function log(tab: Tab): Promise<unknown[]> {
+export function log(tab: Tab): Promise<unknown[]> {
   return tab.run(() => globalThis.log);
 }
 
 /** Waits for the end of the page's socket, which is the last of its log. */
-async function closed(tab: Tab): Promise<unknown> {
+export async function closed(tab: Tab): Promise<unknown> {
   await tab.wait(() =>
     globalThis.socket.readyState === 3 && typeof globalThis.log.at(-1) === "object"
   );

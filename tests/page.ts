@@ -18,6 +18,8 @@ export interface TestPage {
   /** What console.warn was told. */
   warnings: string[];
   connect(url: string, options?: WebSocketSSEOptions): WebSocketSSE;
+  /** Whether it was shown from the back/forward cache. */
+  persisted?: boolean;
 }
 
 const html = `<!DOCTYPE html><title>client</title><link rel="icon" href="data:,">
@@ -38,6 +40,7 @@ globalThis.connect = (url, options) => {
   socket.addEventListener("close", ({ code, reason, wasClean }) => log.push({ code, reason, wasClean }));
   return socket;
 };
+addEventListener("pageshow", (event) => globalThis.persisted = event.persisted);
 </script>`;
 
 export interface Site {
@@ -68,6 +71,7 @@ export async function site(
       open: (peer) => peers.push(peer),
       message: message ?? ((peer, message) => void peer.send(message.data as string)),
       close: (_, details) => closes.push(details),
+      ...options.hooks,
     },
   }, (request, next) => {
     const { pathname } = new URL(request.url);
@@ -77,7 +81,7 @@ export async function site(
     }
     const type = pathname === "/client.js" ? "text/javascript" : "text/html";
     return new Response(pathname === "/client.js" ? script : html, {
-      headers: { "content-type": `${type}; charset=utf-8` },
+      headers: { "content-type": `${type}; charset=utf-8`, "set-cookie": "user=ada; Path=/" },
     });
   }, { tls, http2 });
   return { url, port, peers, closes, requests };
