@@ -1,6 +1,6 @@
 /** Flow control: a slow reader costs a bounded amount, itself alone, and loses nothing. */
 import { WebSocketSSE } from "../client.ts";
-import { type Peer, type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
+import { type Peer, sseAdapter, type SSEOptions } from "../server.ts";
 import {
   assert,
   assertEquals,
@@ -13,10 +13,10 @@ import {
   runtime,
   sleep,
   test,
-  type TestContext,
   until,
   within,
 } from "./harness.ts";
+import { adapter, closeAll, dial, shutDown } from "./pair.ts";
 import { MB, type Measured, measured, type MeasuredState, RawStream, soak } from "./measured.ts";
 
 const WINDOW = 256 * 1024;
@@ -237,17 +237,6 @@ test(
 // ---------------------------------------------------------------- down: exactly, in one process
 
 /** An adapter that ends with the test, its sessions and its timer too. */
-function adapter(t: TestContext, options: SSEOptions): SSEAdapter {
-  const ws = sseAdapter(options);
-  t.defer(() => end(ws));
-  return ws;
-}
-
-async function end(ws: SSEAdapter): Promise<void> {
-  for (const peers of [...ws.peers.values()]) for (const peer of [...peers]) peer.terminate();
-  await ws.close();
-}
-
 /** A session without a network: what is read here is all that the server was asked for. */
 async function open(options: SSEOptions = {}) {
   const opened = deferred<Peer>();
@@ -280,7 +269,7 @@ async function open(options: SSEOptions = {}) {
       ),
     async [Symbol.asyncDispose]() {
       await reader.cancel();
-      await end(ws);
+      await shutDown(ws);
     },
   };
 }
@@ -413,7 +402,7 @@ for (const transport of transports) {
       },
     });
     const server = await t.serve(ws.fetch);
-    const client = connect(t, server.url, transport);
+    const client = dial(t, server.url, transport);
     let next = 0;
     const done = deferred();
     client.onmessage = ({ data }) => {
@@ -447,7 +436,7 @@ for (const transport of ["stream", "post"] as const) {
       await request.body?.cancel();
       return new Response("busy", { status: 503 });
     });
-    const client = connect(t, server.url, transport);
+    const client = dial(t, server.url, transport);
     const done = deferred();
     let messages = 0;
     client.onmessage = ({ data }) => {
@@ -464,25 +453,6 @@ for (const transport of ["stream", "post"] as const) {
 // ---------------------------------------------------------------- up: a server that is slow
 
 /** A client that is closed with the test. */
-function connect(
-  t: TestContext,
-  url: string,
-  transport: typeof transports[number],
-): WebSocketSSE {
-  const client = new WebSocketSSE(url, { transport });
-  t.defer(() => closeAll([client]));
-  return client;
-}
-
-async function closeAll(clients: WebSocketSSE[]): Promise<void> {
-  await Promise.all(clients.map(async (client) => {
-    if (client.readyState === WebSocketSSE.CLOSED) return;
-    const closed = once(client, "close", { timeout: 8000 });
-    client.close();
-    await closed;
-  }));
-}
-
 for (const transport of transports) {
   test(`a slow message hook holds the client at the window (${transport})`, async (t) => {
     let unhandled = 0;
@@ -503,7 +473,7 @@ for (const transport of transports) {
       },
     });
     const server = await t.serve(ws.fetch);
-    const client = connect(t, server.url, transport);
+    const client = dial(t, server.url, transport);
     t.defer(() => gate.resolve());
     await once(client, "open");
     const size = 16_000;
@@ -548,7 +518,7 @@ for (const transport of transports) {
       },
     });
     const server = await t.serve(ws.fetch);
-    const client = connect(t, server.url, transport);
+    const client = dial(t, server.url, transport);
     await once(client, "open");
     client.send("never".padEnd(10_000));
     for (let i = 0; i < 200; i++) client.send("fine".padEnd(10_000));
@@ -582,7 +552,7 @@ for (const transport of ["stream", "post"] as const) {
         await request.body?.cancel();
         return new Response("busy", { status: 503, headers: { "retry-after": "0" } });
       });
-      const client = connect(t, server.url, transport);
+      const client = dial(t, server.url, transport);
       await once(client, "open");
       const size = 10_000;
       const count = 300;
@@ -649,7 +619,7 @@ test(
     });
     const server = await t.serve(ws.fetch);
     for (const transport of transports) {
-      const client = connect(t, server.url, transport);
+      const client = dial(t, server.url, transport);
       await once(client, "open");
       let messages = 0;
       const done = deferred();

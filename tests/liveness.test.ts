@@ -2,7 +2,6 @@
 import { Buffer } from "node:buffer";
 import net from "node:net";
 import { WebSocketSSE } from "../client.ts";
-import { type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
 import { chaos } from "./chaos.ts";
 import {
   assert,
@@ -16,38 +15,14 @@ import {
   runtime,
   sleep,
   test,
-  type TestContext,
   until,
   within,
 } from "./harness.ts";
+import { adapter, dial } from "./pair.ts";
 import { measured, RawStream, soak } from "./measured.ts";
 import { RequestSplitter } from "./split.ts";
 
 const transports = ["duplex", "stream", "post"] as const;
-
-function adapter(t: TestContext, options: SSEOptions): SSEAdapter {
-  const ws = sseAdapter({ bidir: true, ...options });
-  t.defer(async () => {
-    for (const peers of [...ws.peers.values()]) for (const peer of [...peers]) peer.terminate();
-    await ws.close();
-  });
-  return ws;
-}
-
-function connect(
-  t: TestContext,
-  url: string,
-  transport: typeof transports[number],
-): WebSocketSSE {
-  const client = new WebSocketSSE(url, { transport });
-  t.defer(async () => {
-    if (client.readyState === WebSocketSSE.CLOSED) return;
-    const closed = once(client, "close", { timeout: 8000 });
-    client.close();
-    await closed;
-  });
-  return client;
-}
 
 // ---------------------------------------------------------------- proxies
 
@@ -161,7 +136,7 @@ for (const transport of transports) {
     const ws = adapter(t, { heartbeatInterval: 100 });
     const server = await t.serve(ws.fetch);
     const cutter = t.use(await impatient(server.port, 700));
-    const client = connect(t, cutter.url, transport);
+    const client = dial(t, cutter.url, transport);
     let drops = 0;
     client.addEventListener("drop", () => drops++);
     await once(client, "open");
@@ -189,7 +164,7 @@ for (const transport of ["duplex", "post"] as const) {
       counts[leg]++;
     };
     const glass = t.use(await proxy(server.port, () => ({ up: see("up"), down: see("down") })));
-    const client = connect(t, glass.url, transport);
+    const client = dial(t, glass.url, transport);
     await once(client, "open");
     // Messages at odd moments, after which a timer may forget that one is due.
     for (const pause of [450, 370, 430, 610, 1500]) {
@@ -223,7 +198,7 @@ test(
     const servers = await Promise.all([false, true].map(setup));
     for (const server of servers) t.use(server);
     const clients = servers.flatMap(({ url }) =>
-      transports.map((transport) => connect(t, url, transport))
+      transports.map((transport) => dial(t, url, transport))
     );
     const drops: string[] = [];
     await Promise.all(clients.map(async (client) => {
@@ -271,7 +246,7 @@ for (const transport of ["duplex", "stream", "post"] as const) {
       });
       const server = await t.serve(ws.fetch);
       const cap = t.use(await capping(server.port, CAP + 16 * 1024));
-      const client = connect(t, cap.url, transport);
+      const client = dial(t, cap.url, transport);
       await once(client, "open");
       const count = 200;
       const size = 20_000;
@@ -307,7 +282,7 @@ for (const transport of transports) {
     });
     const server = await t.serve(ws.fetch);
     const network = t.use(await chaos(server.port));
-    const client = connect(t, network.url, transport);
+    const client = dial(t, network.url, transport);
     await once(client, "open");
     client.send("before");
     await until(() => got.length === 1 && client.bufferedAmount === 0);
@@ -372,7 +347,7 @@ test("a client that only receives answers pings by post, and stays", async (t) =
     if (request.method === "POST") posts++;
     return ws.fetch(request, info);
   });
-  const client = connect(t, server.url, "post");
+  const client = dial(t, server.url, "post");
   await once(client, "open");
   await sleep(2000, t.signal);
   assertEquals([client.readyState, client.stats.resumes], [WebSocketSSE.OPEN, 0]);

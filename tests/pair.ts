@@ -4,11 +4,12 @@
  *
  * @module
  */
-import { WebSocketSSE, type WebSocketSSEOptions } from "../client.ts";
+import { type Transport, WebSocketSSE, type WebSocketSSEOptions } from "../client.ts";
 import { type Peer, type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
 import {
   type Deferred,
   deferred,
+  once,
   type ServeOptions,
   type TestContext,
   type TestServer,
@@ -75,6 +76,13 @@ export async function listen<Context extends Record<string, unknown>>(
   return Object.assign(server, { ws });
 }
 
+/** An adapter that ends with the test. Bidirectional, if not told otherwise. */
+export function adapter(t: TestContext, options: SSEOptions): SSEAdapter {
+  const ws = sseAdapter({ bidir: true, ...options });
+  t.defer(() => shutDown(ws));
+  return ws;
+}
+
 /** Ends an adapter without waiting for clients that have gone. */
 // deno-lint-ignore no-explicit-any
 export async function shutDown(ws: SSEAdapter<any>): Promise<void> {
@@ -82,6 +90,22 @@ export async function shutDown(ws: SSEAdapter<any>): Promise<void> {
     for (const peer of [...peers] as Peer[]) peer.terminate();
   }
   await ws.close();
+}
+
+/** A socket of ours that is closed when the test ends, and keeps nothing of what comes. */
+export function dial(t: TestContext, url: string, transport: Transport): WebSocketSSE {
+  const socket = new WebSocketSSE(url, { transport });
+  t.defer(() => closeAll([socket]));
+  return socket;
+}
+
+export async function closeAll(sockets: WebSocketSSE[]): Promise<void> {
+  await Promise.all(sockets.map(async (socket) => {
+    if (socket.readyState === WebSocketSSE.CLOSED) return;
+    const closed = once(socket, "close", { timeout: 8000 });
+    socket.close();
+    await closed;
+  }));
 }
 
 export interface Connected {
