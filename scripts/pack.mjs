@@ -73,12 +73,15 @@ function to(file, extension) {
 }
 
 function manifest() {
+  // npm wants to know where it was built, to hold the provenance against it.
+  const { GITHUB_SERVER_URL: server, GITHUB_REPOSITORY: repository } = process.env;
   return {
     name,
     version,
     description: "Everything a WebSocket does, over plain HTTP: SSE down, POST up, resumed",
     keywords: ["websocket", "sse", "server-sent-events", "eventsource", "crossws", "edge"],
     license: "MIT",
+    ...repository && { repository: { type: "git", url: `git+${server}/${repository}.git` } },
     type: "module",
     sideEffects: false,
     main: "./mod.js",

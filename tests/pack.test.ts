@@ -146,6 +146,19 @@ test("the tarball holds what users need, and nothing else", async (t) => {
   }
 }, { timeout });
 
+test(
+  "the tarball names the repository that it was built in, as npm's provenance wants",
+  async (t) => {
+    const dir = await folder(t, {});
+    const env = { GITHUB_SERVER_URL: "https://github.com", GITHUB_REPOSITORY: "someone/sse" };
+    const { out } = await run(node, ["scripts/pack.mjs", dir], { env });
+    const manifest = await run("tar", ["xzOf", out.trim(), "package/package.json"]);
+    const { repository } = JSON.parse(manifest.out);
+    assertEquals(repository, { type: "git", url: "git+https://github.com/someone/sse.git" });
+  },
+  { timeout },
+);
+
 test("the documents of both packages link to what their readers have", async (t) => {
   const { out, errors } = await run(binary("deno")!, ["publish", "--dry-run", "--allow-dirty"]);
   const listed = `${out}${errors}`.matchAll(/^ +(file:\S+) \([\d.]+K?B\)$/gm);
