@@ -3,7 +3,7 @@ import type { Page } from "playwright-core";
 import { picture, startChromium } from "./chromium.ts";
 import {
   assertEquals,
-  assertGreaterOrEqual,
+  assertGreater,
   assertMatch,
   needs,
   test,
@@ -77,6 +77,7 @@ for (const server of ["deno", "bun"] as const) {
     await picture(ada, `chat-${server}-open`);
 
     await ada.click("#cut");
+    const cut = performance.now();
     await sees(ada, "#state", ["reconnecting"]);
     const lost = ["I am in a tunnel", "Nobody hears this yet", "Or is it kept?"];
     const meanwhile = ["Ada?", "Are you there?"];
@@ -85,6 +86,7 @@ for (const server of ["deno", "bun"] as const) {
     for (const text of meanwhile) await say(grace, text);
     await picture(ada, `chat-${server}-cut`);
     await sees(ada, "#state", ["reconnected"]);
+    assertGreater(performance.now() - cut, 4_900); // for 5 s it answered with 503
     await sees(ada, "#outbox p", []);
     await sees(
       grace,
@@ -101,7 +103,13 @@ for (const server of ["deno", "bun"] as const) {
     await sees(ada, "#resumes", ["1"]);
     await sees(grace, "#resumes", ["0"]);
     assertMatch((await texts(ada, ".note")).join("\n"), /^Connection lost.*\nResumed after \d/);
-    assertGreaterOrEqual(Number((await texts(ada, "#resent"))[0]), 0);
+    assertGreater(Number((await texts(ada, "#resent"))[0]), 0);
+    // Both charts are drawn: a line and bars, shaded while the network was down.
+    await ada.waitForFunction(() => {
+      const drawn = (selector: string) => document.querySelector(selector)!.getAttribute("d");
+      const [line, bars] = [drawn("#rtt-line")!, drawn("#rate-bars")!];
+      return /^M.*[hL]/.test(line) && /v-(?!0h)/.test(bars) && /h1v20h-1z/.test(drawn(".down")!);
+    });
     await picture(ada, `chat-${server}-reconnected`);
 
     await ada.click("#close");
