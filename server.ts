@@ -79,6 +79,9 @@ const PACK_COUNT = 512;
 const PACK_SIZE = 1024;
 const MAX_BODIES = 2;
 const MAX_PENDING_PINGS = 16;
+/** What one read of a body has room for: while little comes, and once that was too little. */
+const SMALL_READ = 2 * 1024;
+const LARGE_READ = 64 * 1024;
 
 const OPEN = 1;
 const CLOSING = 2;
@@ -90,7 +93,10 @@ const strictDecoder: TextDecoder = new TextDecoder("utf-8", { fatal: true, ignor
 const HEARTBEAT: Uint8Array<ArrayBuffer> = encoder.encode(":\n\n");
 
 type Bytes = Uint8Array<ArrayBuffer>;
-/** Of a request's body; by shape, since the runtimes' types of readers differ. */
+/**
+ * Of a request's body; by shape, since the runtimes' types of readers differ. What a
+ * read gives may be overwritten by the next.
+ */
 interface Reader {
   read(): Promise<{ done: true } | { done: false; value: Uint8Array }>;
   cancel(): Promise<void>;
@@ -687,7 +693,7 @@ class Hub {
     let refusal: Refusal | undefined;
     session?.heard();
     if (request.body) {
-      const reader = request.body.getReader();
+      const reader = readerOf(request.body);
       try {
         if (session) {
           await session.whileReading(
@@ -1092,9 +1098,9 @@ interface Receiver {
   received: number;
   /** A body has brought bytes. */
   heard(): void;
-  /** Takes message `received + 1`; `size` is that of its encoded frame. */
+  /** Takes message `received + 1`; `size` is that of its encoded frame. The payload is lent for the call. */
   receive(type: string, payload: Bytes, size: number): void;
-  /** Takes a frame that has no number. */
+  /** Takes a frame that has no number; its payload is lent, too. */
   control(type: string, payload: Bytes): void;
 }
 
@@ -1389,7 +1395,7 @@ class Session implements Receiver {
 
   /** Reads the uplink half of a request whose response is the event stream. */
   async readDuplex(body: ReadableStream<Uint8Array>, seq: number | undefined): Promise<void> {
-    const reader = body.getReader();
+    const reader = readerOf(body);
     try {
       await this.whileReading(
         reader,
@@ -1443,10 +1449,10 @@ class Session implements Receiver {
 
   control(type: string, payload: Bytes): void {
     if (type === "PONG") {
-      if (this.readyState === OPEN) this.callHooks("pong", payload);
+      if (this.readyState === OPEN) this.callHooks("pong", payload.slice());
     } else if (type === "PING") {
       this.#acknowledge(); // shows the client that this body is being read
-      if (this.readyState === OPEN) this.callHooks("ping", payload);
+      if (this.readyState === OPEN) this.callHooks("ping", payload.slice());
     } else {
       const count = parseNumber(decoder.decode(payload), "ACK");
       if (count > this.#written) throw new Refusal(400, "ACK of what was not sent", {}, 1002);
@@ -2125,6 +2131,32 @@ async function readUplink(
     receiver.heard();
     parser.push(chunk.value as Bytes);
   }
+}
+
+/**
+ * Reads into a buffer of ours where the runtime can: with its own, Deno holds 64 KiB
+ * for as long as a read is pending, which is all the time that a session is open.
+ */
+function readerOf(body: ReadableStream<Uint8Array>): Reader {
+  let reader: ReadableStreamBYOBReader;
+  try {
+    reader = body.getReader({ mode: "byob" });
+  } catch {
+    return body.getReader() as Reader; // no byte stream, as on Bun
+  }
+  let buffer = new ArrayBuffer(SMALL_READ);
+  return {
+    async read() {
+      const size = buffer.byteLength;
+      const chunk = await reader.read(new Uint8Array(buffer));
+      if (chunk.done) return { done: true };
+      const { buffer: used, length } = chunk.value;
+      const next = length === size ? LARGE_READ : length <= SMALL_READ ? SMALL_READ : size;
+      buffer = next === size ? used : new ArrayBuffer(next);
+      return chunk;
+    },
+    cancel: () => reader.cancel(),
+  };
 }
 
 /** An incremental parser: frames may be split anywhere. Holds at most one message. */

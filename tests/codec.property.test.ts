@@ -18,7 +18,16 @@ import {
   within,
 } from "./harness.ts";
 import { concat } from "./split.ts";
-import { closePayload, frame, FULL, post, streamOf, UPLINK, WirePeer } from "./wire.ts";
+import {
+  byteStreamOf,
+  closePayload,
+  frame,
+  FULL,
+  post,
+  streamOf,
+  UPLINK,
+  WirePeer,
+} from "./wire.ts";
 
 const soak = process.env.DUPLEX_SOAK === "1";
 const timeout = soak ? 3_600_000 : 60_000;
@@ -222,7 +231,8 @@ test("any split of any messages of an uplink gives the same messages, once", asy
     fc.asyncProperty(
       fc.array(fc.tuple(message, fc.option(control)), { maxLength: 8 }),
       cuts,
-      async (messages, cuts) => {
+      fc.constantFrom(streamOf, byteStreamOf),
+      async (messages, cuts, streamOf) => {
         const body = concat(
           messages.flatMap(([data, control]) => [
             encoder.encode(control ?? ""),
@@ -370,7 +380,8 @@ test(
         anyBody,
         cuts,
         fc.constantFrom(1, 1, 1, 2, undefined),
-        async (body, cuts, seq) => {
+        fc.constantFrom(streamOf, byteStreamOf),
+        async (body, cuts, seq, streamOf) => {
           const { ended, ...expected } = reference(body, seq);
           const outcome = await server.post(streamOf(split(body, cuts)), seq);
           if (ended) { // what comes after CLOSE is for nobody

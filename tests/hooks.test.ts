@@ -19,6 +19,7 @@ import {
   until,
 } from "./harness.ts";
 import { connect, listen, openRaw, Queue, shutDown } from "./pair.ts";
+import { byteStreamOf, frame, streamOf as ordinaryStreamOf, UPLINK, WirePeer } from "./wire.ts";
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/;
 const CARRIED = Symbol.for("crossws.hooks");
@@ -969,6 +970,42 @@ test("a client's PING comes in the ping hook", async (t) => {
   const [first, second] = await pings.take(2);
   assertEquals(first![1], new TextEncoder().encode("abc"));
   assertEquals(second![1].length, 0);
+});
+
+test("what hooks were given stays as it was while the body is read on, into the same buffer or a larger one", async () => {
+  const sizes = [0, 5, 125, 1, 3000, 7, 70_000, 2, 200_000, 9, 2048, 3];
+  type Frame = [type: string, payload: string | Uint8Array];
+  const sent = sizes.flatMap((size, i): Frame[] => {
+    const payload = new Uint8Array(size).fill(i + 1);
+    return [
+      ["BINARY", payload],
+      ["TEXT", "t".repeat(size)],
+      ["PING", payload.slice(0, 125)],
+      ["PONG", payload.slice(0, 100)],
+    ];
+  });
+  const given: Frame[] = [];
+  await using ws = sseAdapter({
+    bidir: true,
+    resumeTimeout: 0,
+    hooks: {
+      message: (_, { rawData }) =>
+        void given.push(
+          typeof rawData === "string" ? ["TEXT", rawData] : ["BINARY", rawData as Uint8Array],
+        ),
+      ping: (_, data) => void given.push(["PING", data]),
+      pong: (_, data) => void given.push(["PONG", data]),
+    },
+  });
+  for (const streamOf of [byteStreamOf, ordinaryStreamOf]) {
+    given.length = 0;
+    const peer = await WirePeer.open(ws.fetch, "http://localhost/");
+    const body = streamOf(sent.map(([type, payload]) => frame(type, payload)));
+    const response = await peer.post(body, { ...UPLINK, "x-duplex-seq": "1" });
+    assertEquals(response.status, 204);
+    assertEquals(given, sent);
+    await peer.drop();
+  }
 });
 
 // ---------------------------------------------------------------- Message

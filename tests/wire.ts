@@ -11,6 +11,7 @@ import { concat } from "./split.ts";
 
 export type Fetch = (request: Request) => Promise<Response>;
 type Headers_ = Record<string, string>;
+type Bytes = Uint8Array<ArrayBuffer>;
 
 const encoder = new TextEncoder();
 const bytesOf = (data: string | Uint8Array) =>
@@ -43,6 +44,21 @@ export function streamOf(
     },
     cancel: cancelled,
   }, { highWaterMark: 0 });
+}
+
+/** The same body as runtimes that have byte streams give it: read into the reader's own buffer. */
+export function byteStreamOf(chunks: Iterable<string | Uint8Array>): ReadableStream<Bytes> {
+  const iterator = chunks[Symbol.iterator]();
+  return new ReadableStream({
+    type: "bytes",
+    pull(controller) {
+      let next = iterator.next();
+      while (!next.done && !next.value.length) next = iterator.next(); // it takes no empty chunk
+      if (!next.done) return controller.enqueue(bytesOf(next.value).slice());
+      controller.close();
+      controller.byobRequest?.respond(0);
+    },
+  });
 }
 
 /** A POST body by hand; a stream goes in chunks. */
