@@ -2102,6 +2102,7 @@ function encodeClose(ending: Ending, full = true): Bytes {
 const FRAME_GRAMMAR = /^(TEXT|BINARY|CLOSE|PING|PONG|ACK|SEQ)(?: ([0-9A-Fa-f]{1,8}))?\r\n$/;
 const MAX_HEADER = 20;
 const MAX_CONTROL = 125;
+const TEXT_HEADER: Bytes = encoder.encode("TEXT ");
 
 /** Reads a body's frames and hands on those that are new. */
 async function readUplink(
@@ -2181,7 +2182,7 @@ class UplinkParser {
     let at = 0;
     while (at < chunk.length) {
       if (!this.#missing) {
-        at = this.#readHeader(chunk, at);
+        at = this.#readText(chunk, at) || this.#readHeader(chunk, at);
         continue;
       }
       const end = Math.min(chunk.length, at + this.#missing);
@@ -2207,6 +2208,26 @@ class UplinkParser {
     }
     this.#buffer.set(part, this.#filled);
     this.#filled = filled;
+  }
+
+  /**
+   * Most of all frames: a TEXT that is there as a whole, read without a detour over strings.
+   * Returns its end; 0 for what is anything else, or wrong, and left to the methods below.
+   */
+  #readText(chunk: Bytes, at: number): number {
+    if (this.#header || !standsAt(chunk, at, TEXT_HEADER)) return 0;
+    const digits = at + TEXT_HEADER.length;
+    let start = digits;
+    let length = 0;
+    for (let digit; start < digits + 8 && (digit = hexDigit(chunk[start])) >= 0; start++) {
+      length = length * 16 + digit;
+    }
+    if (start === digits || length > this.#max) return 0;
+    if (chunk[start++] !== 13 || chunk[start++] !== 10) return 0;
+    const end = start + length + 2;
+    if (chunk[end - 2] !== 13 || chunk[end - 1] !== 10) return 0;
+    this.#onFrame("TEXT", chunk.subarray(start, end - 2), end - at);
+    return end;
   }
 
   #readHeader(chunk: Bytes, at: number): number {
@@ -2243,6 +2264,19 @@ class UplinkParser {
     this.#header = "";
     this.#onFrame(this.#type, payload, size);
   }
+}
+
+/** Whether these bytes stand there. */
+function standsAt(chunk: Bytes, at: number, bytes: Bytes): boolean {
+  for (let i = 0; i < bytes.length; i++) if (chunk[at + i] !== bytes[i]) return false;
+  return true;
+}
+
+/** The value of a hexadecimal digit; -1 for what is none. */
+function hexDigit(byte = 0): number {
+  if (byte >= 48 && byte <= 57) return byte - 48;
+  const letter = byte | 32; // in lower case
+  return letter >= 97 && letter <= 102 ? letter - 87 : -1;
 }
 
 // --- Requests and refusals ---
