@@ -1270,17 +1270,28 @@ class Session implements Receiver {
       this.#clogged ||= this.bufferedAmount > 0;
       return;
     }
+    // Mostly one message is due and nothing else, or nothing at all: then without any array.
+    const plainly = this.full && !this.#ackDue && !this.#pings && !this.#closing &&
+      connection.begun;
+    if (plainly && this.next === this.#log.last && this.#inFlight < this.#hub.window) {
+      this.#write(connection, this.#take());
+    } else if (!plainly || this.next <= this.#log.last) this.#flushAll(connection);
+    if (this.#clogged || this.bufferedAmount > 0 || this.#waiters) this.#afterFlush();
+  }
+
+  #flushAll(connection: Connection): void {
     const parts: Bytes[] = [];
     this.#gatherControl(connection, parts);
     this.#gatherMessages(parts);
     const last = this.#closing && this.next > this.#log.last;
     if (last) parts.push(encodeClose(this.#closing!, this.full));
-    if (parts.length) {
-      this.#lastWrite = Date.now();
-      connection.write(this.#hub.join(parts));
-    }
+    if (parts.length) this.#write(connection, this.#hub.join(parts));
     if (last) this.#afterClose();
-    this.#afterFlush();
+  }
+
+  #write(connection: Connection, chunk: Bytes): void {
+    this.#lastWrite = Date.now();
+    connection.write(chunk);
   }
 
   #gatherControl(connection: Connection, parts: Bytes[]): void {
@@ -1307,18 +1318,24 @@ class Session implements Receiver {
     while (
       this.next <= this.#log.last && size < MAX_CHUNK && (!this.full || this.#inFlight < window)
     ) {
-      const bytes = this.#log.get(this.next);
       if (!this.full) parts.push(encoder.encode(`id: ${this.key}.${this.next}\n`));
+      const bytes = this.#take();
       parts.push(bytes);
       size += bytes.length;
-      this.#inFlight += bytes.length;
-      if (this.next > this.#written) {
-        this.#written = this.next;
-        this.bufferedAmount -= bytes.length;
-      }
-      this.next++;
     }
     if (!this.full && size) this.#trimHistory();
+  }
+
+  /** The next message, as given to the connection from now on. */
+  #take(): Bytes {
+    const bytes = this.#log.get(this.next);
+    this.#inFlight += bytes.length;
+    if (this.next > this.#written) {
+      this.#written = this.next;
+      this.bufferedAmount -= bytes.length;
+    }
+    this.next++;
+    return bytes;
   }
 
   #afterFlush(): void {
@@ -1365,11 +1382,13 @@ class Session implements Receiver {
   }
 
   #wake(): void {
-    for (const waiter of this.#waiters ?? []) {
+    if (!this.#waiters) return;
+    for (const waiter of this.#waiters) {
       if (this.bufferedAmount > waiter.threshold && this.readyState < CLOSING) continue;
-      this.#waiters!.delete(waiter);
+      this.#waiters.delete(waiter);
       waiter.resolve();
     }
+    if (!this.#waiters.size) this.#waiters = undefined;
   }
 
   // --- Receiving ---
@@ -1945,6 +1964,11 @@ class Connection {
       },
       cancel: () => session.lose(this),
     }, { highWaterMark: 0 });
+  }
+
+  /** The first bytes are out. */
+  get begun(): boolean {
+    return !this.#preface;
   }
 
   takePreface(): Bytes | undefined {
