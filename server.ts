@@ -77,6 +77,14 @@ const MAX_CHUNK = 256 * 1024;
 /** So many messages that wait, of this size on average or less, are kept in one piece. */
 const PACK_COUNT = 512;
 const PACK_SIZE = 1024;
+/** So many sessions flushed at once are a crowd, after which publications rest. */
+const CROWD = 64;
+/** The longest rest in ms, beyond the time that the event loop was busy. */
+const MAX_REST = 20;
+/** A rest that lasts so long, in ms, is none: the runtime has stopped its timers. */
+const STALLED = 1_000;
+/** What a session holds during a rest, in bytes: more would make its chunks no better. */
+const MAX_HELD = 16 * 1024;
 const MAX_BODIES = 2;
 const MAX_PENDING_PINGS = 16;
 /** What one read of a body has room for: while little comes, and once that was too little. */
@@ -490,6 +498,8 @@ class Hub {
   readonly maxBufferedAmount: number;
   readonly window: number;
   readonly maxPeers: number;
+  /** What a session that is published to may hold during a rest. */
+  readonly mostHeld: number;
   /** How long the client has to answer a close, and to take the last bytes. */
   readonly closeTimeout: number;
   readonly sync: SyncDriver | undefined;
@@ -505,6 +515,10 @@ class Hub {
   /** Ended sessions whose last bytes are still to be taken. */
   readonly #lingering: Set<Session> = new Set();
   #dirty: Session[] = [];
+  /** During a rest: the sessions that have been published to. */
+  #held: Session[] | undefined;
+  #holdUntil = 0;
+  #restTimer: ReturnType<typeof setTimeout> | undefined;
   #flushing = false;
   #lastParts: Bytes[] = [];
   #lastChunk: Bytes = HEARTBEAT;
@@ -526,6 +540,7 @@ class Hub {
     this.idleTimeout = atLeast(0, "idleTimeout", options, DEFAULT_IDLE_TIMEOUT) * 1000;
     this.maxMessageSize = atLeast(1, "maxMessageSize", options, DEFAULT_MAX_MESSAGE_SIZE);
     this.maxBufferedAmount = atLeast(0, "maxBufferedAmount", options, DEFAULT_MAX_BUFFERED_AMOUNT);
+    this.mostHeld = Math.min(MAX_HELD, this.maxBufferedAmount / 2);
     this.window = atLeast(1, "window", options, DEFAULT_WINDOW);
     this.maxPeers = atLeast(1, "maxPeers", options, DEFAULT_MAX_PEERS);
     this.sync = options.sync && this.#connectSync(options.sync);
@@ -920,7 +935,8 @@ class Hub {
   #fanOut(namespace: string, topic: string, frame: Frame, except?: Session): void {
     const subscribers = this.#topics.get(namespace)?.get(topic);
     if (!subscribers) return;
-    for (const session of subscribers) if (session !== except) session.send(frame);
+    const hold = !!this.#held && Date.now() < this.#holdUntil;
+    for (const session of subscribers) if (session !== except) session.send(frame, hold);
   }
 
   #connectSync(connect: SyncAdapter): SyncDriver {
@@ -978,10 +994,34 @@ class Hub {
       this.#flushing = false;
       const dirty = this.#dirty;
       this.#dirty = [];
+      if (dirty.length >= CROWD && !this.#held) this.#rest();
       for (const session of dirty) session.flush();
       this.#lastParts = [];
       this.#lastChunk = HEARTBEAT;
     });
+  }
+
+  /**
+   * The chunks of a crowd keep the runtime busy for much longer than it took to make them, and
+   * what is published meanwhile would queue up behind them, chunk after chunk. So it is held
+   * for as long as the event loop is busy, and once more as long, and goes as one chunk.
+   */
+  #rest(): void {
+    const held: Session[] = this.#held = [];
+    const started = Date.now();
+    this.#holdUntil = started + STALLED;
+    const end = () => {
+      this.#held = undefined;
+      for (const session of held) session.schedule();
+    };
+    this.#restTimer = setTimeout(() => {
+      this.#restTimer = setTimeout(end, Math.min(Date.now() - started, MAX_REST));
+    });
+  }
+
+  /** Flushes the session at the end of the rest, if there is one. */
+  hold(session: Session): boolean {
+    return !!this.#held?.push(session);
   }
 
   /** One chunk of many frames; subscribers that are sent the same frames share the chunk, too. */
@@ -1074,6 +1114,7 @@ class Hub {
     await new Promise((resolve) => setTimeout(resolve)); // the runtime takes what is left
     for (const session of [...this.#lingering]) session.abandon();
     this.#tombstones.clear();
+    clearTimeout(this.#restTimer);
     clearTimeout(this.#timer);
     this.#timer = undefined;
     this.#nextSweep = Infinity;
@@ -1138,6 +1179,7 @@ class Session implements Receiver {
   #pings: string[] | undefined;
   #closing: Ending | undefined;
   #dirty = false;
+  #held = false;
   #clogged = false;
   #waiters: Set<Waiter> | undefined;
   #bodies: Reader[] | undefined;
@@ -1230,7 +1272,8 @@ class Session implements Receiver {
 
   // --- Sending ---
 
-  send(frame: Frame): number {
+  /** The message goes at the end of the current job; with `hold`, at that of a rest. */
+  send(frame: Frame, hold = false): number {
     if (this.readyState !== OPEN) return 0;
     // "send on a peer already past maxBufferedAmount closes it with 1013 and frees its memory."
     if (this.bufferedAmount > this.#hub.maxBufferedAmount) {
@@ -1242,18 +1285,25 @@ class Session implements Receiver {
     this.bufferedAmount += bytes.length;
     if (!this.full && !this.#connection) this.#keepHistory();
     else this.#log.pack(this.#written);
-    this.#schedule();
+    if (!hold || !this.#hold()) this.schedule();
     return this.#clogged ? -1 : bytes.length;
+  }
+
+  /** Not what somebody waits for, and never so much that it comes near a limit. */
+  #hold(): boolean {
+    if (this.#dirty || this.#waiters || this.bufferedAmount > this.#hub.mostHeld) return false;
+    return this.#held ||= this.#hub.hold(this);
   }
 
   ping(data: Bytes): void {
     if (!this.full || this.readyState !== OPEN) return;
     if ((this.#pings ??= []).length >= MAX_PENDING_PINGS) this.#pings.shift();
     this.#pings.push(toBase64(data));
-    this.#schedule();
+    this.schedule();
   }
 
-  #schedule(): void {
+  schedule(): void {
+    this.#held = false;
     if (this.#dirty) return;
     this.#dirty = true;
     this.#hub.schedule(this);
@@ -1377,6 +1427,7 @@ class Session implements Receiver {
         },
       };
       (this.#waiters ??= new Set()).add(waiter);
+      if (this.#held) this.schedule();
       signal?.addEventListener("abort", abort, { once: true });
     });
   }
@@ -1463,7 +1514,7 @@ class Session implements Receiver {
 
   #acknowledge(): void {
     this.#ackDue = true;
-    this.#schedule();
+    this.schedule();
   }
 
   control(type: string, payload: Bytes): void {
@@ -1480,7 +1531,7 @@ class Session implements Receiver {
       const before = this.#log.bytes;
       this.#log.trim(count);
       this.#inFlight -= before - this.#log.bytes;
-      this.#schedule();
+      this.schedule();
     }
   }
 
@@ -1588,7 +1639,7 @@ class Session implements Receiver {
     this.#closing = { code, reason, sent };
     for (const topic of this.topics) this.#hub.unsubscribe(this, topic);
     this.#wake();
-    this.#schedule();
+    this.schedule();
   }
 
   /** `duplex-close` is out: a full client will answer it, a plain one cannot. */

@@ -311,6 +311,72 @@ test("bufferedAmount counts to the byte what the connection has not been given",
   assertEquals(drains, [0]);
 });
 
+/** More than the server calls a crowd, all reading; `chunks` of each are as they came. */
+async function crowd(t: TestContext, options: SSEOptions = {}) {
+  const peers: Peer[] = [];
+  const ws = sseAdapter({
+    resumeTimeout: 0,
+    ...options,
+    hooks: {
+      open(peer) {
+        peer.subscribe("news");
+        peers.push(peer);
+      },
+    },
+  });
+  t.defer(async () => {
+    for (const peer of peers) peer.terminate();
+    await ws.close();
+  });
+  const all: string[][] = [];
+  for (let i = 0; i < 100; i++) {
+    const headers = { accept: "text/event-stream", "x-duplex-version": "1" };
+    const { body } = await ws.fetch(new Request("http://localhost/", { headers }));
+    const chunks: string[] = [];
+    body!.pipeThrough(new TextDecoderStream()).pipeTo(
+      new WritableStream({ write: (chunk) => void chunks.push(chunk) }),
+    );
+    all.push(chunks);
+  }
+  await until(() => all.every((chunks) => chunks.length === 1)); // the preface
+  for (const chunks of all) chunks.length = 0;
+  return { ws, peers, all };
+}
+
+const turn = () => new Promise<void>((resolve) => setImmediate(resolve));
+
+test("what is published to a crowd in quick succession shares chunks, and keeps its order", async (t) => {
+  const { ws, peers, all } = await crowd(t);
+  for (let i = 0; i < 40; i++) {
+    ws.publish("news", `${i}`);
+    if (i === 20) peers[7]!.send("for you alone");
+    await turn();
+  }
+  const expected = Array.from({ length: 40 }, (_, i) => `data: ${i}\n\n`);
+  await until(() => all.every((chunks) => chunks.join("").includes(expected.at(-1)!)));
+  for (const [i, chunks] of all.entries()) {
+    assertLess(chunks.length, 40);
+    const messages = i === 7 ? expected.toSpliced(21, 0, "data: for you alone\n\n") : expected;
+    assertEquals(chunks.join(""), messages.join(""));
+  }
+});
+
+test("a rest after a crowd holds nothing that is waited for, and nothing up to a limit", async (t) => {
+  const maxBufferedAmount = 4096;
+  const { ws, peers, all } = await crowd(t, { maxBufferedAmount });
+  const [one, two] = peers as [Peer, Peer];
+  for (let i = 0; i < 30; i++) {
+    ws.publish("news", "x".repeat(1500));
+    await one.waitForDrain();
+    assertEquals(one.bufferedAmount, 0);
+    assertLessOrEqual(two.bufferedAmount, maxBufferedAmount);
+    await turn();
+  }
+  const complete = (chunks: string[]) => chunks.join("").length === 30 * 1508;
+  await until(() => all.every(complete));
+  assertEquals(peers.filter(({ websocket }) => websocket.readyState !== 1), []);
+});
+
 test("a sender at the window goes on with control events, and below it begins one message of any size", async (t) => {
   const session = t.use(await open({ window: 1000 }));
   const { peer, reader, post } = session;
