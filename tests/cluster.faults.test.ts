@@ -3,10 +3,10 @@
  * next one, over a real Redis: under cuts, kill -9, an outage of Redis and a
  * rolling restart.
  */
-import { WebSocketSSE, type WebSocketSSEOptions } from "../client.ts";
+import { WebSocketSSE } from "../client.ts";
 import { RedisServer, type RoundRobin, roundRobin } from "./bus.ts";
 import { chaos, pickSeed } from "./chaos.ts";
-import type { Told } from "./fixtures/cluster.ts";
+import type { Told } from "./fixtures/instance.ts";
 import {
   assert,
   assertEquals,
@@ -22,6 +22,7 @@ import {
   until,
 } from "./harness.ts";
 import { connect } from "./pair.ts";
+import { gather, numbers, Talker, talkers } from "./talker.ts";
 
 const skip = needs("redis-server", "deno", "bun");
 
@@ -66,75 +67,17 @@ async function launchAll(t: TestContext, env: Record<string, string> = {}): Prom
   return { redis, instances, proxy };
 }
 
-/** A client that counts, and takes what comes back only in order. */
-class Talker {
-  readonly name: string;
-  readonly socket: WebSocketSSE;
-  readonly failures: string[] = [];
-  closed: CloseEvent | undefined;
-  closedAt = 0;
-  sent = 0;
-  received = 0;
-
-  constructor(t: TestContext, url: string, name: string, options: WebSocketSSEOptions = {}) {
-    this.name = name;
-    this.socket = new WebSocketSSE(`${url}/?c=${name}`, { signal: t.signal, ...options });
-    this.socket.onmessage = ({ data }) => {
-      if (data === `${this.received}`) this.received++;
-      else this.failures.push(`${data} after ${this.received - 1}`);
-    };
-    this.socket.onclose = (event) => {
-      this.closed = event;
-      this.closedAt = performance.now();
-    };
-  }
-
-  /** Says so many things, a few at a time. */
-  async talk(count: number, pause = 2): Promise<void> {
-    for (const last = this.sent + count; this.sent < last && !this.closed;) {
-      this.socket.send(`${this.sent++}`);
-      if (this.sent % 5 === 0) await sleep(pause);
-    }
-  }
-
-  async heard(timeout = 30_000): Promise<void> {
-    await until(() => this.received === this.sent || this.closed, { timeout, interval: 20 });
-  }
-}
-
-/** All that the instances know, and that each session was at one alone. */
-async function gather(instances: Instance[]): Promise<Record<string, string[]>> {
-  const got: Record<string, string[]> = {};
-  for (const { sessions } of await Promise.all(instances.map((instance) => instance.tell()))) {
-    for (const [name, seen] of Object.entries(sessions)) {
-      assert(!got[name], `${name} was at two instances`);
-      assertEquals(seen.opens, 1, name);
-      got[name] = seen.got;
-    }
-  }
-  return got;
-}
-
-const numbers = (count: number) => Array.from({ length: count }, (_, i) => `${i}`);
-
 test(
   "three processes, every request at the next one: exactly once, in order, through cuts",
   async (t) => {
     const { instances, proxy } = await launchAll(t);
     const network = t.use(await chaos(proxy.port, { seed: pickSeed(), cutEvery: [100, 500] }));
-    const transports = ["post", "post", "stream", "duplex"] as const;
-    const talkers = await Promise.all(transports.map(async (transport, i) => {
-      for (let attempt = 0;; attempt++) { // opening is not repeated by the client itself
-        const talker = new Talker(t, network.url, `${i}.${attempt}`, { transport });
-        await Promise.race([once(talker.socket, "open"), once(talker.socket, "close")]);
-        if (talker.socket.readyState === WebSocketSSE.OPEN) return talker;
-      }
-    }));
-    await Promise.all(talkers.map((talker) => talker.talk(600, 10)));
-    await Promise.all(talkers.map((talker) => talker.heard()));
+    const all = await talkers(t, network.url, ["post", "post", "stream", "duplex"]);
+    await Promise.all(all.map((talker) => talker.talk(600, 10)));
+    await Promise.all(all.map((talker) => talker.heard()));
     network.calm();
     const got = await gather(instances);
-    for (const { name, received, failures, socket } of talkers) {
+    for (const { name, received, failures, socket } of all) {
       assertEquals([failures, received], [[], 600], name);
       assertEquals(got[name], numbers(600), name);
       assertGreater(socket.stats.resumes, 0, name);
