@@ -73,8 +73,8 @@ const ENVELOPE_SLACK = 64;
 const MAX_BATCH = 512 * 1024;
 /** A body without a length is whole after this, or it is a stream. */
 const LENGTHLESS_PATIENCE = 250;
+/** Or what `maxMessageSize` asks for. Four of them may be incomplete. */
 const MAX_MESSAGE = 16 * 1024 * 1024;
-const MAX_ASSEMBLIES = 64 * 1024 * 1024;
 const MAX_PENDING = 1024;
 const MAX_PENDING_BYTES = 32 * 1024 * 1024;
 const MAX_RELAYS = 100_000;
@@ -87,6 +87,9 @@ const MAX_SEEN = 100_000;
 /** What the owner says has this long to contradict what anybody could say. */
 const DOUBT = 1_000;
 const REPORT_PERIOD = 1_000;
+/** Until a subscription that failed is tried again, twice as long each time. */
+const RETRY_PERIOD = 500;
+const MAX_RETRY_PERIOD = 30_000;
 const PRUNE_PERIOD = 60_000;
 
 const encoder: TextEncoder = new TextEncoder();
@@ -207,11 +210,17 @@ class Router implements RoutingDriver {
   readonly #served: Map<string, Served> = new Map();
   /** Ids of requests served, and when they may be forgotten. */
   readonly #seen: Map<string, number> = new Map();
-  /** The subscription stands. */
-  #ready: Promise<unknown> = Promise.resolve();
+  /** The same of uplinks: the latest will do, since the numbers of messages tell a repetition. */
+  readonly #seenUplinks: Map<string, number> = new Map();
+  /** The subscription stands; until then requests wait, by the ids of their relays. */
+  #subscribed = false;
+  readonly #waiting: Map<string, () => void> = new Map();
+  /** Until the next attempt at the subscription. */
+  #retry: ReturnType<typeof setTimeout> | undefined;
   /** What came in and is not done with. */
   readonly #work: Set<Promise<void>> = new Set();
   #timer: ReturnType<typeof setInterval> | undefined;
+  #ticked = 0;
   #closed = false;
 
   constructor(instance: string, driver: ClusterDriver, maxPayload: number, timeout: number) {
@@ -227,6 +236,7 @@ class Router implements RoutingDriver {
   attach(host: RoutingHost): void {
     this.#host = host;
     this.#names = new Names(host);
+    this.#bus.take(host.maxMessageSize + 2 * MAX_BATCH); // a body as readBody takes it, and a head
   }
 
   own(token: string): void {
@@ -235,9 +245,25 @@ class Router implements RoutingDriver {
 
   subscribe(deliver: (message: SyncMessage) => void): MaybePromise<void> {
     this.#deliver = deliver;
-    const subscribing = this.#driver.subscribe((message) => this.#receive(message));
-    this.#ready = Promise.resolve(subscribing).catch(() => {}); // the hub reports it
-    return subscribing;
+    this.#subscribe(RETRY_PERIOD);
+  }
+
+  /** A backplane that is down at the start would else leave this instance deaf for good. */
+  async #subscribe(pause: number): Promise<void> {
+    let failed = false; // the driver may have left a listener of this attempt, too
+    try {
+      await this.#driver.subscribe((message) => failed || this.#receive(message));
+      this.#subscribed = true;
+      for (const go of this.#waiting.values()) go();
+      this.#waiting.clear();
+    } catch (error) {
+      failed = true;
+      this.#report("subscribe", error);
+      if (this.#closed) return;
+      const longer = Math.min(2 * pause, MAX_RETRY_PERIOD);
+      this.#retry = setTimeout(() => this.#subscribe(longer), pause);
+      (this.#retry as { unref?(): void }).unref?.(); // where timers can do so
+    }
   }
 
   publish(message: SyncMessage): Promise<void> {
@@ -257,14 +283,27 @@ class Router implements RoutingDriver {
   async close(): Promise<void> {
     this.#closed = true;
     clearInterval(this.#timer);
+    clearTimeout(this.#retry);
     for (const relay of this.#relays.values()) relay.end();
     for (const served of this.#served.values()) served.cancel();
     // Answers on their way, the last CLOSE's among them.
+    await this.#within(Promise.allSettled(this.#work));
+    try {
+      if (await this.#within(this.#driver.close?.())) return;
+      throw new Error("The backplane does not close");
+    } catch (error) { // who stops while the backplane is down must be able to
+      this.#report("subscribe", error);
+    }
+  }
+
+  /** Whether something is done in time. */
+  async #within(doing: unknown): Promise<boolean> {
     let timer: ReturnType<typeof setTimeout> | undefined;
-    const late = new Promise((resolve) => timer = setTimeout(resolve, this.#timeout));
-    await Promise.race([Promise.allSettled(this.#work), late]);
-    clearTimeout(timer);
-    await this.#driver.close?.();
+    const late = new Promise<false>((resolve) => {
+      timer = setTimeout(() => resolve(false), this.#timeout);
+    });
+    const done = Promise.resolve(doing).then(() => true);
+    return await Promise.race([done, late]).finally(() => clearTimeout(timer));
   }
 
   // --- As the instance that received a request ---
@@ -296,7 +335,10 @@ class Router implements RoutingDriver {
     const id = hex(crypto.getRandomValues(new Uint8Array(ID_SIZE)));
     const owner = token.slice(0, 16);
     const send = (head: Head, body?: Bytes) => this.#send(owner, key, head, body);
-    const relay = new Relay(id, key, token, this.#timeout, send, () => this.#relays.delete(id));
+    const relay = new Relay(id, key, token, this.#timeout, send, () => {
+      this.#relays.delete(id);
+      this.#waiting.delete(id);
+    });
     const late = setTimeout(() => {
       this.#report("delivery", new Error(`No answer from instance ${owner}`));
       relay.end();
@@ -307,10 +349,9 @@ class Router implements RoutingDriver {
     const time = Date.now();
     const from = this.#instance;
     const head: Head = { kind: "request", id, from, session, time, method, headers, namespace };
-    // An answer would not be heard before.
-    this.#ready.then(async () => {
-      if (this.#relays.has(id) && !await send(head, body)) relay.end();
-    });
+    const go = () => send(head, body).then((sent) => sent || relay.end());
+    if (this.#subscribed) go();
+    else this.#waiting.set(id, go); // an answer would not be heard
     return await relay.response.finally(() => clearTimeout(late));
   }
 
@@ -324,12 +365,16 @@ class Router implements RoutingDriver {
     }
     const key = await (known.key ??= keyOf(known.token));
     if (!await verify(key, message)) throw new Error("A forged request on the backplane");
-    const now = Date.now();
-    if (Math.abs(now - head.time) > REPLAY_WINDOW || this.#seen.has(head.id)) {
-      throw new Error("A request on the backplane is replayed, or late");
+    const off = Date.now() - head.time;
+    if (Math.abs(off) > REPLAY_WINDOW) {
+      const seconds = Math.round(off / 1000);
+      throw new Error(`A request on the backplane is replayed, or clocks differ: ${seconds} s`);
     }
-    if (this.#closed || this.#seen.size >= MAX_SEEN) return; // silence is 503 there
-    this.#seen.set(head.id, now + 2 * REPLAY_WINDOW);
+    if (this.#seen.has(head.id) || this.#seenUplinks.has(head.id)) {
+      throw new Error("A request on the backplane is replayed");
+    }
+    if (this.#closed) return; // silence is 503 there
+    this.#remember(head);
     const response = await this.#host.fetch(
       new Request("http://cluster.invalid/", {
         method: head.method,
@@ -343,6 +388,20 @@ class Router implements RoutingDriver {
       head.namespace,
     );
     await this.#answer(head, key, known.token, response);
+  }
+
+  #remember({ id, method, headers }: RequestHead): void {
+    const isUplink = method === "POST" && headers["content-type"]?.startsWith(UPLINK_TYPE) &&
+      headers.accept !== STREAM_TYPE;
+    const seen = isUplink ? this.#seenUplinks : this.#seen;
+    if (seen.size >= MAX_SEEN) {
+      if (!isUplink) throw new Error("Too many requests to tell them from replayed ones");
+      for (const [oldest] of seen) {
+        seen.delete(oldest);
+        break;
+      }
+    }
+    seen.set(id, clock() + 2 * REPLAY_WINDOW);
   }
 
   async #answer(
@@ -388,14 +447,12 @@ class Router implements RoutingDriver {
 
   /** Whatever comes in: nothing of it may do more harm than a report. */
   #receive(message: SyncMessage): void {
-    if (!message.namespace.startsWith(RESERVED)) return this.#deliver(message);
-    if (message.topic !== this.#instance && message.topic !== ALL || this.#closed) return;
-    let incoming: Incoming | undefined;
     try {
+      if (!message.namespace.startsWith(RESERVED)) return this.#deliver(message);
+      if (message.topic !== this.#instance && message.topic !== ALL || this.#closed) return;
       const whole = this.#bus.assemble(message);
       if (!whole) return this.#startTimer(); // to forget what stays incomplete
-      incoming = decodeMessage(whole);
-      const work = this.#dispatch(incoming)
+      const work = this.#dispatch(decodeMessage(whole))
         .catch((error) => this.#report("delivery", error))
         .finally(() => this.#work.delete(work));
       this.#work.add(work);
@@ -441,20 +498,33 @@ class Router implements RoutingDriver {
 
   #startTimer(): void {
     if (this.#timer !== undefined || this.#closed) return;
-    this.#timer = setInterval(() => this.#tick(), Math.min(500, this.#timeout / 2));
+    this.#ticked = clock();
+    this.#timer = setInterval(() => this.#tick(), this.#period);
     (this.#timer as { unref?(): void }).unref?.(); // where timers can do so
   }
 
+  get #period(): number {
+    return Math.min(500, this.#timeout / 2);
+  }
+
   #tick(): void {
-    const now = Date.now();
-    for (const relay of this.#relays.values()) relay.tick(now);
-    for (const served of this.#served.values()) served.tick(now);
-    this.#bus.forget(now);
-    for (const [id, expires] of this.#seen) {
-      if (now < expires) break; // they came in this order
-      this.#seen.delete(id);
+    const now = clock();
+    // After a pause of this process's own, what was said meanwhile is still to be heard.
+    const paused = now - this.#ticked > 2 * this.#period;
+    this.#ticked = now;
+    if (!paused) {
+      for (const relay of this.#relays.values()) relay.tick(now);
+      for (const served of this.#served.values()) served.tick(now);
     }
-    if (this.#relays.size || this.#served.size || this.#seen.size || this.#bus.assembling) return;
+    this.#bus.forget(now);
+    for (const seen of [this.#seen, this.#seenUplinks]) {
+      for (const [id, expires] of seen) {
+        if (now < expires) break; // they came in this order
+        seen.delete(id);
+      }
+    }
+    const idle = [this.#relays, this.#served, this.#seen, this.#seenUplinks].every((m) => !m.size);
+    if (!idle || this.#bus.assembling) return;
     clearInterval(this.#timer);
     this.#timer = undefined;
   }
@@ -487,8 +557,8 @@ class Relay {
   /** Parts given to the client, and how many of them the owner was told. */
   #got = 0;
   #told = 0;
-  #lastHeard: number = Date.now();
-  #lastTold: number = Date.now();
+  #lastHeard: number = clock();
+  #lastTold: number = clock();
 
   constructor(
     id: string,
@@ -520,14 +590,14 @@ class Relay {
   /** The bus may repeat and reorder: parts are taken by their numbers. */
   take(head: AnswerHead, body: Bytes): void {
     if (this.#ended || head.n < this.#next || head.n > this.#got + 2 * CREDIT) return;
-    this.#lastHeard = Date.now();
+    this.#lastHeard = clock();
     this.#held.set(head.n, { head, body });
     for (let part = this.#held.get(this.#next); part; part = this.#held.get(this.#next)) {
       this.#held.delete(this.#next++);
       this.#gapSince = Infinity;
       this.#accept(part.head, part.body);
     }
-    if (this.#held.size) this.#gapSince = Math.min(this.#gapSince, Date.now());
+    if (this.#held.size) this.#gapSince = Math.min(this.#gapSince, clock());
     this.#flush();
   }
 
@@ -577,14 +647,14 @@ class Relay {
 
   #tell(ask: boolean): void {
     this.#told = this.#got;
-    this.#lastTold = Date.now();
+    this.#lastTold = clock();
     this.#send({ kind: "credit", id: this.#id, got: this.#got, ask });
   }
 
   /** The owner says how many parts it has sent. */
   compare(sent: number): void {
-    this.#lastHeard = Date.now();
-    if (sent >= this.#next) this.#gapSince = Math.min(this.#gapSince, Date.now());
+    this.#lastHeard = clock();
+    if (sent >= this.#next) this.#gapSince = Math.min(this.#gapSince, clock());
   }
 
   /** "A gap or silence ends the stream, which the client resumes." */
@@ -627,7 +697,7 @@ class Served {
   #allowed = CREDIT;
   #wake = () => {};
   #cancelled = false;
-  #lastHeard: number = Date.now();
+  #lastHeard: number = clock();
 
   constructor(
     id: string,
@@ -662,6 +732,7 @@ class Served {
   }
 
   #withoutToken(bytes: Bytes): Bytes {
+    if (!bytes.length) return bytes; // it was ended before it began
     const secret = this.#secret;
     this.#secret = EMPTY;
     if (secret.some((byte, at) => byte !== bytes[at])) throw new Error("An unknown event stream");
@@ -675,7 +746,7 @@ class Served {
   }
 
   allow(got: number, ask: boolean): void {
-    this.#lastHeard = Date.now();
+    this.#lastHeard = clock();
     this.#allowed = Math.max(this.#allowed, Math.min(got, this.#sent) + CREDIT);
     this.#wake();
     if (ask) this.#send({ kind: "alive", id: this.#id, sent: this.#sent });
@@ -708,7 +779,7 @@ class Names {
   readonly #host: RoutingHost;
   readonly #known: Map<string, Known> = new Map();
   readonly #naming: Set<Promise<void>> = new Set();
-  #pruned: number = Date.now();
+  #pruned: number = clock();
 
   constructor(host: RoutingHost) {
     this.#host = host;
@@ -720,7 +791,7 @@ class Names {
       this.#naming.delete(naming);
     });
     this.#naming.add(naming);
-    if (Date.now() - this.#pruned > PRUNE_PERIOD) this.#prune();
+    if (clock() - this.#pruned > PRUNE_PERIOD) this.#prune();
   }
 
   async find(name: string): Promise<Known | undefined> {
@@ -729,7 +800,7 @@ class Names {
   }
 
   #prune(): void {
-    this.#pruned = Date.now();
+    this.#pruned = clock();
     for (const [name, known] of this.#known) {
       if (this.#host.has(known.token)) continue;
       if (known.gone) this.#known.delete(name);
@@ -778,6 +849,7 @@ class Bus {
   readonly #capacity: number;
   readonly #assemblies: Map<string, Assembly> = new Map();
   #assembled = 0;
+  #maxMessage = MAX_MESSAGE;
   #pending = 0;
   #pendingBytes = 0;
 
@@ -787,6 +859,11 @@ class Bus {
     this.#timeout = timeout;
     const around = envelope({ namespace: NAMESPACE, topic: "0".repeat(16), data: EMPTY });
     this.#capacity = Math.floor((maxPayload - around) / 4) * 3 - FRAGMENT_HEADER;
+  }
+
+  /** Makes room for messages of so many bytes. */
+  take(size: number): void {
+    this.#maxMessage = Math.max(this.#maxMessage, size);
   }
 
   /** "Pending driver publishes are bounded." */
@@ -812,7 +889,7 @@ class Bus {
 
   /** In as many fragments as it takes. Throws while too much is pending. */
   async send(to: string, bytes: Bytes): Promise<void> {
-    if (bytes.length > MAX_MESSAGE) throw new RangeError("Too large for the backplane");
+    if (bytes.length > this.#maxMessage) throw new RangeError("Too large for the backplane");
     if (this.behind) throw new Error("The backplane is behind");
     const count = Math.ceil(bytes.length / this.#capacity);
     const id = crypto.getRandomValues(new Uint8Array(ID_SIZE));
@@ -853,13 +930,15 @@ class Bus {
     const view = new DataView(data.buffer, data.byteOffset, data.byteLength);
     const index = view.getUint32(1 + ID_SIZE);
     const count = view.getUint32(1 + ID_SIZE + 4);
-    const piece = data.slice(FRAGMENT_HEADER) as Bytes;
+    const piece: Bytes = new Uint8Array(data.subarray(FRAGMENT_HEADER)); // Buffer's slice is no copy
     if (count === 1 && index === 0) return piece;
-    if (index >= count || count * 256 > MAX_MESSAGE) throw new Error("Garbage on the backplane");
+    if (index >= count || count * 256 > this.#maxMessage) {
+      throw new Error("Garbage on the backplane");
+    }
     const id = hex(data.subarray(1, 1 + ID_SIZE));
     let assembly = this.#assemblies.get(id);
     if (!assembly) {
-      const expires = Date.now() + this.#timeout;
+      const expires = clock() + this.#timeout;
       assembly = { pieces: new Array(count), missing: count, size: 0, expires };
       this.#assemblies.set(id, assembly);
       this.#assembled += 8 * count; // the list takes memory, too
@@ -870,9 +949,9 @@ class Bus {
     assembly.size += piece.length;
     this.#assembled += piece.length;
     const complete = !assembly.missing;
-    if (complete || assembly.size > MAX_MESSAGE) this.#discard(id, assembly);
+    if (complete || assembly.size > this.#maxMessage) this.#discard(id, assembly);
     for (const [id, oldest] of this.#assemblies) {
-      if (this.#assembled <= MAX_ASSEMBLIES) break;
+      if (this.#assembled <= 4 * this.#maxMessage) break;
       this.#discard(id, oldest);
     }
     return complete ? concat(assembly.pieces as Bytes[]) : undefined;
@@ -1010,7 +1089,7 @@ function unavailable(): Response {
 function limited(report: Report): Report {
   const stages = new Map<Stage, { since: number; left: number }>();
   return (stage, error) => {
-    const now = Date.now();
+    const now = clock();
     const last = stages.get(stage);
     if (last && now - last.since < REPORT_PERIOD) return void last.left++;
     stages.set(stage, { since: now, left: 0 });
@@ -1020,6 +1099,11 @@ function limited(report: Report): Report {
     if (!last?.left) report(stage, reason);
     else report(stage, new Error(`${reason.message} (and ${last.left} more)`, { cause: error }));
   };
+}
+
+/** Milliseconds, for what happens here: other than Date.now(), it is never set back. */
+function clock(): number {
+  return performance.now();
 }
 
 function uint32(value: number): Bytes {

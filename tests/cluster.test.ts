@@ -498,6 +498,19 @@ test("a relaying instance that falls silent is left, and so is a client that goe
   await until(() => peer.send("x".repeat(1000)) === -1, { timeout: 3_000 });
 }, { timeout: 20_000 });
 
+test("a clock that is set back keeps no stream that has fallen silent", async (t) => {
+  let silent = false;
+  const bus = new MemoryBus(t, { fault: () => silent ? [] : [0] });
+  const { messages, peer, events } = await relayed(t, { bus, heartbeatInterval: 60_000 });
+  peer.send("before");
+  await messages.next();
+  const { now } = Date;
+  t.defer(() => Date.now = now);
+  Date.now = () => now() - 3_600_000;
+  silent = true;
+  await until(() => events.filter((type) => type === "drop").length === 2, { timeout: 3_000 });
+});
+
 test("a relayed stream is a message a part, and one back for every fourth", async (t) => {
   const bus = new MemoryBus(t);
   const { peer, messages } = await relayed(t, { bus });

@@ -1,0 +1,326 @@
+/**
+ * What an instance of a cluster must survive: a backplane that is down when it starts or stops,
+ * drivers that fail in every way, and strangers on the channel who know the protocol.
+ */
+import { redis } from "crossws/sync";
+import { Redis } from "ioredis";
+import { Buffer } from "node:buffer";
+import process from "node:process";
+import { cluster, type ClusterAdapter, type ClusterOptions } from "../cluster.ts";
+import type { SSEOptions, SyncMessage } from "../server.ts";
+import { MemoryBus, RedisServer } from "./bus.ts";
+import {
+  assert,
+  assertEquals,
+  assertLess,
+  assertMatch,
+  deferred,
+  needs,
+  test,
+  type TestContext,
+  until,
+  within,
+} from "./harness.ts";
+import { connect, listen, openRaw, type Pair, shutDown } from "./pair.ts";
+
+interface Instance extends Pair<Record<string, unknown>> {
+  readonly got: string[];
+  readonly errors: string[];
+}
+
+/** An instance that echoes, and whose sessions subscribe to "all". */
+async function start(
+  t: TestContext,
+  adapter: ClusterAdapter,
+  options: ClusterOptions & Pick<SSEOptions, "maxMessageSize"> = {},
+): Promise<Instance> {
+  const got: string[] = [];
+  const errors: string[] = [];
+  const { maxMessageSize, ...rest } = options;
+  const pair = await listen<Record<string, unknown>>(t, {
+    sync: cluster(adapter, rest),
+    onError: (error, { stage }) => void errors.push(`${stage}: ${(error as Error).message}`),
+    hooks: {
+      open: (peer) => peer.subscribe("all"),
+      message(peer, message) {
+        got.push(message.text().slice(0, 20));
+        peer.send(message.text().slice(0, 20));
+      },
+    },
+    ...maxMessageSize && { maxMessageSize },
+  });
+  return Object.assign(pair, { got, errors });
+}
+
+/** The uplink of somebody's session, at any instance. */
+async function post(
+  { url }: { url: string },
+  token: string,
+  seq: number,
+  body: string,
+): Promise<number> {
+  const response = await fetch(url, {
+    method: "POST",
+    headers: {
+      "content-type": "application/websocket-events",
+      "x-crossws-id": token,
+      "x-duplex-version": "1",
+      "x-duplex-seq": `${seq}`,
+    },
+    body,
+  });
+  await response.body?.cancel();
+  return response.status;
+}
+
+const STRANGER = `${"0".repeat(16)}.${"0".repeat(32)}`;
+
+// ---------------------------------------------------------------- drivers that fail
+
+test("Redis is down at the start: as soon as it is there, all is as it should be", async (t) => {
+  const server = await RedisServer.start(t);
+  await server.kill();
+  const instances = await Promise.all([0, 1].map(() => {
+    const client = quiet(
+      new Redis(server.port, "127.0.0.1", { retryStrategy: () => 20, maxRetriesPerRequest: 3 }),
+    );
+    t.defer(() => client.disconnect());
+    const adapter = redis({ client: client as never, channel: "duplex" });
+    return start(t, adapter, { timeout: 500 });
+  }));
+  const tabs = instances.map(({ url }) => connect(t, url, { transport: "post" }));
+  await Promise.all(tabs.map(({ opened }) => opened));
+  for (const { errors } of instances) {
+    await until(() => errors.filter((error) => error.startsWith("subscribe: ")).length > 1);
+  }
+  tabs[0]!.socket.send("local traffic goes on");
+  await tabs[0]!.messages.next();
+  const { token } = await openRaw(t, instances[0]!.url);
+  assertEquals(await post(instances[1]!, token, 1, "TEXT 2\r\nhi\r\n"), 503);
+
+  await server.start();
+  let n = 0;
+  await until(() => {
+    instances[0]!.ws.publish("all", `${++n}`);
+    return tabs[1]!.messages.left > 0;
+  }, { timeout: 10_000, interval: 50 });
+  instances[0]!.ws.publish("all", "last");
+  await until(() => tabs[1]!.messages.all.at(-1) === "last");
+  const { all } = tabs[1]!.messages;
+  assertEquals(new Set(all).size, all.length, "each once, however often it had to subscribe");
+  await until(async () => await post(instances[1]!, token, 1, "TEXT 2\r\nhi\r\n") === 204);
+  assertEquals(instances.map(({ got }) => got.filter((text) => text === "hi")), [["hi"], []]);
+}, { skip: needs("redis-server"), timeout: 30_000 });
+
+/** ioredis prints errors that nobody listens to, also those of its duplicates. */
+function quiet(client: Redis): Redis {
+  client.on("error", () => {});
+  const duplicate = client.duplicate.bind(client);
+  client.duplicate = (...args) => quiet(duplicate(...args));
+  return client;
+}
+
+for (
+  const [how, fail] of [
+    ["throws", () => {
+      throw new Error("thrown");
+    }],
+    ["rejects", () => Promise.reject(new Error("rejected"))],
+    ["never settles", () => new Promise<never>(() => {})],
+    ["rejects with undefined", () => Promise.reject(undefined)],
+  ] as [string, () => Promise<void>][]
+) {
+  test(`a driver that ${how}, whatever it is asked: sessions live, routing is 503, closing ends`, async (t) => {
+    const adapter: ClusterAdapter = () => ({
+      subscribe: fail,
+      publish: fail,
+      send: fail,
+      close: fail,
+    });
+    const instance = await start(t, adapter, { timeout: 200 });
+    const { opened, socket, messages } = connect(t, instance.url);
+    await opened;
+    socket.send("one");
+    assertEquals(await messages.next(), "one");
+    instance.ws.publish("all", "two");
+    assertEquals(await messages.next(), "two");
+    assertEquals(await within(post(instance, STRANGER, 1, "TEXT 2\r\nhi\r\n"), 2_000), 503);
+    await within(shutDown(instance.ws), 3_000, "closing");
+    assert(instance.errors.length > 0);
+    if (how !== "never settles") {
+      assert(instance.errors.some((error) => error.startsWith("subscribe: ")));
+      assert(instance.errors.some((error) => error.startsWith("publish: ")));
+    }
+  });
+}
+
+test("a driver may take back the memory of what it has delivered", async (t) => {
+  const bus = new MemoryBus(t, { limit: 8000 });
+  const reusing: ClusterAdapter = (context) => {
+    const driver = bus.adapter(context);
+    return {
+      ...driver,
+      subscribe: (deliver) =>
+        driver.subscribe((message) => {
+          if (typeof message.data === "string") return deliver(message);
+          const data = Buffer.from(message.data); // its slice() is no copy
+          deliver({ ...message, data });
+          data.fill(0);
+        }),
+    };
+  };
+  const [one, other] = await Promise.all(
+    [0, 1].map(() => start(t, reusing, { maxPayload: 8000 })),
+  ) as [Instance, Instance];
+  const { opened, messages } = connect(t, other.url);
+  await opened;
+  const text = "0123456789".repeat(5_000);
+  one.ws.publish("all", text);
+  assertEquals(await messages.next(), text);
+  const { token } = await openRaw(t, one.url);
+  assertEquals(await post(other, token, 1, "TEXT 2\r\nhi\r\n"), 204);
+  assertEquals([one.got, one.errors, other.errors], [["hi"], [], []]);
+});
+
+test("messages as large as the servers take are routed, too", async (t) => {
+  const bus = new MemoryBus(t);
+  const size = 17 * 1024 * 1024;
+  const [one, other] = await Promise.all(
+    [0, 1].map(() => start(t, bus.adapter, { maxMessageSize: size, timeout: 15_000 })),
+  ) as [Instance, Instance];
+  const { token } = await openRaw(t, one.url);
+  const body = `TEXT ${size.toString(16)}\r\n${"x".repeat(size)}\r\n`;
+  assertEquals(await post(other, token, 1, body), 204);
+  assertEquals([one.got, one.errors, other.errors], [["x".repeat(20)], [], []]);
+}, { timeout: 40_000 });
+
+// ---------------------------------------------------------------- strangers on the channel
+
+/** A message as PROTOCOL.md specifies it, in one fragment. */
+async function message(token: string, head: Record<string, unknown>, body = "") {
+  const encoder = new TextEncoder();
+  const text = encoder.encode(JSON.stringify(head));
+  const signed = new Uint8Array([0, 0, text.length >> 8, text.length & 255, ...text]);
+  const whole = new Uint8Array([...signed, ...encoder.encode(body)]);
+  const secret = await crypto.subtle.digest("SHA-256", encoder.encode(`duplex-sse key ${token}`));
+  const algorithm = { name: "HMAC", hash: "SHA-256" };
+  const key = await crypto.subtle.importKey("raw", secret, algorithm, false, ["sign"]);
+  const mac = new Uint8Array(await crypto.subtle.sign("HMAC", key, whole));
+  const id = crypto.getRandomValues(new Uint8Array(16));
+  return new Uint8Array([1, ...id, 0, 0, 0, 0, 0, 0, 0, 1, ...mac, ...whole]);
+}
+
+async function request(token: string, changes: Record<string, unknown> = {}) {
+  const name = await crypto.subtle.digest(
+    "SHA-256",
+    new TextEncoder().encode(`duplex-sse name ${token}`),
+  );
+  const session = [...new Uint8Array(name).subarray(0, 16)]
+    .map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  return {
+    kind: "request",
+    id: crypto.randomUUID().replaceAll("-", ""),
+    from: "f".repeat(16),
+    session,
+    time: Date.now(),
+    method: "POST",
+    headers: { "content-type": "application/websocket-events", "x-duplex-seq": "1" },
+    namespace: "/",
+    ...changes,
+  };
+}
+
+test("a request is served once, and not half a minute before or after its time", async (t) => {
+  const bus = new MemoryBus(t);
+  const one = await start(t, bus.adapter);
+  const { token } = await openRaw(t, one.url);
+  const inject = (data: Uint8Array) =>
+    bus.inject({ namespace: "\0duplex", topic: token.slice(0, 16), data });
+  const served = await message(token, await request(token), "TEXT 2\r\nhi\r\n");
+  inject(served);
+  await until(() => bus.payloads.length === 2); // it, and its answer
+  assertEquals([one.got, one.errors], [["hi"], []], "PROTOCOL.md is enough to be understood");
+  inject(served);
+  await until(() => one.errors.length === 1);
+  assertMatch(one.errors[0]!, /^delivery: .*replayed$/);
+  const next = { "content-type": "application/websocket-events", "x-duplex-seq": "2" };
+  for (const off of [-31_000, 31_000]) {
+    const reported = one.errors.length;
+    await new Promise((resolve) => setTimeout(resolve, 1_050)); // reports are rare
+    const time = Date.now() + off;
+    inject(await message(token, await request(token, { time, headers: next }), "TEXT 1\r\n!\r\n"));
+    await until(() => one.errors.length > reported);
+    assertMatch(one.errors.at(-1)!, new RegExp(`replayed, or clocks differ: ${-off / 1000} s$`));
+  }
+  assertEquals(one.got, ["hi"]);
+});
+
+test(
+  "a flood of messages that stay incomplete costs bounded memory, and nobody's message",
+  async (t) => {
+    const bus = new MemoryBus(t, { limit: 8000 });
+    const [one, other] = await Promise.all(
+      [0, 1].map(() => start(t, bus.adapter, { maxPayload: 8000, timeout: 60_000 })),
+    ) as [Instance, Instance];
+    const { token } = await openRaw(t, one.url);
+    const topic = token.slice(0, 16);
+    const before = process.memoryUsage().rss;
+    for (let n = 0; n < 3_000; n++) {
+      const data = crypto.getRandomValues(new Uint8Array(100));
+      new DataView(data.buffer).setUint32(17, n % 60_000);
+      new DataView(data.buffer).setUint32(21, 60_000); // of so many fragments: 480 kB of list
+      data[0] = 1;
+      bus.inject({ namespace: "\0duplex", topic, data });
+    }
+    const large = `TEXT ${(50_000).toString(16)}\r\n${"x".repeat(50_000)}\r\n`;
+    assertEquals(await post(other, token, 1, large), 204);
+    assertEquals(one.got, ["x".repeat(20)]);
+    const megabytes = (process.memoryUsage().rss - before) / 2 ** 20;
+    assertLess(megabytes, 500, "1.4 GB without a bound");
+  },
+  { timeout: 30_000 },
+);
+
+test("a relayed stream that is superseded before its first byte just ends", async (t) => {
+  const bus = new MemoryBus(t);
+  const gate = deferred();
+  let held = false;
+  const slow: ClusterAdapter = (context) => {
+    const driver = bus.adapter(context);
+    return {
+      ...driver,
+      async publish(message: SyncMessage) {
+        await driver.publish(message);
+        if (held && new TextDecoder().decode(message.data as Uint8Array).includes('"answer"')) {
+          await gate.promise;
+        }
+      },
+    };
+  };
+  const [owner, two, three] = await Promise.all([0, 1, 2].map(() => start(t, slow))) as [
+    Instance,
+    Instance,
+    Instance,
+  ];
+  const { token } = await openRaw(t, owner.url);
+  const resume = ({ url }: Instance, attempt: number) =>
+    fetch(url, {
+      headers: {
+        accept: "text/event-stream",
+        "x-crossws-id": token,
+        "x-duplex-version": "1",
+        "x-duplex-attempt": `${attempt}`,
+        "last-event-id": "0",
+      },
+    });
+  held = true;
+  const first = resume(two, 1);
+  await until(() => bus.payloads.length === 2); // the request, and the head of the answer
+  held = false;
+  const second = await resume(three, 2);
+  gate.resolve();
+  await within(first.then((response) => response.text()), 2_000, "the end of the first");
+  assertEquals(second.status, 200);
+  await second.body!.cancel();
+  assertEquals([owner.errors, two.errors, three.errors], [[], [], []]);
+});
