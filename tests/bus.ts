@@ -6,7 +6,11 @@
  * @module
  */
 import { type ChildProcess, spawn } from "node:child_process";
+import { chownSync } from "node:fs";
+import { mkdtemp, rm } from "node:fs/promises";
 import net from "node:net";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
 import process from "node:process";
 import { decodeEnvelope, encodeEnvelope } from "crossws/sync";
 import type { ClusterAdapter } from "../cluster.ts";
@@ -123,6 +127,71 @@ export class RedisServer implements AsyncDisposable {
 
   [Symbol.asyncDispose](): Promise<void> {
     return this.kill();
+  }
+}
+
+/** A PostgreSQL of the test's own, in a temporary folder. */
+export class PostgresServer implements AsyncDisposable {
+  readonly port: number;
+  readonly #folder: string;
+  #child: ChildProcess | undefined;
+
+  static async start(t: TestContext): Promise<PostgresServer> {
+    const folder = await mkdtemp(join(tmpdir(), "duplex-postgres-"));
+    const server = t.use(new PostgresServer(await freePort(), folder));
+    await server.#start();
+    return server;
+  }
+
+  private constructor(port: number, folder: string) {
+    this.port = port;
+    this.#folder = folder;
+  }
+
+  async #start(): Promise<void> {
+    const data = join(this.#folder, "data");
+    const initdb = this.#spawn("initdb", `-D ${data} -U test -A trust -E UTF8 --no-locale -N`);
+    await within(
+      new Promise<void>((resolve, reject) => {
+        initdb.on("error", reject);
+        initdb.on("exit", (code) => code ? reject(new Error(`initdb: ${code}`)) : resolve());
+        initdb.stdout!.resume();
+        initdb.stderr!.resume();
+      }),
+      30_000,
+      "initdb",
+    );
+    const options = `-D ${data} -p ${this.port} -h 127.0.0.1 -k ${this.#folder} -F`;
+    const child = this.#child = this.#spawn("postgres", options);
+    child.stdout!.resume();
+    await within(
+      new Promise<void>((resolve, reject) => {
+        child.on("error", reject);
+        child.stderr!.on("data", (text) => /ready to accept/.test(String(text)) && resolve());
+      }),
+      20_000,
+      "starting PostgreSQL",
+    );
+  }
+
+  /** PostgreSQL refuses to run as root: then it runs as nobody. */
+  #spawn(name: string, options: string): ChildProcess {
+    const args = options.split(" ");
+    const file = join(dirname(command("postgres")!), name);
+    if (process.getuid!() !== 0) return spawn(file, args);
+    chownSync(this.#folder, 65534, 65534);
+    const user = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+    return spawn("setpriv", [...user, file, ...args]);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    const child = this.#child;
+    if (child) {
+      const exited = new Promise((resolve) => child.on("exit", resolve));
+      process.kill(child.pid!, "SIGQUIT"); // at once, and its processes with it
+      await exited;
+    }
+    await rm(this.#folder, { recursive: true, force: true });
   }
 }
 

@@ -4,11 +4,12 @@
  * to what it carries. The instances run in this process; cluster.faults.test.ts
  * has processes of their own.
  */
-import { broadcastChannel, redis } from "crossws/sync";
+import { broadcastChannel, pgsql, redis } from "crossws/sync";
 import { Redis } from "ioredis";
+import postgres from "postgres";
 import { cluster, type ClusterAdapter, type ClusterOptions } from "../cluster.ts";
 import type { Hooks, SSEOptions, SyncMessage } from "../server.ts";
-import { MemoryBus, RedisServer, type RoundRobin, roundRobin } from "./bus.ts";
+import { MemoryBus, PostgresServer, RedisServer, type RoundRobin, roundRobin } from "./bus.ts";
 import { chaos, type ChaosProxy, mulberry32, pickSeed } from "./chaos.ts";
 import {
   assert,
@@ -40,6 +41,12 @@ let channels = 0;
 const drivers: Driver[] = [
   { name: "crossws's redis driver", skip: needs("redis-server"), connect: redisDriver },
   {
+    name: "crossws's pgsql driver",
+    skip: needs("postgres"),
+    options: { maxPayload: 8000 }, // NOTIFY takes no more
+    connect: postgresDriver,
+  },
+  {
     name: "crossws's broadcastChannel driver",
     connect: () => broadcastChannel({ channel: `duplex-${channels++}` }),
   },
@@ -59,6 +66,16 @@ async function redisDriver(t: TestContext): Promise<ClusterAdapter> {
   const client = new Redis(server.port, "127.0.0.1");
   t.defer(() => client.quit());
   return redis({ client: client as never, channel: "duplex" });
+}
+
+async function postgresDriver(t: TestContext): Promise<ClusterAdapter> {
+  const { port } = await PostgresServer.start(t);
+  const client = postgres({ host: "127.0.0.1", port, username: "test", database: "postgres" });
+  t.defer(() => client.end());
+  const payload = "x".repeat(8000);
+  const refused = await client.notify("duplex", payload).then(() => "taken", String);
+  assertMatch(refused, /payload string too long/);
+  return pgsql({ client: client as never, channel: "duplex" });
 }
 
 interface Cluster {

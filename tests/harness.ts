@@ -189,6 +189,7 @@ const needed: Record<string, { commands: string[]; install: string }> = {
     commands: ["redis-server"],
     install: "apt-get install redis-server",
   },
+  postgres: { commands: ["postgres"], install: "apt-get install postgresql" },
   openssl: { commands: ["openssl"], install: "apt-get install openssl" },
   curl: { commands: ["curl"], install: "apt-get install curl" },
   xvfb: { commands: ["xvfb-run"], install: "apt-get install xvfb" },

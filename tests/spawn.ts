@@ -46,7 +46,10 @@ function inPackages(scope: string, file: string): string | undefined {
 /** The full path of a command, or undefined. */
 export function onPath(command: string): string | undefined {
   const extra = "/usr/sbin:/usr/local/sbin"; // nginx and haproxy live there
+  const postgres = "/usr/lib/postgresql"; // a folder for each version, in Debian
+  const versions = existsSync(postgres) ? readdirSync(postgres) : [];
   return `${process.env.PATH}:${extra}`.split(":")
+    .concat(versions.map((version) => join(postgres, version, "bin")))
     .map((folder) => join(folder, command)).find(existsSync);
 }
 
