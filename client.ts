@@ -89,23 +89,23 @@ export type HeadersLike = NonNullable<ConstructorParameters<typeof Headers>[0]>;
 /** What {@link WebSocketSSE} takes beyond a `WebSocket`. */
 export interface WebSocketSSEOptions {
   /** Subprotocols to offer. Default: none. */
-  protocols?: string | string[];
+  protocols?: string | string[] | undefined;
   /** Sent with every request. A function is called for each, so that fresh credentials are used. */
-  headers?: HeadersLike | (() => HeadersLike | Promise<HeadersLike>);
+  headers?: HeadersLike | (() => HeadersLike | Promise<HeadersLike>) | undefined;
   /** As for `fetch`. Cookies go to another origin only with "include". Default: "same-origin". */
-  credentials?: "omit" | "same-origin" | "include";
+  credentials?: "omit" | "same-origin" | "include" | undefined;
   /** Whether `send` may be used. Default: true. */
-  bidir?: boolean;
+  bidir?: boolean | undefined;
   /** @deprecated Use {@link WebSocketSSEOptions.bidir}. */
-  bdir?: boolean;
+  bdir?: boolean | undefined;
   /** Whether streaming requests are tried at all. Default: true. */
-  stream?: boolean;
+  stream?: boolean | undefined;
   /** Which transport to begin with; a failing one is left for the next. Default: "auto", the best that works. */
-  transport?: "auto" | Transport;
+  transport?: "auto" | Transport | undefined;
   /** Used instead of the global `fetch`. */
-  fetch?: (input: string, init?: RequestInit) => Promise<Response>;
+  fetch?: ((input: string, init?: RequestInit) => Promise<Response>) | undefined;
   /** Fails the socket when it aborts. */
-  signal?: AbortSignal;
+  signal?: AbortSignal | undefined;
 }
 
 /** The events of a {@link WebSocketSSE}. `drop` and `resume` are ours. */
@@ -129,7 +129,7 @@ export interface WebSocketSSEEventMap {
 export interface WebSocketSSEStats {
   /** Connections resumed. */
   resumes: number;
-  /** Messages that were sent again. */
+  /** Messages that were sent again, each time counted. */
   resent: number;
   /** Messages received. */
   received: number;

@@ -93,8 +93,7 @@ export function chart(outcomes: Record<string, Outcome>): string {
 <style>${STYLE}
 </style>
 ${parts.join("\n")}
-</svg>
-`;
+</svg>`; // nothing after it: JSR would not know what it is
 }
 
 function group({ name, runtime, values }: Figure, top: number): { svg: string; end: number } {

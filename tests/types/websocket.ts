@@ -43,6 +43,12 @@ export function use(socket: WebSocketSSE): void {
   socket.close(1000, "reason");
 }
 
+/** What may be missing may be undefined, under `exactOptionalPropertyTypes` too. */
+export function conditional(signal: AbortSignal | undefined, token?: string): WebSocketSSE {
+  const headers = token ? { authorization: token } : undefined;
+  return new WebSocketSSE("/chat", { signal, headers, protocols: undefined });
+}
+
 /** What the standard forbids is an error. */
 export function misuse(socket: WebSocketSSE): void {
   // @ts-expect-error: read-only
