@@ -1469,7 +1469,9 @@ class EventParser {
 
 /** What we need of a stream's reader. */
 interface Reader {
-  read(): Promise<{ done: true; value?: Uint8Array } | { done: false; value: Uint8Array }>;
+  read(): Promise<
+    { done: true; value?: Uint8Array | undefined } | { done: false; value: Uint8Array }
+  >;
   cancel(): Promise<void>;
 }
 
