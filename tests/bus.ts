@@ -229,6 +229,7 @@ export async function roundRobin(t: TestContext, ports: number[]): Promise<Round
         method: request.method,
         headers,
         redirect: "manual",
+        signal: t.signal, // an answer that comes after the test would stay unread
         ...request.body && { body: request.body, duplex: "half" },
       } as RequestInit);
       return new Response(response.body, { status: response.status, headers: response.headers });
