@@ -3,10 +3,11 @@
  * minified and gzipped, from the top down. `deno run -A bench/limits/size.ts`, or with `bun`.
  */
 import { readFile } from "node:fs/promises";
+import { join } from "node:path";
 import { gzipSync } from "node:zlib";
 import { transform } from "esbuild";
 
-const source = await readFile(new URL("../../client.ts", import.meta.url), "utf8");
+const source = await readFile(join(import.meta.dirname!, "../../client.ts"), "utf8");
 const headings = ["The head"];
 const marked = source.replace(/^( *)\/\/ --- (.*) ---$/gm, (_, indent, heading) => {
   const mark = `MARK(${headings.push(heading) - 1});`;
