@@ -75,6 +75,8 @@ const MAX_BATCH = 512 * 1024;
 const LENGTHLESS_PATIENCE = 250;
 /** Or what `maxMessageSize` asks for. Four of them may be incomplete. */
 const MAX_MESSAGE = 16 * 1024 * 1024;
+/** What a fragment that waits for the others takes besides its bytes, about. */
+const PIECE_COST = 512;
 const MAX_PENDING = 1024;
 const MAX_PENDING_BYTES = 32 * 1024 * 1024;
 const MAX_RELAYS = 100_000;
@@ -835,8 +837,9 @@ async function authenticate(key: CryptoKey, message: Incoming): Promise<void> {
 // --- The bus: messages of any size over payloads of a limited one ---
 
 interface Assembly {
-  readonly pieces: (Bytes | undefined)[];
-  missing: number;
+  /** By index, as they come: what a fragment says of the others costs nothing. */
+  readonly pieces: Map<number, Bytes>;
+  readonly count: number;
   size: number;
   readonly expires: number;
 }
@@ -939,26 +942,26 @@ class Bus {
     let assembly = this.#assemblies.get(id);
     if (!assembly) {
       const expires = clock() + this.#timeout;
-      assembly = { pieces: new Array(count), missing: count, size: 0, expires };
+      assembly = { pieces: new Map(), count, size: 0, expires };
       this.#assemblies.set(id, assembly);
-      this.#assembled += 8 * count; // the list takes memory, too
     }
-    if (assembly.pieces.length !== count || assembly.pieces[index]) return;
-    assembly.pieces[index] = piece;
-    assembly.missing--;
+    const { pieces } = assembly;
+    if (assembly.count !== count || pieces.has(index)) return;
+    pieces.set(index, piece);
     assembly.size += piece.length;
-    this.#assembled += piece.length;
-    const complete = !assembly.missing;
+    this.#assembled += piece.length + PIECE_COST;
+    const complete = pieces.size === count;
     if (complete || assembly.size > this.#maxMessage) this.#discard(id, assembly);
     for (const [id, oldest] of this.#assemblies) {
       if (this.#assembled <= 4 * this.#maxMessage) break;
       this.#discard(id, oldest);
     }
-    return complete ? concat(assembly.pieces as Bytes[]) : undefined;
+    if (!complete) return;
+    return concat(Array.from({ length: count }, (_, index) => pieces.get(index)!));
   }
 
   #discard(id: string, { size, pieces }: Assembly): void {
-    if (this.#assemblies.delete(id)) this.#assembled -= size + 8 * pieces.length;
+    if (this.#assemblies.delete(id)) this.#assembled -= size + PIECE_COST * pieces.size;
   }
 
   /** What stayed incomplete. */
