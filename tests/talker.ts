@@ -58,6 +58,11 @@ export function talkers(
   }));
 }
 
+/** Whether each of three instances had its turn at both methods. */
+export function everyTurn(log: string[]): boolean {
+  return ["GET", "POST"].every((method) => [0, 1, 2].every((i) => log.includes(`${method} ${i}`)));
+}
+
 /** All that the instances know, and that each session was at one alone. */
 export async function gather(
   instances: { tell(): Promise<Told> }[],
