@@ -128,15 +128,15 @@ export type UpgradeRequest = Request & { readonly context?: PeerContext };
 /** What an `upgrade` hook may return to let a peer in. */
 export interface UpgradeResult<Context = PeerContext> {
   /** Headers of the response that opens the session. */
-  headers?: HeadersLike;
+  headers?: HeadersLike | undefined;
   /** The subprotocol chosen among those that the client offered. */
-  protocol?: string;
+  protocol?: string | undefined;
   /** Where the peer lives: topics and `peer.peers` are per namespace. Default: the URL's path. */
-  namespace?: string;
+  namespace?: string | undefined;
   /** Becomes `peer.context`. */
-  context?: Context;
+  context?: Context | undefined;
   /** Taken for crossws's sake, and ignored. */
-  handled?: boolean;
+  handled?: boolean | undefined;
   /** Taken for crossws's sake, and ignored: HTTP has its own compression. */
   perMessageDeflate?: unknown;
 }
@@ -181,11 +181,11 @@ export interface Hooks<Context = PeerContext> {
 /** Options of {@link Peer.waitForDrain}. */
 export interface WaitForDrainOptions {
   /** Resolve at this many buffered bytes or fewer. Default: 0. */
-  threshold?: number;
+  threshold?: number | undefined;
   /** Taken for crossws's sake, and ignored: the event wakes the waiter, no polling. */
-  pollInterval?: number;
+  pollInterval?: number | undefined;
   /** Rejects with the signal's reason when it aborts. */
-  signal?: AbortSignal;
+  signal?: AbortSignal | undefined;
 }
 
 /** The WebSocket's face of a peer. */
@@ -353,9 +353,9 @@ export type Cors =
 /** Options of {@link sseAdapter}. Times without another unit are milliseconds, sizes are bytes. */
 export interface SSEOptions<Context = PeerContext> {
   /** Takes messages from clients. Default: false, as in crossws. */
-  bidir?: boolean;
+  bidir?: boolean | undefined;
   /** What to do at each step of a session. */
-  hooks?: Partial<Hooks<Context>>;
+  hooks?: Partial<Hooks<Context>> | undefined;
   /** Hooks by request, called after `hooks`. */
   // deno-lint-ignore no-explicit-any
   resolve?(request: UpgradeRequest): MaybePromise<Partial<Hooks<any>> | undefined | void>;
@@ -367,26 +367,26 @@ export interface SSEOptions<Context = PeerContext> {
     request: Request,
   ): MaybePromise<string | false | null | undefined>;
   /** Seconds of silence after which a client is asked (at half of it), then dropped. 0: never. Default: 60. */
-  idleTimeout?: number;
+  idleTimeout?: number | undefined;
   /** The longest that a stream is quiet, in ms. Default: 15000; 5000 when `fetch` got no second argument. */
-  heartbeatInterval?: number;
+  heartbeatInterval?: number | undefined;
   /** How long a session waits for its client to come back, in ms. 0: not at all. Default: 30000. */
-  resumeTimeout?: number;
+  resumeTimeout?: number | undefined;
   /** The largest message taken, in bytes. Beyond: 413, close code 1009. Default: 1 MiB. */
-  maxMessageSize?: number;
+  maxMessageSize?: number | undefined;
   /** A peer with more bytes than this held back is closed with 1013 at the next send. Default: 16 MiB. */
-  maxBufferedAmount?: number;
+  maxBufferedAmount?: number | undefined;
   /** Bytes that may be under way unacknowledged, each way. Default: 256 KiB. */
-  window?: number;
+  window?: number | undefined;
   /** Sessions at once; beyond: 503. Default: 100,000. */
-  maxPeers?: number;
+  maxPeers?: number | undefined;
   /**
    * Other origins: `true` for any (without credentials), a list, or a function.
    * "manual" leaves it to your own middleware. Default: false, cross-site requests get 403.
    */
-  cors?: Cors;
+  cors?: Cors | undefined;
   /** Relays publications to other instances; with `cluster(driver)`, any of them takes any request. */
-  sync?: SyncAdapter;
+  sync?: SyncAdapter | undefined;
   /** Told when `sync` fails. Default: `console.error`. */
   onError?(error: unknown, context: { stage: "subscribe" | "publish" | "delivery" }): void;
   /** Taken for crossws's sake, and ignored. */

@@ -1,6 +1,6 @@
 /**
- * Fan-out: one publish, many subscribers. In bursts, where messages can share
- * chunks, and one at a time, where they cannot.
+ * Fan-out: one publish, many subscribers. In bursts, and one at a time: each in a task
+ * of its own, so that only a server that holds messages back can let them share chunks.
  *
  * @module
  */
