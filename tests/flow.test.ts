@@ -13,6 +13,7 @@ import {
   runtime,
   sleep,
   test,
+  type TestContext,
   until,
   within,
 } from "./harness.ts";
