@@ -332,3 +332,12 @@ for (const runtime of ["deno", "bun"] as const) {
     assertEquals(child.stderr(), "");
   }, { skip, timeout: 30_000 });
 }
+
+for (const runtime of ["deno", "bun"] as const) {
+  test(`examples/cluster.ts on ${runtime} says how to get Redis where there is none`, async (t) => {
+    const env = { PORT: "0", PATH: "/nowhere" };
+    const child = await t.spawn(runtime, "examples/cluster.ts", { env });
+    assertEquals((await child.exited).code, 1);
+    assertMatch(child.stderr(), /needs Redis: apt-get install redis-server, .*REDIS_PORT=6379/s);
+  }, { timeout: 30_000 });
+}

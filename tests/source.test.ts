@@ -5,6 +5,8 @@ import { join } from "node:path";
 import {
   assert,
   assertEquals,
+  assertGreater,
+  assertLessOrEqual,
   assertStringIncludes,
   root,
   type Runtime,
@@ -89,4 +91,21 @@ test("every name of the vocabulary is used, or at least known, in both files", a
       assert(code.split(new RegExp(`\\b${name}\\b`)).length > 2, `${file} does not use ${name}`);
     }
   }
+});
+
+test("what a cluster needs of server.ts is at most 60 lines", async () => {
+  const lines = (await read("server.ts")).split("\n");
+  const seam = new Set<number>();
+  for (const [at, line] of lines.entries()) {
+    if (!/Routing(Host|Driver)|#?router\b|#admitted|#forward|"route" in/.test(line)) continue;
+    if (/^\s*\/?\*/.test(line)) continue; // only spoken of
+    let first = at;
+    while (/^\s*(\/\*|\*|\/\/)/.test(lines[first - 1]!)) first--;
+    // What opens a block ends where a line of the same depth closes it.
+    const close = `${/^ */.exec(line)}}`;
+    const last = line.endsWith("{") ? lines.findIndex((l, i) => i > at && l.startsWith(close)) : at;
+    for (let i = first; i <= last; i++) seam.add(i);
+  }
+  assertLessOrEqual(seam.size, 60);
+  assertGreater(seam.size, 40, "the seam is somewhere else");
 });
