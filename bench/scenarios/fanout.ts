@@ -60,8 +60,10 @@ async function measure(runtime: Runtime, shape: Shape, rounds: number) {
     const load = stack.use(await Remote.start("bun", "load.ts", `for ${runtime} ${name}`));
     const port = await server.call<number>("port");
     await load.call("open", { kind: KINDS[name], port, connections: shape.subscribers });
+    // A client is connected a little before its server subscribes it.
+    while (await server.call<number>("count") < shape.subscribers) await pause(10);
     pairs[name] = { server, load };
-    await fanOut(server, load, { ...shape, bursts: shape.bursts / 3 }); // warming up
+    await fanOut(server, load, { ...shape, bursts: Math.ceil(shape.bursts / 3) }); // warming up
   }
   return await interleaved(NAMES, rounds, (name) => {
     const { server, load } = pairs[name];
@@ -79,3 +81,5 @@ async function fanOut(
   const started = await server.call<number>("fanOut", { bursts, burst });
   return messages / (await load.call<number>("arrived") - started) * 1000;
 }
+
+const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
