@@ -85,6 +85,14 @@ const BAD_BODIES: BadBody[] = [
     options: { maxMessageSize: 1024 },
   },
   {
+    name: "a text over maxMessageSize, all in one chunk",
+    body: frame("TEXT", "x".repeat(1025)),
+    status: 413,
+    code: 1009,
+    fatal: true,
+    options: { maxMessageSize: 1024 },
+  },
+  {
     name: "a message announced over maxMessageSize",
     body: "TEXT 7fffffff\r\n",
     status: 413,

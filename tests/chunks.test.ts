@@ -1,6 +1,7 @@
-/** A server that never ends its line must not fill the client's memory. */
+/** Event streams in chunks of our choosing: where they break lines, and where a line never ends. */
 import { WebSocketSSE } from "../client.ts";
 import { assert, assertEquals, assertLess, once, test } from "./harness.ts";
+import { connect } from "./pair.ts";
 
 test("an event that never ends fails the socket, and its stream is cancelled", async () => {
   const MiB = 1024 * 1024;
@@ -27,3 +28,27 @@ test("an event that never ends fails the socket, and its stream is cancelled", a
   assert(cancelled);
   assertLess(given, 140);
 }, { timeout: 30_000 });
+
+test("a line that breaks before what looks like another is still one", async (t) => {
+  const chunks = [
+    "data: of ",
+    "data: and\n\n",
+    "data: one\ndata",
+    ": two\n\n",
+    "data: end\n",
+    "\n",
+  ];
+  const body = new ReadableStream<Uint8Array>({
+    pull(controller) {
+      const chunk = chunks.shift();
+      if (chunk) controller.enqueue(new TextEncoder().encode(chunk));
+    },
+  }, { highWaterMark: 0 });
+  const headers = { "content-type": "text/event-stream" };
+  const { messages } = connect(t, "http://localhost/", {
+    bidir: false,
+    transport: "post",
+    fetch: () => Promise.resolve(new Response(body, { headers })),
+  });
+  assertEquals(await messages.take(3), ["of data: and", "one\ntwo", "end"]);
+});
