@@ -63,6 +63,7 @@ const ANSWER_TIMEOUT = 5_000;
 const POST_TIMEOUT = 15_000;
 const CLOSE_ANSWER_TIMEOUT = 3_000;
 const ACK_DELAY = 1_000;
+/** Messages that an open uplink stream leaves unacknowledged, short of half a window or that time. */
 const ACK_EVERY = 32;
 /** Answers to pings that may wait. */
 const MAX_PONGS = 16;
@@ -934,7 +935,7 @@ export class WebSocketSSE extends EventTarget {
   }
 
   /** What may be written now, as far as it fits in the body. */
-  #take(body: UplinkBody, most: number): Bytes[] {
+  #take(body: Pick<UplinkBody, "next" | "used">, most: number): Bytes[] {
     const parts: Bytes[] = [];
     for (;;) {
       const number = Math.max(body.next, this.#first);
@@ -1106,7 +1107,7 @@ export class WebSocketSSE extends EventTarget {
     let since = 0;
     for (let retries = 0; !this.#ended && this.#due(this.#first);) {
       const first = this.#first;
-      const batch = new UplinkBody(first);
+      const batch = { next: first, used: 0 };
       const body = concat([...this.#takeControl(), ...this.#take(batch, this.#maxBatch)]);
       const abort = this.#postAbort = new AbortController();
       const status = await this.#send(body, abort, first, POST_TIMEOUT + body.length / 8);
@@ -1352,7 +1353,7 @@ class UplinkBody {
   used = 0;
   #controller!: ReadableStreamDefaultController<Bytes>;
 
-  constructor(next: number, fill: (body: UplinkBody) => void = () => {}) {
+  constructor(next: number, fill: (body: UplinkBody) => void) {
     this.next = next;
     this.stream = new ReadableStream<Bytes>({
       start: (controller) => {
