@@ -398,10 +398,7 @@ class Router implements RoutingDriver {
     const seen = isUplink ? this.#seenUplinks : this.#seen;
     if (seen.size >= MAX_SEEN) {
       if (!isUplink) throw new Error("Too many requests to tell them from replayed ones");
-      for (const [oldest] of seen) {
-        seen.delete(oldest);
-        break;
-      }
+      seen.delete(seen.keys().next().value!);
     }
     seen.set(id, clock() + 2 * REPLAY_WINDOW);
   }
