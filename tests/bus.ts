@@ -8,14 +8,13 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { chownSync } from "node:fs";
 import { mkdtemp, rm } from "node:fs/promises";
-import net from "node:net";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import process from "node:process";
 import { decodeEnvelope, encodeEnvelope } from "crossws/sync";
 import type { ClusterAdapter } from "../cluster.ts";
 import type { SyncMessage } from "../server.ts";
-import { command, type TestContext, type TestServer, within } from "./harness.ts";
+import { command, freePort, type TestContext, type TestServer, within } from "./harness.ts";
 
 export interface BusOptions {
   /** Refuses a payload of more bytes, as PostgreSQL does. */
@@ -193,14 +192,6 @@ export class PostgresServer implements AsyncDisposable {
     }
     await rm(this.#folder, { recursive: true, force: true });
   }
-}
-
-async function freePort(): Promise<number> {
-  const server = net.createServer();
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-  const { port } = server.address() as net.AddressInfo;
-  await new Promise((resolve) => server.close(resolve));
-  return port;
 }
 
 export interface RoundRobin extends TestServer {

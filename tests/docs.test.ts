@@ -6,7 +6,6 @@ import { mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { execFile } from "node:child_process";
-import { type AddressInfo, createServer } from "node:net";
 import { gzipSync } from "node:zlib";
 import { sseAdapter } from "../mod.ts";
 import { esbuild } from "./bundle.ts";
@@ -15,6 +14,7 @@ import {
   assertEquals,
   assertMatch,
   binary,
+  freePort,
   rawRequest,
   root,
   test,
@@ -44,15 +44,6 @@ function output(args: string[], awaited?: string): Promise<{ code: number | null
     child.stdout!.on("data", take);
     child.stderr!.on("data", take);
     child.on("close", (code) => resolve({ code, out }));
-  });
-}
-
-function freePort(): Promise<number> {
-  return new Promise((resolve) => {
-    const server = createServer().listen(0, () => {
-      const { port } = server.address() as AddressInfo;
-      server.close(() => resolve(port));
-    });
   });
 }
 

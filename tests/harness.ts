@@ -7,6 +7,7 @@
  */
 import { execFile } from "node:child_process";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
@@ -292,6 +293,24 @@ export function sleep(
     const timer = setTimeout(end, signal?.aborted ? 0 : milliseconds);
     signal?.addEventListener("abort", end);
   });
+}
+
+/**
+ * A port for another process, or for one that comes back. Not of those that the system hands
+ * out: whoever listens or connects meanwhile would be given it.
+ */
+export async function freePort(): Promise<number> {
+  for (;;) {
+    const port = 10_000 + Math.floor(Math.random() * 20_000);
+    const server = createServer();
+    const free = await new Promise<boolean>((resolve) => {
+      server.on("error", () => resolve(false));
+      server.listen(port, () => resolve(true));
+    });
+    if (!free) continue;
+    await new Promise((resolve) => server.close(resolve));
+    return port;
+  }
 }
 
 export interface Deferred<T> {

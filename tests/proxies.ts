@@ -10,7 +10,7 @@ import net from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import { certificate, command, root, type TestContext, until } from "./harness.ts";
+import { certificate, command, freePort, root, type TestContext, until } from "./harness.ts";
 
 export type ProxyName = "nginx" | "haproxy" | "caddy";
 
@@ -54,7 +54,7 @@ export async function proxy(
   await writeFile(join(folder, "cert.pem"), cert);
   await writeFile(join(folder, "both.pem"), cert + key);
   for (let tries = 1;; tries++) {
-    const [port, securePort] = await freePorts(2) as [number, number];
+    const [port, securePort] = [await freePort(), await freePort()];
     const places = { target, port, securePort, folder };
     const text = await configurations[name](places, configuration, idle);
     const file = join(folder, name === "caddy" ? "Caddyfile" : `${name}.conf`);
@@ -123,18 +123,6 @@ function listens(port: number): Promise<boolean> {
     });
     socket.on("error", () => resolve(false));
   });
-}
-
-/** Ports that nobody listens on at the moment. */
-async function freePorts(count: number): Promise<number[]> {
-  const servers = Array.from({ length: count }, () => net.createServer());
-  const ports = [];
-  for (const server of servers) {
-    await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-    ports.push((server.address() as net.AddressInfo).port);
-  }
-  for (const server of servers) await new Promise((resolve) => server.close(resolve));
-  return ports;
 }
 
 /** A block of docs/proxies.md. */

@@ -7,12 +7,11 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { existsSync, readdirSync } from "node:fs";
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
-import { type AddressInfo, createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import type { Readable } from "node:stream";
-import { command, once, runtime, type TestContext, until, within } from "./harness.ts";
+import { command, freePort, once, runtime, type TestContext, until, within } from "./harness.ts";
 
 /** A window. Functions run in its page: they see nothing of where they are written. */
 export interface Tab {
@@ -225,14 +224,6 @@ async function startDisplay(): Promise<string> {
     "Xvfb",
   );
   return `:${String(number).trim()}`;
-}
-
-async function freePort(): Promise<number> {
-  const server = createServer();
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-  const { port } = server.address() as AddressInfo;
-  await new Promise((resolve) => server.close(resolve));
-  return port;
 }
 
 /** One command of WebDriver. */
