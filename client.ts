@@ -159,8 +159,6 @@ interface Outgoing {
   frame: Bytes | undefined;
   /** What it adds to `bufferedAmount`. */
   size: number;
-  /** It has been written at least once, so it counts in the window. */
-  begun: boolean;
   isClose: boolean;
 }
 
@@ -217,8 +215,12 @@ export class WebSocketSSE extends EventTarget {
   readonly #authorization: string | undefined;
   readonly #protocols: string[];
   readonly #options: WebSocketSSEOptions;
-  readonly #handlers: { [name: string]: { value: unknown; listener: (event: Event) => void } } = {};
+  readonly #handlers: { [name: string]: unknown } = {};
   readonly #stats: WebSocketSSEStats = { resumes: 0, resent: 0, received: 0, sent: 0 };
+  readonly #handle = (event: Event): void => {
+    const handler = this.#handlers[event.type];
+    if (typeof handler === "function") handler.call(this, event); // any object may be set
+  };
   readonly #leave = (): void => this.#pageHides();
   readonly #abort = (): void => this.#fail();
 
@@ -234,7 +236,7 @@ export class WebSocketSSE extends EventTarget {
   #full = false;
   #terms: Terms | undefined;
   #attempt = 0;
-  #connection: Connection | undefined;
+  #connection: Exchange | undefined;
   /** Nothing more goes over the network, whatever is still to be dispatched. */
   #ended = false;
   #droppedAt = 0;
@@ -253,10 +255,10 @@ export class WebSocketSSE extends EventTarget {
   // Down: counted as parsed, dispatched one task each
   #received = 0;
   #acknowledged = 0;
-  #rawBytes = 0;
-  #acknowledgedBytes = 0;
-  #inbox: (() => void)[] = [];
-  #draining: Promise<void> | undefined;
+  /** The server is to hear it even if there is nothing new. */
+  #ackDue = false;
+  #unacknowledgedBytes = 0;
+  readonly #inbox: (() => void)[] = [];
   #dispatchedInTask = false;
 
   // Up: numbered as queued, kept until acknowledged
@@ -264,22 +266,22 @@ export class WebSocketSSE extends EventTarget {
   /** The number of the first message in `#out`. */
   #first = 1;
   #pumping = false;
-  #begunBytes = 0;
+  /** The number of the first message that was never written. */
+  #fresh = 1;
+  /** Bytes of those before it. They count in the window. */
+  #writtenBytes = 0;
   #handledBytes = 0;
   #pongs: Bytes[] = [];
   #ackTimer: ReturnType<typeof setTimeout> | undefined;
-  #body: UplinkBody | undefined;
-  #posting = false;
-  #controlPosting = false;
-  #postAbort: AbortController | undefined;
-  #controlAbort: AbortController | undefined;
-  #controlRetries = 0;
+  /** A body that streams. */
+  #body: Exchange | undefined;
+  /** The batch that is on its way. */
+  #posted: Exchange | undefined;
+  #postedControl: Exchange | undefined;
   #maxBatch = MAX_BODY;
   #streamFailures = 0;
   /** A streaming body has been confirmed in this session. */
   #streamWorked = false;
-  /** Waits before it tries another stream. */
-  #resting = false;
   /** What to remember for the origin, once it has shown that it works. */
   #unlearned: Transport | undefined;
   #watch: ReturnType<typeof setInterval> | undefined;
@@ -295,7 +297,7 @@ export class WebSocketSSE extends EventTarget {
    */
   constructor(url: string | URL, init: string | string[] | WebSocketSSEOptions = {}) {
     super();
-    if (arguments.length === 0) throw new TypeError("WebSocketSSE needs a URL");
+    if (!arguments.length) throw new TypeError("No URL");
     // As in Web IDL: whatever can be iterated is a list, whatever is no object a string.
     const options: WebSocketSSEOptions =
       typeof init === "object" && init && !(Symbol.iterator in init)
@@ -305,13 +307,11 @@ export class WebSocketSSE extends EventTarget {
     this.#protocols = checkProtocols(options.protocols ?? []);
     this.#options = options;
     const target = new URL(this.#url);
-    if (target.username || target.password) {
-      // The bytes as they are, since what is escaped need not be UTF-8.
-      const credentials = `${target.username}:${target.password}`
-        .replace(/%([\da-f]{2})/gi, (_, hex) => String.fromCharCode(parseInt(hex, 16)));
-      this.#authorization = `Basic ${btoa(credentials)}`;
-      target.username = target.password = "";
-    }
+    // The bytes as they are, since what is escaped need not be UTF-8.
+    const credentials = `${target.username}:${target.password}`
+      .replace(/%([\da-f]{2})/gi, (_, hex) => String.fromCharCode(parseInt(hex, 16)));
+    if (credentials !== ":") this.#authorization = `Basic ${btoa(credentials)}`;
+    target.username = target.password = "";
     this.#target = target.href.replace(/^ws/, "http");
     this.#transport = this.#chooseTransport();
     options.signal?.addEventListener("abort", this.#abort);
@@ -370,22 +370,23 @@ export class WebSocketSSE extends EventTarget {
    * @throws {DOMException} InvalidStateError while connecting, or with `bidir: false`.
    */
   send(data: string | ArrayBufferLike | Blob | ArrayBufferView): void {
-    if (arguments.length === 0) throw new TypeError("send needs a message");
+    if (!arguments.length) throw new TypeError("No message");
     const message = toMessage(data);
-    if (this.#readyState === CONNECTING) {
-      throw new DOMException("Still connecting", "InvalidStateError");
+    if (this.#readyState === CONNECTING || !this.#sends) {
+      throw new DOMException(
+        this.#sends ? "Still connecting" : "bidir is false",
+        "InvalidStateError",
+      );
     }
-    if (!this.#sends) {
-      throw new DOMException("Sending is off: bidir is false", "InvalidStateError");
-    }
-    const blob = message instanceof Blob && message;
-    const [frame, size] = blob ? [undefined, blob.size] : this.#encode(message as string | Bytes);
+    const [frame, size] = message instanceof Blob
+      ? [undefined, message.size]
+      : this.#encode(message);
     this.#bufferedAmount += size;
     if (this.#readyState !== OPEN) return;
     this.#stats.sent++;
     const entry = this.#enqueue(frame, size);
-    if (!blob) return;
-    blob.arrayBuffer().then((buffer) => {
+    if (!(message instanceof Blob)) return;
+    message.arrayBuffer().then((buffer) => {
       [entry.frame] = this.#encode(new Uint8Array(buffer));
       this.#pump();
     }, () => this.#fail());
@@ -400,13 +401,10 @@ export class WebSocketSSE extends EventTarget {
    */
   close(code: number | undefined = undefined, reason: string | undefined = ""): void {
     if (code !== undefined) {
-      // [Clamp] unsigned short: a half goes to the even neighbour, as it does up here.
-      code = Math.min(Math.max(Number(code) || 0, 0), 65535) + 2 ** 52 - 2 ** 52;
+      // As [Clamp] rounds: a half goes to the even neighbour, as it does up here.
+      code = +code + 2 ** 52 - 2 ** 52;
       if (code !== 1000 && !(code >= 3000 && code <= 4999)) {
-        throw new DOMException(
-          `${code} is not a close code that may be used`,
-          "InvalidAccessError",
-        );
+        throw new DOMException(`Close code ${code} may not be used`, "InvalidAccessError");
       }
     }
     const text = encoder.encode(String(reason));
@@ -414,48 +412,43 @@ export class WebSocketSSE extends EventTarget {
     if (this.#readyState >= CLOSING) return;
     const connecting = this.#readyState === CONNECTING;
     this.#readyState = CLOSING;
+    if (this.#ended || this.#answered) return; // `close` is on its way
     if (connecting || !this.#full) return this.#fail(!connecting);
     this.#enqueueClose(code ?? (text.length ? 1000 : undefined), text);
     this.#awaitClose();
   }
 
-  // --- Event handler attributes ---
+  // --- As Web IDL defines them ---
 
   static {
-    for (const name of ["open", "message", "error", "close"] as const) {
-      Object.defineProperty(this.prototype, `on${name}`, {
+    for (const [name, value] of Object.entries({ CONNECTING, OPEN, CLOSING, CLOSED })) {
+      Object.defineProperty(this, name, { value, enumerable: true });
+      Object.defineProperty(this.prototype, name, { value, enumerable: true });
+    }
+    for (
+      const name of "url readyState bufferedAmount extensions protocol binaryType send close"
+        .split(" ")
+    ) Object.defineProperty(this.prototype, name, { enumerable: true });
+    Object.defineProperty(this.prototype, Symbol.toStringTag, {
+      value: "WebSocket",
+      configurable: true,
+    });
+    for (const type of "open message error close".split(" ")) {
+      Object.defineProperty(this.prototype, `on${type}`, {
         configurable: true,
         enumerable: true,
         get(this: WebSocketSSE) {
-          return this.#handlers[name]?.value ?? null;
+          return this.#handlers[type] ?? null;
         },
+        // HTML: it takes its place among the listeners when it is first set, and leaves it at null.
         set(this: WebSocketSSE, value: unknown) {
-          this.#setHandler(name, value);
+          const isObject = Object(value) === value;
+          this.#handlers[type] = isObject ? value : null;
+          if (isObject) this.addEventListener(type, this.#handle);
+          else this.removeEventListener(type, this.#handle);
         },
       });
     }
-  }
-
-  /** HTML: a handler takes its place among the listeners when it is first set, and leaves it at null. */
-  #setHandler(name: string, value: unknown): void {
-    const handler = this.#handlers[name];
-    if (typeof value !== "function" && (typeof value !== "object" || !value)) {
-      if (handler) this.removeEventListener(name, handler.listener);
-      delete this.#handlers[name];
-    } else if (handler) {
-      handler.value = value;
-    } else {
-      const listener = (event: Event) => {
-        const value = this.#handlers[name]?.value;
-        if (typeof value === "function") value.call(this, event); // any object may be set
-      };
-      this.#handlers[name] = { value, listener };
-      this.addEventListener(name, listener);
-    }
-  }
-
-  #dispatch(event: Event): void {
-    this.dispatchEvent(event);
   }
 
   get #sends(): boolean {
@@ -471,7 +464,7 @@ export class WebSocketSSE extends EventTarget {
       while (!this.#ended) {
         await this.#read(connection);
         if (this.#ended || this.#answered) return;
-        if (!this.#full || !this.#terms) return this.#fail();
+        if (!this.#terms) return this.#fail();
         connection = await this.#resume();
       }
     } catch {
@@ -491,126 +484,114 @@ export class WebSocketSSE extends EventTarget {
     return "duplex" in Request.prototype && speaksHTTP2(this.#target) ? "stream" : "post";
   }
 
-  async #open(): Promise<Connection> {
+  async #open(): Promise<Exchange> {
     const protocols = this.#protocols.join(", ");
     const headers: Record<string, string> = protocols ? { [PROTOCOL_HEADER]: protocols } : {};
     if (this.#transport === "duplex") {
-      const connection = await this.#connect(headers, DUPLEX_TIMEOUT).catch(() => undefined);
-      if (this.#ended) throw new Error("Closed");
-      const status = connection?.response?.status ?? 0;
+      const connection = await this.#connect(headers, DUPLEX_TIMEOUT);
       // Anything but our own answer, or a refusal for good, may be the fault of the transport.
       // crossws answers with a plain stream: another request would open another peer there.
-      if (connection && (isStream(connection) || [401, 403, 429, 503].includes(status))) {
+      if (connection.isStream || [401, 403, 429, 503].includes(connection.status)) {
         return this.#accept(connection);
       }
-      connection?.end();
+      connection.end();
       if (this.#transport === "duplex") this.#leaveTransport("stream");
     }
     return this.#accept(await this.#connect(headers, OPEN_TIMEOUT));
   }
 
   /** Asks for an event stream; with the duplex transport the request carries the uplink, too. */
-  async #connect(headers: Record<string, string>, timeout: number): Promise<Connection> {
-    const connection = new Connection();
-    this.#connection = connection;
-    const timer = setTimeout(() => {
-      connection.end();
-      // No answer at all: the request is held until its body ends, as any streaming one would be.
-      if (connection.body) this.#leaveTransport("post");
-    }, timeout);
-    try {
-      if (this.#transport === "duplex") {
-        connection.body = new UplinkBody(this.#first, (body) => this.#fill(body));
-      }
-      connection.response = await this.#request(
-        connection.body ? "POST" : "GET",
-        connection.abort.signal,
-        {
-          accept: STREAM_TYPE,
-          ...headers,
-          ...connection.body && { "content-type": UPLINK_TYPE, [SEQ_HEADER]: `${this.#first}` },
-        },
-        connection.body?.stream,
-      );
-      return connection;
-    } finally {
-      clearTimeout(timer);
-    }
-  }
-
-  #grants({ response }: Connection): boolean {
-    return response!.ok && response!.headers.get(VERSION_HEADER) === VERSION;
+  async #connect(headers: Record<string, string>, timeout: number): Promise<Exchange> {
+    if (this.#ended) throw new Error("Closed");
+    const connection = this.#connection = this.#transport === "duplex"
+      ? new Exchange(this.#first, (body) => this.#fill(body))
+      : new Exchange();
+    await this.#ask(connection, { accept: STREAM_TYPE, ...headers }, undefined, timeout);
+    // No answer at all: the request is held until its body ends, as any streaming one would be.
+    // (Whatever else ends it lets go of it first.)
+    if (this.#connection?.stream && connection.abort.signal.aborted) this.#leaveTransport("post");
+    return connection;
   }
 
   /** Checks what came back for an opening request; the session is open with its first events. */
-  #accept(connection: Connection): Connection {
-    const { status, headers } = connection.response!;
-    if (this.#ended || !isStream(connection)) {
+  #accept(connection: Exchange): Exchange {
+    if (this.#ended || !connection.isStream) {
       connection.end();
-      throw new Error(`Refused: ${status}`);
+      throw new Error(`Refused: ${connection.status}`);
     }
     this.#closeTimer = setTimeout(() => this.#fail(), OPEN_TIMEOUT);
-    this.#full = this.#grants(connection);
-    this.#token = headers.get(TOKEN_HEADER) ?? "";
+    this.#full = connection.isFull;
+    this.#token = connection.response!.headers.get(TOKEN_HEADER) ?? "";
     if (!this.#full) {
-      connection.body?.finish();
+      connection.finish();
       this.#transport = "post";
       learn(this.#url.host, "post");
-      if (this.#token || !this.#sends) this.#openedPlain();
+      if (this.#token || !this.#sends) this.#opened();
     }
     return connection;
   }
 
-  #openedPlain(): void {
-    this.#opened(this.#connection!.response!.headers.get("sec-websocket-protocol") ?? "");
-  }
-
-  #opened(protocol: string): void {
+  #opened(
+    protocol = this.#connection!.response!.headers.get("sec-websocket-protocol") ?? "",
+  ): void {
     clearTimeout(this.#closeTimer);
     if (protocol && !this.#protocols.includes(protocol)) return this.#fail();
     this.#deliver(() => {
       if (this.#readyState !== CONNECTING) return;
       this.#readyState = OPEN;
       this.#protocol = protocol;
-      this.#dispatch(new Event("open"));
+      this.dispatchEvent(new Event("open"));
     });
   }
 
-  /** Every request of this socket: the options' headers are asked for each time. */
-  async #request(
-    method: string,
-    signal: AbortSignal,
+  /** Waits for the answer, and not for ever. Every request of this socket goes by here. */
+  async #ask(
+    exchange: Exchange,
     extra: Record<string, string>,
-    body?: ReadableStream<Bytes> | Bytes,
-    keepalive = false,
-  ): Promise<Response> {
+    bytes?: Bytes,
+    timeout?: number,
+    keepalive?: true,
+  ): Promise<void> {
+    const { stream, first, abort: { signal } } = exchange;
     const { headers: given, credentials, fetch: send = fetch } = this.#options;
-    const headers = new Headers(typeof given === "function" ? await given() : given);
-    if (this.#authorization && !headers.has("authorization")) {
-      headers.set("authorization", this.#authorization);
-    }
-    for (const name in extra) headers.set(name, extra[name]!);
-    if (this.#full || !this.#token) headers.set(VERSION_HEADER, VERSION);
-    if (this.#token) headers.set(TOKEN_HEADER, this.#token);
-    signal.throwIfAborted();
-    const timer = "document" in globalThis
-      ? setTimeout(() => this.#warn(), ANSWER_TIMEOUT)
-      : undefined;
+    const body = stream ?? bytes;
+    const timer = timeout && setTimeout(() => exchange.end(), timeout);
+    const warning = "document" in globalThis && setTimeout(() => this.#warn(), ANSWER_TIMEOUT);
+    // What the options give need not settle.
+    const end = new Promise<undefined>((resolve) =>
+      signal.addEventListener("abort", () => resolve(undefined))
+    );
     try {
-      const response = await send(this.#target, {
-        method,
+      // A function is asked each time.
+      const headers = new Headers(
+        typeof given === "function" ? await Promise.race([given(), end]) : given,
+      );
+      if (this.#authorization && !headers.has("authorization")) {
+        headers.set("authorization", this.#authorization);
+      }
+      if (this.#full || !this.#token) headers.set(VERSION_HEADER, VERSION);
+      if (this.#token) headers.set(TOKEN_HEADER, this.#token);
+      if (stream || body && this.#full) headers.set("content-type", UPLINK_TYPE);
+      if (first && (stream || this.#full)) headers.set(SEQ_HEADER, `${first}`);
+      for (const name in extra) headers.set(name, extra[name]!);
+      signal.throwIfAborted();
+      const asked = send(this.#target, {
+        method: body ? "POST" : "GET",
         headers,
         signal,
         redirect: "manual",
         ...credentials && { credentials },
-        ...keepalive && { keepalive },
-        ...body && { body },
-        ...body instanceof ReadableStream && { duplex: "half" },
+        keepalive,
+        body,
+        duplex: "half",
       } as RequestInit);
+      exchange.response = await Promise.race([asked, end]);
       this.#dispatchedInTask = false; // what comes of the network comes in a task of its own
-      return response;
+    } catch {
+      // as good as an answer that says nothing
     } finally {
       clearTimeout(timer);
+      clearTimeout(warning || undefined);
     }
   }
 
@@ -618,14 +599,14 @@ export class WebSocketSSE extends EventTarget {
   #warn(): void {
     if (this.#droppedAt || speaksHTTP2(this.#target)) return;
     console.warn(
-      `${this.#url.host} does not answer. Over HTTP/1.1 a browser opens 6 connections to it, in all tabs together: use fewer sockets, or serve HTTP/2`,
+      `${this.#url.host} does not answer. Over HTTP/1.1 all tabs share 6 connections: serve HTTP/2`,
     );
   }
 
   // --- Down ---
 
   /** Reads one event stream to its end, whichever way that comes. */
-  async #read(connection: Connection): Promise<void> {
+  async #read(connection: Exchange): Promise<void> {
     const reader = connection.reader = readerOf(connection.response!.body!);
     const parser = new EventParser((type, data) => {
       if (connection !== this.#connection) return;
@@ -646,13 +627,14 @@ export class WebSocketSSE extends EventTarget {
         // What was there already may come in the task of what was before it.
         if (waited) this.#dispatchedInTask = false;
         // "A client detaches its old reader before it reads its count."
-        if (done || connection !== this.#connection || this.#ended) break;
+        if (done || connection !== this.#connection) break;
         connection.quietTicks = 0;
         const decoded = text.decode(value, { stream: true });
         parser.push(first && decoded[0] === "\uFEFF" ? decoded.slice(1) : decoded);
         first &&= !decoded;
         if (parser.partial > MAX_EVENT) this.#fail();
-        this.#rawBytes += value.length; // after: what came with duplex-open is yet to be acknowledged
+        // After, since what came with duplex-open is yet to be acknowledged.
+        this.#unacknowledgedBytes += value.length;
         this.#acknowledgeWindow(parser.partial);
         await this.#drain(); // the next chunk waits until this one is dispatched
       }
@@ -664,6 +646,7 @@ export class WebSocketSSE extends EventTarget {
   }
 
   #onEvent(type: string, data: string): void {
+    if (!this.#full && type.startsWith("duplex-")) return; // on crossws's wire, nothing of ours
     // Any other event stream: we could not send.
     if (!this.#full && !this.#token && this.#sends && type !== TOKEN_EVENT) return this.#fail();
     switch (type) {
@@ -671,21 +654,23 @@ export class WebSocketSSE extends EventTarget {
       case "message":
         return this.#receive(data);
       case JSON_EVENT:
-        return this.#receive(asText(JSON.parse(data)));
+        data = JSON.parse(data);
+        if (typeof data !== "string") return this.#distrust(); // as bad as what is no JSON
+        return this.#receive(data);
       case BINARY_EVENT:
         return this.#receive(fromBase64(data));
       case TOKEN_EVENT:
         if (!this.#full && !this.#token) {
           this.#token = data; // the header could not be read
-          this.#openedPlain();
+          this.#opened();
         }
         return this.#pump();
       case OPEN_EVENT:
         return this.#onOpen(JSON.parse(data));
       case ACK_EVENT: {
-        const [received, handled] = data.split(" ").map(Number);
-        this.#handledBytes = Math.max(this.#handledBytes, handled || 0);
-        return this.#confirm(received!);
+        const [received, handled] = data.split(" ").map(Number) as [number, number];
+        if (handled > this.#handledBytes) this.#handledBytes = handled;
+        return this.#confirm(received);
       }
       case PING_EVENT: {
         const [sent, payload] = data.split(" ");
@@ -701,17 +686,18 @@ export class WebSocketSSE extends EventTarget {
   }
 
   #onOpen(terms: Terms): void {
-    if (!this.#full || !this.#token || this.#ended) return;
+    if (!this.#full || !this.#token) return;
     const { next, attempt, received, window, heartbeatInterval, resumeTimeout } = terms;
-    const numbers = [received, window, heartbeatInterval, resumeTimeout];
     if (
       next !== this.#received + 1 || attempt !== this.#attempt ||
-      !numbers.every((number) => Number.isFinite(number) && number >= 0)
+      [received, window, heartbeatInterval, resumeTimeout]
+        .some((number) => !Number.isFinite(number) || number < 0)
     ) return this.#distrust();
     const opening = !this.#terms;
     this.#terms = terms;
     this.#acknowledged = this.#received;
-    this.#acknowledgedBytes = this.#rawBytes;
+    this.#ackDue = false;
+    this.#unacknowledgedBytes = 0;
     this.#tick();
     if (opening) this.#opened(terms.protocol);
     else {
@@ -720,14 +706,11 @@ export class WebSocketSSE extends EventTarget {
       for (const wake of this.#pauses) wake(); // the network is back
       if (!this.#renewing) {
         this.#stats.resumes++;
-        this.#deliver(() => this.#dispatch(new Event("resume")));
+        this.#deliver(() => this.dispatchEvent(new Event("resume")));
       }
       this.#renewing = false;
     }
-    if (this.#connection?.body && !this.#body) {
-      this.#body = this.#connection.body;
-      this.#body.confirmed = false;
-    }
+    if (this.#connection?.open) this.#body ??= this.#connection;
     this.#confirm(terms.received);
   }
 
@@ -743,7 +726,7 @@ export class WebSocketSSE extends EventTarget {
         : this.#binaryType === "blob"
         ? new Blob([data])
         : data.buffer;
-      this.#dispatch(new MessageEvent("message", { data: value, origin: this.#url.origin }));
+      this.dispatchEvent(new MessageEvent("message", { data: value, origin: this.#url.origin }));
     });
   }
 
@@ -753,23 +736,13 @@ export class WebSocketSSE extends EventTarget {
   }
 
   /** Each event in a task of its own, so that promises settle in between. */
-  #drain(): Promise<void> | undefined {
-    if (this.#draining || !this.#inbox.length) return this.#draining;
-    if (!this.#mayBePageTask && this.#connection?.reader && this.#inbox.length === 1) {
-      // Nothing was dispatched in this task: no need to wait for another.
+  async #drain(): Promise<void> {
+    while (this.#inbox.length) {
+      // Where nothing was dispatched in this task there is no need to wait for another.
+      if (this.#mayBePageTask || !this.#connection?.reader) await new Promise<void>(nextTask);
       this.#dispatchedInTask = true;
-      this.#inbox.pop()!();
-      return;
+      this.#inbox.shift()?.();
     }
-    return this.#draining = (async () => {
-      for (let at = 0; at < this.#inbox.length; at++) {
-        await new Promise<void>(nextTask);
-        this.#dispatchedInTask = true;
-        this.#inbox[at]!();
-      }
-      this.#inbox = [];
-      this.#draining = undefined;
-    })();
   }
 
   /** The page may have run in this task: an own `fetch` can answer within the caller's. */
@@ -787,14 +760,14 @@ export class WebSocketSSE extends EventTarget {
   /** "The client acknowledges at half a window." A part of an event counts for the next time. */
   #acknowledgeWindow(partial: number): void {
     if (!this.#terms || this.#received === this.#acknowledged) return;
-    if (this.#rawBytes - this.#acknowledgedBytes >= this.#terms.window / 2) {
-      this.#acknowledgedBytes = this.#rawBytes - 3 * partial; // characters have up to 3 bytes
-      this.#pump(true);
-    } else if (this.#body && this.#ackTimer === undefined) {
+    if (this.#unacknowledgedBytes >= this.#terms.window / 2) {
+      this.#unacknowledgedBytes = 3 * partial; // characters have up to 3 bytes
+      this.#acknowledge();
+    } else if (this.#body) {
       // "On an open uplink stream also 1 s after the first unacknowledged message": free there.
-      this.#ackTimer = setTimeout(() => {
+      this.#ackTimer ??= setTimeout(() => {
         this.#ackTimer = undefined;
-        if (this.#body) this.#pump(true);
+        if (this.#body) this.#acknowledge();
       }, ACK_DELAY);
     }
   }
@@ -809,7 +782,7 @@ export class WebSocketSSE extends EventTarget {
       if (connection?.reader) this.#retries = 0;
       // "The client treats 2 heartbeats without a byte as a drop." Ticks, not clocks: after a
       // long pause of this process they say nothing of the network.
-      if (connection?.reader && ++connection.quietTicks > 4) this.#drop();
+      if (connection?.reader && ++connection.quietTicks > 4) this.#hangUp();
       if (this.#body?.open && this.#body.asked && !this.#body.wroteSinceTick) {
         this.#body.write([frame("PING", EMPTY)]);
       }
@@ -817,23 +790,22 @@ export class WebSocketSSE extends EventTarget {
     }, this.#terms!.heartbeatInterval / 2);
   }
 
-  /** Lets go of the connection; `#run` goes on to resume. */
-  #drop(): void {
-    this.#connection?.end();
-    this.#postAbort?.abort();
+  /** Ends all requests; if there is a session, `#run` goes on to resume it. */
+  #hangUp(): void {
+    this.#endBody();
+    for (const exchange of [this.#connection, this.#posted, this.#postedControl]) exchange?.end();
+    this.#connection = undefined; // what is left in its parser must not count
   }
 
   #distrust(): void {
-    if (++this.#strikes > 1) return this.#fail();
-    const connection = this.#connection;
-    this.#connection = undefined; // what is left in its parser must not count
-    connection?.end();
+    if (++this.#strikes > 1) this.#fail();
+    else this.#hangUp();
   }
 
-  async #resume(): Promise<Connection> {
-    this.#endBody();
+  async #resume(): Promise<Exchange> {
+    this.#hangUp(); // whatever cut the connection may hold the others for ever
     // Where drops come sooner than the verdict on a stream, it would be tried for ever.
-    if (this.#out[0]?.begun && !this.#streamWorked && this.#stats.resumes > 2) {
+    if (this.#fresh > this.#first && !this.#streamWorked && this.#stats.resumes > 2) {
       this.#transport = "post";
     }
     if (!this.#droppedAt) {
@@ -842,24 +814,17 @@ export class WebSocketSSE extends EventTarget {
     }
     const { resumeTimeout, heartbeatInterval } = this.#terms!;
     const patience = Math.max(Math.min(resumeTimeout / 3, 2 * heartbeatInterval), 1000);
-    this.#postAbort?.abort(); // whatever cut this connection may hold that one for ever
-    this.#controlAbort?.abort();
-    while (!this.#ended) {
-      const left = this.#droppedAt + resumeTimeout - Date.now();
-      if (left <= 0) break;
-      await this.#pause(this.#retries++, left);
-      if (this.#ended) break;
-      this.#attempt++;
+    const deadline = this.#droppedAt + resumeTimeout;
+    while (await this.#pause(this.#retries++, deadline)) {
       const connection = await this.#connect({
-        [ATTEMPT_HEADER]: `${this.#attempt}`,
+        [ATTEMPT_HEADER]: `${++this.#attempt}`,
         "last-event-id": `${this.#received}`,
-      }, Math.min(left, patience)).catch(() => undefined);
-      const { status = 0 } = connection?.response ?? {};
-      if (status === 200 && this.#grants(connection!)) return connection!;
-      connection?.end();
+      }, Math.min(deadline - Date.now(), patience) || 1);
+      if (connection.isFull) return connection;
+      connection.end();
       // "An instance that is not the session's own takes no streaming body." For this socket only.
-      if (status === 411) this.#transport = "post";
-      else if (!isTransient(status)) break;
+      if (connection.status === 411) this.#transport = "post";
+      else if (!isTransient(connection.status)) break;
       else if (this.#renewing) {
         this.#renewing = false;
         this.#dropped();
@@ -869,22 +834,24 @@ export class WebSocketSSE extends EventTarget {
   }
 
   #dropped(): void {
-    this.#deliver(() => this.#dispatch(new Event("drop")));
+    this.#deliver(() => this.dispatchEvent(new Event("drop")));
   }
 
-  /** Waits longer each time, and never in step with other clients. */
-  async #pause(retries: number, atMost: number): Promise<void> {
-    const delay = Math.min(MAX_RETRY_DELAY, 50 * 2 ** retries, atMost) * (0.5 + Math.random() / 2);
-    if (retries === 0 || this.#ended) return;
-    await new Promise<void>((resolve) => {
-      const wake = () => {
-        clearTimeout(timer);
-        this.#pauses.delete(wake);
-        resolve();
-      };
-      const timer = setTimeout(wake, delay);
-      this.#pauses.add(wake);
-    });
+  /** Waits longer each time, and never in step with other clients. False: it is too late to try again. */
+  async #pause(retries: number, deadline = Infinity): Promise<boolean> {
+    const delay = Math.min(MAX_RETRY_DELAY, 50 * 2 ** retries, deadline - Date.now());
+    if (retries && delay > 0 && !this.#ended) {
+      await new Promise<void>((resolve) => {
+        const wake = () => {
+          clearTimeout(timer);
+          this.#pauses.delete(wake);
+          resolve();
+        };
+        const timer = setTimeout(wake, delay * (0.5 + Math.random() / 2));
+        this.#pauses.add(wake);
+      });
+    }
+    return delay > 0 && !this.#ended;
   }
 
   // --- Up ---
@@ -906,7 +873,7 @@ export class WebSocketSSE extends EventTarget {
 
   /** What is sent in one task goes together. */
   #enqueue(bytes: Bytes | undefined, size: number, isClose = false): Outgoing {
-    const entry: Outgoing = { frame: bytes, size, begun: false, isClose };
+    const entry: Outgoing = { frame: bytes, size, isClose };
     this.#out.push(entry);
     if (!this.#pumping) {
       this.#pumping = true;
@@ -929,13 +896,13 @@ export class WebSocketSSE extends EventTarget {
   #due(number: number): Outgoing | undefined {
     const entry = this.#out[number - this.#first];
     // "window counts encoded bytes of counted messages. A sender below it may begin one message of any size."
-    const allowed = entry?.begun || entry?.isClose ||
-      this.#begunBytes - this.#handledBytes < this.#terms!.window;
+    const allowed = number < this.#fresh || entry?.isClose || !this.#terms ||
+      this.#writtenBytes - this.#handledBytes < this.#terms.window;
     return entry?.frame && allowed ? entry : undefined;
   }
 
   /** What may be written now, as far as it fits in the body. */
-  #take(body: Pick<UplinkBody, "next" | "used">, most: number): Bytes[] {
+  #take(body: Exchange, most: number): Bytes[] {
     const parts: Bytes[] = [];
     for (;;) {
       const number = Math.max(body.next, this.#first);
@@ -945,16 +912,19 @@ export class WebSocketSSE extends EventTarget {
       // "SEQ names the next message": those before it have been acknowledged meanwhile.
       if (number !== body.next) parts.push(frame("SEQ", encoder.encode(`${number}`)));
       parts.push(entry.frame!);
-      if (entry.begun) this.#stats.resent++;
-      else this.#begunBytes += size;
-      entry.begun = true;
-      body.used += size;
+      body.used += size || 1; // crossws's wire has empty ones
       body.next = number + 1;
+      if (number < this.#fresh) this.#stats.resent++;
+      else {
+        this.#writtenBytes += size;
+        this.#fresh = body.next;
+      }
     }
   }
 
   /** Messages up to this number have arrived. */
   #confirm(received: number): void {
+    if (this.#ended) return; // an answer that was on its way
     if (received < this.#first) return this.#pump();
     if (!(received < this.#first + this.#out.length)) return this.#distrust();
     let size = 0;
@@ -966,41 +936,46 @@ export class WebSocketSSE extends EventTarget {
     this.#streamFailures = 0;
     if (this.#unlearned) learn(this.#url.host, this.#unlearned);
     this.#unlearned = undefined;
-    if (this.#body) {
-      this.#body.confirmed = this.#streamWorked = true;
-      if (!this.#body.open && this.#first >= this.#body.next) this.#replaceBody(this.#body);
-    }
+    if (this.#body) this.#body.confirmed = this.#streamWorked = true;
     if (this.#readyState === CLOSING && !this.#answered) this.#awaitClose();
     if (!this.#out.length) this.#answered?.();
     this.#pump();
   }
 
   /** Sends what can be sent, over what is there. */
-  #pump(acknowledge = false): void {
-    if (this.#ended) return;
-    if (!this.#full) return void this.#postPlain();
-    if (!this.#terms) return;
-    if (this.#body?.open) {
-      this.#body.ackDue ||= acknowledge;
-      return this.#fill(this.#body);
-    }
+  #pump(): void {
+    if (this.#ended || !(this.#full ? this.#terms : this.#token)) return;
+    const body = this.#body;
+    if (body?.open) return this.#fill(body);
+    // Ended, by us or by who read it, and nothing of it is to be confirmed.
+    if (body && body.next <= this.#first) this.#replaceBody(body);
     if (this.#transport !== "post" && this.#droppedAt) return; // the resumption brings a new stream
-    if (this.#due(this.#first)) {
-      if (this.#transport === "post" && !this.#posting) return void this.#post();
-      if (this.#transport !== "post" && !this.#body && !this.#resting) return void this.#stream();
+    if (this.#due(this.#first) && !this.#body && !this.#posted) {
+      return void (this.#transport === "post" ? this.#post() : this.#stream());
     }
     // "A control-only POST may run beside the one message POST."
-    if (!this.#controlPosting) {
-      if (acknowledge || this.#pongs.length) this.#postControl();
-    } else if (acknowledge) this.#acknowledged = -1; // in the one after: the server may wait for it
+    if (this.#owesControl && !this.#postedControl) this.#postControl();
+  }
+
+  /** At once, since the server may wait for it; or what carried the last one may be lost. */
+  #acknowledge(): void {
+    this.#ackDue = true;
+    this.#pump();
+  }
+
+  /** The server waits for what would otherwise go with the next body. */
+  get #owesControl(): boolean {
+    return this.#ackDue || !!this.#pongs.length;
   }
 
   /** Acknowledgement and answers to pings go along with any body that is sent anyway. */
-  #takeControl(acknowledge = false): Bytes[] {
+  #takeControl(): Bytes[] {
     const parts = this.#pongs;
     this.#pongs = [];
     // On an open stream, where each would cost a frame, not with every message.
-    if (acknowledge || this.#received > this.#acknowledged + (this.#body ? ACK_EVERY : 0)) {
+    const due = this.#terms && this.#received > this.#acknowledged + (this.#body ? ACK_EVERY : 0);
+    if (this.#ackDue || due) {
+      this.#ackDue = false;
       this.#acknowledged = this.#received;
       parts.push(frame("ACK", encoder.encode(`${this.#received}`)));
     }
@@ -1011,57 +986,45 @@ export class WebSocketSSE extends EventTarget {
 
   /** "The uplink as long streaming POSTs", each renewed before it reaches what proxies cap. */
   async #stream(): Promise<void> {
-    const body = this.#body = new UplinkBody(this.#first, (body) => this.#fill(body));
-    const seq = body.next;
-    const status = await this.#send(body.stream, body.abort = new AbortController(), seq);
-    // Confirmed, or ended by ourselves.
-    if (this.#ended || this.#body !== body || isGood(status) && this.#first > seq) return;
+    const body = this.#body = new Exchange(this.#first, (body) => this.#fill(body));
+    const { status } = await this.#send(body);
+    if (this.#ended || this.#body !== body) return; // confirmed, or ended by ourselves
     this.#endBody();
-    this.#acknowledged = -1; // what it carried may be lost
     // One that has worked was cut; one that has not may never work, or the network is down.
     const most = this.#streamWorked ? 5 : 2;
     if (status === 411 || status === 413 || !body.confirmed && ++this.#streamFailures > most) {
       this.#leaveTransport("post");
     } else if (isFinal(status)) return this.#fail();
     else if (this.#streamFailures) {
-      this.#resting = true;
-      await this.#pause(this.#streamFailures, MAX_RETRY_DELAY);
-      this.#resting = false;
+      this.#posted = body; // as if it were one: nothing is sent meanwhile
+      await this.#pause(this.#streamFailures);
+      this.#posted = undefined;
     }
-    this.#pump(true);
+    this.#acknowledge();
   }
 
   /** Gives a streaming body what is due, when its reader has asked. */
-  #fill(body: UplinkBody): void {
+  #fill(body: Exchange): void {
     if (!body.open || !body.asked) return;
     if (body !== this.#body) { // a duplex request whose answer is still to come
       if (!body.total) body.write([frame("PING", EMPTY)]); // some fetches send no header before a byte
       return;
     }
-    const parts = [...this.#takeControl(body.ackDue), ...this.#take(body, MAX_BODY)];
-    body.ackDue = false;
+    const parts = [...this.#takeControl(), ...this.#take(body, MAX_BODY)];
     if (parts.length) body.write(parts);
-    if (this.#due(Math.max(body.next, this.#first))) this.#finishBody(body);
-    else if (body.next > this.#first) this.#startWatch();
-  }
-
-  /** The body has had its share. What follows goes in another, once this one is confirmed. */
-  #finishBody(body: UplinkBody): void {
-    body.finish();
-    if (body.next > this.#first) return this.#startWatch();
-    this.#replaceBody(body); // nothing of it is to be confirmed
-    this.#pump();
+    // The body has had its share: what follows goes in another, once this one is confirmed.
+    if (this.#due(Math.max(body.next, this.#first))) body.finish();
+    if (body.next > this.#first) this.#startWatch();
+    else if (!body.open) this.#pump();
   }
 
   /** A duplex request is replaced as a whole: its resumption, which nobody notices, brings another. */
-  #replaceBody(body: UplinkBody): void {
+  #replaceBody(body: Exchange): void {
     this.#body = undefined;
-    if (
-      body !== this.#connection?.body || this.#transport !== "duplex" || !this.#terms!.resumeTimeout
-    ) return;
+    if (body !== this.#connection || !this.#terms!.resumeTimeout) return;
     this.#droppedAt = Date.now();
     this.#renewing = true;
-    this.#connection.end();
+    body.end();
   }
 
   #endBody(): void {
@@ -1072,25 +1035,24 @@ export class WebSocketSSE extends EventTarget {
 
   /** "A stream counts as working only while every frame is confirmed as received within 3 s, the first within 1 to 2 s." */
   #startWatch(): void {
-    if (this.#watch !== undefined) return;
-    this.#quietWatches = 0;
-    this.#watch = setInterval(() => {
+    this.#watch ??= setInterval(() => {
       const body = this.#body;
       if (!body || body.next <= this.#first) return this.#stopWatch();
       if (++this.#quietWatches < (body.confirmed ? 12 : 6)) return;
       this.#leaveTransport(this.#transport === "duplex" ? "stream" : "post");
-      if (body === this.#connection?.body) body.open = false; // its other half is our event stream
-      else body.end();
-      this.#body = undefined;
-      this.#stopWatch();
-      this.#acknowledged = -1; // what it carried may be lost
-      this.#pump(true);
+      if (body === this.#connection) { // its other half is our event stream
+        body.open = false;
+        this.#body = undefined;
+      }
+      this.#endBody();
+      this.#acknowledge();
     }, WATCH_PERIOD);
   }
 
   #stopWatch(): void {
     clearInterval(this.#watch);
     this.#watch = undefined;
+    this.#quietWatches = 0;
   }
 
   /** "Each falling back to the next": for this socket, and for the origin's next ones. */
@@ -1101,89 +1063,58 @@ export class WebSocketSSE extends EventTarget {
 
   // Posting
 
-  /** "Everything queued goes in one POST, one message POST in flight, the next batch collects meanwhile." */
+  /**
+   * "Everything queued goes in one POST, one message POST in flight, the next batch collects
+   * meanwhile." On crossws's wire one message a request.
+   */
   async #post(): Promise<void> {
-    this.#posting = true;
     let since = 0;
     for (let retries = 0; !this.#ended && this.#due(this.#first);) {
-      const first = this.#first;
-      const batch = { next: first, used: 0 };
-      const body = concat([...this.#takeControl(), ...this.#take(batch, this.#maxBatch)]);
-      const abort = this.#postAbort = new AbortController();
-      const status = await this.#send(body, abort, first, POST_TIMEOUT + body.length / 8);
-      if (this.#first > first) since = retries = 0; // as told by the answer, or by the event stream
+      const batch = this.#posted = new Exchange(this.#first);
+      const parts = [...this.#takeControl(), ...this.#take(batch, this.#full ? this.#maxBatch : 0)];
+      const body = concat(parts);
+      const { status } = await this.#send(batch, body, POST_TIMEOUT + body.length / 8);
+      if (this.#first > batch.first) since = retries = 0; // as told by the answer, or by the event stream
       // "A 413 that is not ours (a proxy's) on a lone message is 1009 too."
-      else if (status === 413 && batch.next === first + 1) {
+      else if (status === 413 && batch.next === batch.first + 1) {
         return this.#end(1009, "Message too large", false);
       } else if (status === 413) this.#maxBatch = batch.used >> 1;
-      else if (isFinal(status)) return this.#fail();
+      else if (isFinal(status) || !this.#full) return this.#fail();
       else {
-        this.#acknowledged = -1; // what it carried may be lost
+        this.#ackDue = true; // what it carried may be lost
         since ||= Date.now();
-        const left = since + (this.#terms!.resumeTimeout || OPEN_TIMEOUT) - Date.now();
-        if (left <= 0) return this.#fail();
-        await this.#pause(++retries, left);
+        const patience = this.#terms!.resumeTimeout || OPEN_TIMEOUT;
+        if (!await this.#pause(++retries, since + patience)) return this.#fail();
       }
     }
-    this.#posting = false;
-    this.#pump(this.#acknowledged < 0);
-  }
-
-  /** Sends one body and takes what its answer confirms. The status is 0 when there was no answer. */
-  async #send(
-    body: ReadableStream<Bytes> | Bytes,
-    abort: AbortController,
-    seq?: number,
-    timeout?: number,
-  ): Promise<number> {
-    const timer = timeout && setTimeout(() => abort.abort(), timeout);
-    try {
-      const response = await this.#request("POST", abort.signal, {
-        "content-type": UPLINK_TYPE,
-        ...seq && { [SEQ_HEADER]: `${seq}` },
-      }, body);
-      response.body?.cancel().catch(() => {});
-      if (body === this.#body?.stream) this.#body.open = false; // before another is begun
-      if (response.ok) this.#confirm(Number(response.headers.get(RECEIVED_HEADER) ?? 0));
-      return response.status;
-    } catch {
-      return 0;
-    } finally {
-      clearTimeout(timer);
-    }
+    this.#posted = undefined;
+    this.#pump();
   }
 
   async #postControl(): Promise<void> {
-    this.#controlPosting = true;
-    const parts = this.#takeControl(true);
-    const abort = this.#controlAbort = new AbortController();
-    const status = await this.#send(concat(parts), abort, undefined, POST_TIMEOUT);
-    if (isFinal(status)) this.#drop(); // the resume will tell what is the matter
-    if (isGood(status)) this.#controlRetries = 0;
-    else {
-      // The server may be waiting for nothing but this. (A resume acknowledges, too.)
-      this.#acknowledged = -1;
-      await this.#pause(++this.#controlRetries, MAX_RETRY_DELAY);
+    for (let retries = 0; this.#owesControl && !this.#ended;) {
+      const exchange = this.#postedControl = new Exchange();
+      const { response } = await this.#send(exchange, concat(this.#takeControl()), POST_TIMEOUT);
+      if (response?.ok) continue;
+      if (isFinal(exchange.status)) this.#hangUp(); // the resume will tell what is the matter
+      else {
+        this.#ackDue = true;
+        await this.#pause(++retries);
+      }
     }
-    this.#controlPosting = false;
-    if (this.#acknowledged < 0 || this.#pongs.length) this.#pump(this.#acknowledged < 0);
+    this.#postedControl = undefined;
   }
 
-  /** crossws's wire: one request a message, in order. */
-  async #postPlain(): Promise<void> {
-    if (this.#posting || !this.#token) return;
-    this.#posting = true;
-    while (this.#out[0]?.frame && !this.#ended) {
-      const { frame: body, size } = this.#out[0];
-      const response = await this.#request("POST", this.#connection!.abort.signal, {}, body).catch(
-        () => undefined,
-      );
-      response?.body?.cancel().catch(() => {});
-      if (!response?.ok) return this.#fail();
-      this.#out.shift();
-      this.#release(size);
+  /** Sends one body and takes what its answer confirms. */
+  async #send(exchange: Exchange, bytes?: Bytes, timeout?: number): Promise<Exchange> {
+    await this.#ask(exchange, {}, bytes, timeout);
+    const { response, first } = exchange;
+    if (response) exchange.finish(); // before another is begun
+    response?.body?.cancel().catch(() => {});
+    if (response?.ok) {
+      this.#confirm(this.#full ? Number(response.headers.get(RECEIVED_HEADER)) : first);
     }
-    this.#posting = false;
+    return exchange;
   }
 
   // --- Ends ---
@@ -1192,7 +1123,7 @@ export class WebSocketSSE extends EventTarget {
   #onClose({ code, reason, sent }: { code: number; reason: string; sent: number }): void {
     if (this.#ended || this.#answered) return;
     if (!Number.isInteger(code) || typeof reason !== "string") return this.#distrust();
-    const ours = this.#out.some((entry) => entry.isClose) || this.#readyState === CLOSING;
+    const ours = this.#readyState === CLOSING;
     const wasClean = ours || this.#received === sent;
     this.#deliver(() => {
       if (this.#readyState === OPEN) this.#readyState = CLOSING;
@@ -1227,39 +1158,25 @@ export class WebSocketSSE extends EventTarget {
     clearInterval(this.#ticker);
     clearTimeout(this.#closeTimer);
     clearTimeout(this.#ackTimer);
-    this.#endBody();
-    const connection = this.#connection;
-    this.#connection = undefined;
-    connection?.end();
-    this.#postAbort?.abort();
+    this.#hangUp();
     for (const wake of this.#pauses) wake();
     this.#options.signal?.removeEventListener("abort", this.#abort);
     if ("document" in globalThis) globalThis.removeEventListener("pagehide", this.#leave);
     this.#deliver(() => {
       this.#readyState = CLOSED;
-      if (failed) this.#dispatch(new Event("error"));
-      this.#dispatch(closeEvent(code, reason, wasClean));
+      if (failed) this.dispatchEvent(new Event("error"));
+      this.dispatchEvent(closeEvent(code, reason, wasClean));
     });
   }
 
   /** "pagehide sends CLOSE with what is unacknowledged, keepalive, as far as its 64 KiB go." */
   #pageHides(): void {
     if (this.#ended) return;
-    if (this.#full && this.#terms) {
-      const frames = this.#out.map((entry) => entry.frame);
-      if (this.#readyState === OPEN) {
-        frames.push(frame("CLOSE", new Uint8Array([1001 >> 8, 1001 & 255])));
-      }
-      const parts: Bytes[] = [];
-      let size = 0;
-      for (const bytes of frames) {
-        if (!bytes || (size += bytes.length) > MAX_KEEPALIVE) break;
-        parts.push(bytes);
-      }
-      const headers = { "content-type": UPLINK_TYPE, [SEQ_HEADER]: `${this.#first}` };
-      this.#request("POST", new AbortController().signal, headers, concat(parts), true).catch(
-        () => {},
-      );
+    if (this.#terms) {
+      if (this.#readyState === OPEN) this.#enqueueClose(1001, EMPTY);
+      const last = new Exchange(this.#first);
+      last.used = 1; // so that the first message, too, must fit
+      this.#ask(last, {}, concat(this.#take(last, MAX_KEEPALIVE)), undefined, true);
     }
     this.#end(1001, "", false);
   }
@@ -1298,63 +1215,41 @@ export const WebsocketSSE: typeof WebSocketSSE = WebSocketSSE;
 
 export default WebSocketSSE;
 
-// The standard's constants and attributes are enumerable, and constants cannot be changed.
-for (const [name, value] of Object.entries({ CONNECTING, OPEN, CLOSING, CLOSED })) {
-  Object.defineProperty(WebSocketSSE, name, { value, enumerable: true });
-  Object.defineProperty(WebSocketSSE.prototype, name, { value, enumerable: true });
-}
-for (
-  const name of "url readyState bufferedAmount extensions protocol binaryType send close"
-    .split(" ")
-) {
-  Object.defineProperty(WebSocketSSE.prototype, name, { enumerable: true });
-}
-Object.defineProperty(WebSocketSSE.prototype, Symbol.toStringTag, {
-  value: "WebSocket",
-  configurable: true,
-});
+// --- One request ---
 
-// --- One connection ---
-
-/** One event stream and, with the duplex transport, the uplink that shares its request. */
-class Connection {
+/**
+ * One request: an event stream, or messages on their way up, as bytes or as a stream that is
+ * filled when its reader asks, so that what waits goes as one chunk. The duplex transport's is both.
+ */
+class Exchange {
   readonly abort: AbortController = new AbortController();
   response: Response | undefined;
-  body: UplinkBody | undefined;
+  /** Of the event stream. */
   reader: Reader | undefined;
-  /** Ticks of half a heartbeat since the last byte. */
+  /** Ticks of half a heartbeat since its last byte. */
   quietTicks = 0;
 
-  /** Ends both directions; a read in progress ends, too. */
-  end(): void {
-    // Deno reports the error of a body that it has not begun to read as uncaught.
-    if (!this.body?.total) this.abort.abort();
-    this.body?.end();
-    this.reader?.cancel().catch(() => {});
-    this.abort.abort();
-  }
-}
-
-/** A streaming request body. It is filled when its reader asks, so what waits goes as one chunk. */
-class UplinkBody {
-  readonly stream: ReadableStream<Bytes>;
-  open = true;
+  /** The body, where it streams. */
+  readonly stream: ReadableStream<Bytes> | undefined;
+  open = false;
   asked = false;
-  ackDue = false;
+  wroteSinceTick = false;
   /** Something has been confirmed while this body was in use. */
   confirmed = false;
-  wroteSinceTick = false;
-  abort: AbortController | undefined;
+  /** The number of the first message, if there may be one. */
+  readonly first: number;
   /** The number of the next message. */
   next: number;
-  /** Bytes so far. */
+  /** Bytes of the streaming body so far. */
   total = 0;
   /** Bytes of messages so far. */
   used = 0;
   #controller!: ReadableStreamDefaultController<Bytes>;
 
-  constructor(next: number, fill: (body: UplinkBody) => void) {
-    this.next = next;
+  constructor(first = 0, fill?: (body: Exchange) => void) {
+    this.first = this.next = first;
+    if (!fill) return;
+    this.open = true;
     this.stream = new ReadableStream<Bytes>({
       start: (controller) => {
         this.#controller = controller;
@@ -1369,6 +1264,21 @@ class UplinkBody {
     }, { highWaterMark: 0 });
   }
 
+  /** 0 before the answer. */
+  get status(): number {
+    return this.response?.status ?? 0;
+  }
+
+  get isStream(): boolean {
+    return this.status === 200 &&
+      !!this.response!.headers.get("content-type")?.startsWith(STREAM_TYPE);
+  }
+
+  /** Version 1 was granted. */
+  get isFull(): boolean {
+    return this.status === 200 && this.response!.headers.get(VERSION_HEADER) === VERSION;
+  }
+
   /** Only when asked. */
   write(parts: Bytes[]): void {
     const chunk = concat(parts);
@@ -1378,18 +1288,21 @@ class UplinkBody {
     this.#controller.enqueue(chunk);
   }
 
-  /** A clean end: all that was written is to arrive. */
+  /** A clean end of the body: all that was written is to arrive. */
   finish(): void {
     if (this.open) this.#controller.close();
     this.open = false;
   }
 
-  /** "End the body with controller.error(): an abort would deliver the part." */
+  /** Ends both directions; a read in progress ends, too. */
   end(): void {
-    if (!this.total) this.abort?.abort();
+    // Deno reports the error of a body that it has not begun to read as uncaught.
+    if (!this.total) this.abort.abort();
+    // "End the body with controller.error(): an abort would deliver the part."
     if (this.open) this.#controller.error(new Error("Abandoned"));
     this.open = false;
-    this.abort?.abort();
+    this.reader?.cancel().catch(() => {});
+    this.abort.abort();
   }
 }
 
@@ -1401,7 +1314,8 @@ class EventParser {
   #line = "";
   #type = "";
   #data: string | undefined;
-  #afterCR = false;
+  /** The CR at the end of the last chunk: it has ended a line, and an LF after it ends no other. */
+  #cr = "";
 
   constructor(onEvent: (type: string, data: string) => void) {
     this.#onEvent = onEvent;
@@ -1413,58 +1327,40 @@ class EventParser {
   }
 
   push(chunk: string): void {
-    let at = 0;
-    if (this.#afterCR && chunk) {
-      this.#afterCR = false;
-      if (chunk[0] === "\n") at = 1;
+    if (this.#cr || chunk.includes("\r")) {
+      const whole = this.#cr + chunk;
+      chunk = whole.replace(/\r\n?/g, "\n").slice(this.#cr.length);
+      this.#cr = whole.endsWith("\r") ? "\r" : "";
     }
-    let cr = chunk.indexOf("\r", at);
-    for (;;) {
-      let end = chunk.indexOf("\n", at);
-      let skip = 1;
-      if (cr >= 0 && (end < 0 || cr < end)) {
-        if (end === cr + 1) skip = 2;
-        else if (cr === chunk.length - 1) this.#afterCR = true;
-        end = cr;
-        cr = chunk.indexOf("\r", end + skip);
-      }
-      if (end < 0) break;
+    let at = 0;
+    for (let end; (end = chunk.indexOf("\n", at)) >= 0; at = end + 1) {
       // Most events are one line of data and an empty one, in one chunk.
       if (
-        chunk[end + 1] === "\n" && skip === 1 && chunk.startsWith("data: ", at) &&
+        chunk[end + 1] === "\n" && chunk.startsWith("data: ", at) &&
         !this.#line && this.#data === undefined
-      ) {
-        const type = this.#type;
-        this.#type = "";
-        this.#onEvent(type, chunk.slice(at + 6, end));
-        at = end + 2;
-        continue;
+      ) this.#emit(chunk.slice(at + 6, end++));
+      else {
+        this.#onLine(this.#line + chunk.slice(at, end));
+        this.#line = "";
       }
-      const line = this.#line + chunk.slice(at, end);
-      this.#line = "";
-      this.#onLine(line);
-      at = end + skip;
     }
-    if (at < chunk.length) this.#line += chunk.slice(at);
+    this.#line += chunk.slice(at);
   }
 
   #onLine(line: string): void {
-    if (!line) {
-      const type = this.#type;
-      const data = this.#data;
-      this.#type = "";
-      this.#data = undefined;
-      if (data !== undefined) this.#onEvent(type, data);
-    } else if (line.startsWith("data:")) {
+    if (line === "data" || line === "event") line += ":"; // empty either way
+    if (!line) this.#emit(this.#data);
+    else if (line.startsWith("data:")) {
       const value = line.slice(line[5] === " " ? 6 : 5);
       this.#data = this.#data === undefined ? value : `${this.#data}\n${value}`;
-    } else if (line.startsWith("event:")) {
-      this.#type = line.slice(line[6] === " " ? 7 : 6);
-    } else if (line === "data") {
-      this.#data = this.#data === undefined ? "" : `${this.#data}\n`;
-    } else if (line === "event") {
-      this.#type = "";
-    }
+    } else if (line.startsWith("event:")) this.#type = line.slice(line[6] === " " ? 7 : 6);
+  }
+
+  #emit(data: string | undefined): void {
+    const type = this.#type;
+    this.#type = "";
+    this.#data = undefined;
+    if (data !== undefined) this.#onEvent(type, data);
   }
 }
 
@@ -1481,30 +1377,23 @@ interface Reader {
  * for each read otherwise. What a read gives is valid until the next.
  */
 function readerOf(body: ReadableStream<Uint8Array>): Reader {
-  let reader: ReadableStreamBYOBReader;
   try {
-    reader = body.getReader({ mode: "byob" });
+    const reader = body.getReader({ mode: "byob" });
+    let buffer = new ArrayBuffer(READ_SIZE);
+    return {
+      async read() {
+        const chunk = await reader.read(new Uint8Array(buffer));
+        if (chunk.value) buffer = chunk.value.buffer;
+        return chunk;
+      },
+      cancel: () => reader.cancel(),
+    };
   } catch {
     return body.getReader() as Reader; // not a stream of bytes
   }
-  let buffer = new ArrayBuffer(READ_SIZE);
-  return {
-    async read() {
-      const chunk = await reader.read(new Uint8Array(buffer));
-      if (chunk.value) buffer = chunk.value.buffer;
-      return chunk;
-    },
-    cancel: () => reader.cancel(),
-  };
 }
 
 // --- Small things ---
-
-/** What is no text is as bad as what is no JSON. */
-function asText(value: unknown): string {
-  if (typeof value === "string") return value;
-  throw new TypeError("Not a string");
-}
 
 /** A frame of the uplink: WebSocket-over-HTTP. */
 function frame(type: string, payload: Bytes): Bytes {
@@ -1522,30 +1411,27 @@ function toMessage(data: unknown): string | Bytes | Blob {
     return new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
   }
   // Shared ones are not everywhere, and those of another realm are of another class.
-  const isBuffer = /ArrayBuffer]$/.test(Object.prototype.toString.call(data));
+  const isBuffer = Object.prototype.toString.call(data).endsWith("ArrayBuffer]");
   return isBuffer ? new Uint8Array(data as ArrayBuffer) : String(data);
 }
 
 function parseURL(value: string): URL {
-  let url: URL | undefined;
   try {
-    url = new URL(value, (globalThis as { location?: { href: string } }).location?.href);
+    const url = new URL(value, (globalThis as { location?: { href: string } }).location?.href);
+    if (/^(http|ws)s?:[^#]*$/.test(url.href)) return url;
   } catch {
     // told below
   }
-  if (!url || !/^(https?|wss?):$/.test(url.protocol) || url.hash || url.href.endsWith("#")) {
-    throw new DOMException(`'${value}' is not a URL for a WebSocket`, "SyntaxError");
-  }
-  return url;
+  throw new DOMException(`${value} is no URL for a WebSocket`, "SyntaxError");
 }
 
 function checkProtocols(value: string | string[]): string[] {
-  const protocols = typeof value === "object" && value ? [...value].map(String) : [String(value)];
+  const protocols = typeof value === "object" ? [...value].map(String) : [String(value)];
   if (
     new Set(protocols.map((name) => name.toLowerCase())).size < protocols.length ||
-    protocols.some((name) => !/^[!#-'*+\-.^-z|~\w]+$/.test(name))
+    protocols.some((name) => !/^[\w!#-'*+.^`|~-]+$/.test(name))
   ) {
-    throw new DOMException("A subprotocol is offered twice or is no token", "SyntaxError");
+    throw new DOMException("Subprotocols must be distinct tokens", "SyntaxError");
   }
   return protocols;
 }
@@ -1553,11 +1439,6 @@ function checkProtocols(value: string | string[]): string[] {
 function learn(host: string, transport: Transport): void {
   if (learned.size >= MAX_LEARNED) learned.delete(learned.keys().next().value!);
   learned.set(host, transport);
-}
-
-function isStream({ response }: Connection): boolean {
-  return response!.status === 200 &&
-    !!response!.headers.get("content-type")?.startsWith(STREAM_TYPE);
 }
 
 /** Node 20 has no CloseEvent. */
@@ -1573,12 +1454,8 @@ function isTransient(status: number): boolean {
   return [0, 408, 411, 425, 429].includes(status) || status >= 500;
 }
 
-function isGood(status: number): boolean {
-  return status >= 200 && status < 300;
-}
-
 function isFinal(status: number): boolean {
-  return !isTransient(status) && !isGood(status);
+  return status >= 300 && !isTransient(status);
 }
 
 /** Deno, Bun and Node, whose fetch answers while the request's body is still being sent. */
@@ -1601,7 +1478,9 @@ function speaksHTTP2(target: string): boolean {
 
 /** After more microtasks than a read takes that need not wait for the network. */
 async function soon(): Promise<void> {
-  for (let i = 0; i < 3; i++) await undefined;
+  await undefined;
+  await undefined;
+  await undefined;
 }
 
 /** Runs something in a task of its own, sooner than a timer would. */
@@ -1631,7 +1510,6 @@ function concat(parts: Bytes[]): Bytes {
 }
 
 function fromBase64(text: string): Bytes {
-  const { fromBase64: native } = Uint8Array as { fromBase64?: (text: string) => Bytes };
-  if (native) return native.call(Uint8Array, text);
-  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  return (Uint8Array as { fromBase64?: (text: string) => Bytes }).fromBase64?.(text) ??
+    Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 }

@@ -163,6 +163,44 @@ for (const transport of ["auto", "duplex", "stream", "post"] as const) {
   });
 }
 
+test("empty messages go by requests of their own on the plain level, too", async (t) => {
+  const bodies = new Queue<string>();
+  const { url } = await t.serve(async (request) => {
+    if (request.method === "POST") {
+      bodies.push(await request.text());
+      return new Response(null, { status: 204 });
+    }
+    const stream = new ReadableStream({
+      start: (controller) => controller.enqueue(new TextEncoder().encode(":\n\n")),
+    });
+    const headers = { "content-type": "text/event-stream", "x-crossws-id": "plain" };
+    return new Response(stream, { headers });
+  });
+  const { socket, opened } = connect(t, url, { transport: "post" });
+  await opened;
+  const sent = ["", "one", "", "", "two"];
+  for (const text of sent) socket.send(text);
+  assertEquals(await bodies.take(5), sent);
+  await until(() => socket.bufferedAmount === 0);
+  assertEquals(bodies.left, 0);
+});
+
+test("our client is closed while crossws's adapter answers: the answer does no harm", async (t) => {
+  const { url } = await listenCrossws(t, true);
+  const { socket, opened, closed, events } = connect(t, url, {
+    transport: "post",
+    fetch: async (input, init) => {
+      const response = await fetch(input, init);
+      if (init?.method === "POST") socket.close();
+      return response;
+    },
+  });
+  await opened;
+  socket.send("last");
+  assertEquals((await closed).code, 1006);
+  assertEquals(events, ["open", "close"]);
+});
+
 test("our client receives from crossws's adapter without bidir", async (t) => {
   const { url, calls } = await listenCrossws(t, false);
   const { socket, messages, closed } = connect(t, url, { bidir: false });

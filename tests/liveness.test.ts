@@ -18,7 +18,7 @@ import {
   until,
   within,
 } from "./harness.ts";
-import { adapter, dial } from "./pair.ts";
+import { adapter, connect, dial, listen, Queue } from "./pair.ts";
 import { measured, RawStream, soak } from "./measured.ts";
 import { RequestSplitter } from "./split.ts";
 
@@ -480,3 +480,44 @@ test("there is one timer per adapter, however many peers", async (t) => {
   assertGreater(result.heartbeats, 1000, "while every one of them had heartbeats");
   assertLess(result.started, 20);
 }, { timeout: 20_000 });
+
+// ---------------------------------------------------------------- a page that is left
+
+for (
+  const [what, sizes, arrive, code] of [
+    ["all of it where it fits, and its close", [10, 20_000, 30_000], 3, 1001],
+    ["whole messages in order as far as they fit", [30_000, 30_000, 30_000, 10], 2, 1006],
+    ["nothing where the first message is too large", [70_000, 10], 0, 1006],
+  ] as const
+) {
+  test(`a page that is left sends, of what is unacknowledged, ${what}`, async (t) => {
+    const page = globalThis as { document?: unknown };
+    page.document = {};
+    t.defer(() => void delete page.document);
+    const sizesOf = new Queue<number>();
+    const closes = new Queue<number>();
+    const { url } = await listen(t, {
+      heartbeatInterval: 200,
+      resumeTimeout: 500,
+      hooks: {
+        message: (_, message) => sizesOf.push(message.text().length),
+        close: (_, { code }) => closes.push(code!),
+      },
+    });
+    const { socket, opened, closed } = connect(t, url, {
+      fetch: (input, init) => {
+        if (init?.method === "GET" || init?.keepalive) return fetch(input, init);
+        return new Promise((_, reject) => { // a network that takes and takes
+          init!.signal!.addEventListener("abort", () => reject(new Error("Aborted")));
+        });
+      },
+    });
+    await opened;
+    for (const size of sizes) socket.send("x".repeat(size));
+    globalThis.dispatchEvent(new Event("pagehide"));
+    const { code: told, wasClean } = await closed;
+    assertEquals([told, wasClean], [1001, false]);
+    assertEquals(await closes.next(), code);
+    assertEquals(sizesOf.all, sizes.slice(0, arrive));
+  });
+}

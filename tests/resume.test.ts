@@ -362,6 +362,50 @@ test("an uplink request answered by another status is final", async (t) => {
   assertEquals(events, ["open", "error", "close 1006 unclean"]);
 });
 
+test("an uplink stream that is answered when all is confirmed ends, and another follows", async (t) => {
+  const server = new ScriptedServer();
+  const bodies: ReadableStreamDefaultReader<Uint8Array>[] = [];
+  const reading = (url: string, init?: RequestInit) => {
+    if (init!.body) bodies.push((init!.body as ReadableStream<Uint8Array>).getReader());
+    return server.fetch(url, init);
+  };
+  const { socket, events } = connect(t, "http://scripted.test/", "stream", reading as typeof fetch);
+  const stream = (await server.next()).stream();
+  t.defer(() => stream.end());
+  await once(socket, "open");
+  for (const message of ["1", "2"]) {
+    socket.send(message);
+    const asked = await server.next();
+    assertEquals(asked.headers.get("x-duplex-seq"), message);
+    const body = bodies.shift()!;
+    assertEquals((await body.read()).value, new TextEncoder().encode(text(message)));
+    stream.write(`event: duplex-ack\ndata: ${message} 0\n\n`);
+    await until(() => socket.bufferedAmount === 0);
+    asked.respond(204, { "x-duplex-received": message });
+    assert((await body.read()).done); // else the request would never be over
+  }
+  assertEquals([socket.transport, events], ["stream", ["open"]]);
+});
+
+for (const what of ["headers", "fetch"] as const) {
+  test(`${what} that never settle hold a resume no longer than resumeTimeout`, async (t) => {
+    const server = new ScriptedServer();
+    const never = () => new Promise<never>(() => {});
+    let hangs = false;
+    const socket = new WebSocketSSE("http://scripted.test/", {
+      transport: "post",
+      signal: t.signal,
+      headers: () => hangs && what === "headers" ? never() : {},
+      fetch: (url, init) => hangs ? never() : server.fetch(url, init),
+    });
+    const stream = (await server.next()).stream({ resumeTimeout: 500 });
+    await once(socket, "open");
+    hangs = true;
+    stream.end();
+    assertEquals((await once<CloseEvent>(socket, "close")).code, 1006);
+  });
+}
+
 const DAMAGE: Record<string, { wrong: (state: { count: number }) => string }> = {
   "a ping with a number that does not fit": {
     wrong: ({ count }) => `event: duplex-ping\ndata: ${count + 1} \n\n`,

@@ -2,7 +2,17 @@
 import type { WebSocketSSE } from "../client.ts";
 import { type Peer, sseAdapter } from "../server.ts";
 import { connect, contract, messages, open, ours, record, serveSSE } from "./contract.ts";
-import { assert, assertEquals, assertThrows, deferred, once, test } from "./harness.ts";
+import {
+  assert,
+  assertEquals,
+  assertThrows,
+  deferred,
+  once,
+  sleep,
+  test,
+  until,
+} from "./harness.ts";
+import { ScriptedServer } from "./session.ts";
 
 /** What a close event tells. */
 const told = ({ code, reason, wasClean }: CloseEvent) => ({ code, reason, wasClean });
@@ -209,6 +219,66 @@ contract("close while CONNECTING gives error, then close 1006, later", async (t,
   assertEquals([events, states], [["error", "close"], [3]]);
 }, { notNative: { deno: "Deno says 0" } });
 
+test("close while CONNECTING asks for nothing more, whatever the first transport comes to", async (t) => {
+  const methods: string[] = [];
+  const socket: WebSocketSSE = connect(t, "ws://127.0.0.1:1/", {
+    transport: "duplex",
+    fetch: async (_, init) => {
+      methods.push(init!.method!);
+      await sleep(0); // until there is a socket
+      socket.close();
+      return new Response("no", { status: 404 });
+    },
+  });
+  assertEquals(told(await once<CloseEvent>(socket, "close")), failed);
+  await sleep(0); // a fallback would be a matter of microtasks
+  assertEquals(methods, ["POST"]);
+});
+
+test("close in the handler of what came with the server's close changes nothing", async (t) => {
+  const server = new ScriptedServer();
+  const socket = connect(t, "http://scripted.test/", { transport: "post", fetch: server.fetch });
+  const stream = (await server.next()).stream();
+  await once(socket, "open");
+  socket.onmessage = () => socket.close(3000, "page");
+  const closed = once<CloseEvent>(socket, "close");
+  stream.write(
+    `data: 1\n\nevent: duplex-close\ndata: {"code":4001,"reason":"server","sent":1}\n\n`,
+  );
+  const answer = await server.next();
+  await once(socket, "message");
+  answer.respond(204, { "x-duplex-received": "1" });
+  assertEquals(told(await closed), { code: 4001, reason: "server", wasClean: true });
+  assertEquals(server.asked, []);
+});
+
+test("close after the end sets no timer, which would keep the process alive", async (t) => {
+  const server = new ScriptedServer();
+  const end = new AbortController();
+  const socket = connect(t, "http://scripted.test/", {
+    transport: "post",
+    fetch: server.fetch,
+    signal: end.signal,
+  });
+  (await server.next()).stream();
+  await once(socket, "open");
+  const { setTimeout } = globalThis;
+  const closed = once<CloseEvent>(socket, "close");
+  let timers = 0;
+  end.abort(); // the events are still to come
+  globalThis.setTimeout = ((...args: Parameters<typeof setTimeout>) => {
+    timers++;
+    return setTimeout(...args);
+  }) as typeof setTimeout;
+  try {
+    socket.close();
+  } finally {
+    globalThis.setTimeout = setTimeout;
+  }
+  assertEquals([timers, socket.readyState], [0, 2]);
+  assertEquals(told(await closed), failed);
+});
+
 test("a signal that aborts fails the socket: error, then close 1006", async (t) => {
   const url = await serveSSE(t);
   const controller = new AbortController();
@@ -384,4 +454,30 @@ test("a plain stream whose header cannot be read opens with its crossws-id event
   await once(socket, "open");
   socket.send("hello");
   assertEquals(await posted.promise, ["secret", "hello"]);
+});
+
+test("on crossws's wire our own events are as any that nobody knows", async (t) => {
+  const posted: string[] = [];
+  const { url } = await t.serve(async (request) => {
+    if (request.method === "GET") {
+      const events = ["duplex-open", "duplex-ping", "duplex-ack", "duplex-binary", "duplex-close"]
+        .map((name) => `event: ${name}\ndata: 0 0\n\n`).join("");
+      const all = new TextEncoder().encode(
+        `event: crossws-id\ndata: secret\n\n${events}data: still here\n\n`,
+      );
+      return new Response(
+        new ReadableStream({ start: (controller) => controller.enqueue(all) }),
+        stream,
+      );
+    }
+    posted.push(await request.text());
+    return new Response(null, { status: 204 });
+  });
+  const socket: WebSocketSSE = connect(t, url, { transport: "post" });
+  await once(socket, "open");
+  assertEquals(await messages(socket, 1), ["still here"]);
+  socket.send("one");
+  socket.send("two");
+  await until(() => posted.length === 2 && socket.bufferedAmount === 0);
+  assertEquals([posted, socket.readyState], [["one", "two"], 1]);
 });
