@@ -54,22 +54,29 @@ const CLOSE_EVENT = "duplex-close";
 const WEBSOCKET_PROTOCOL = "sec-websocket-protocol";
 /** Where h3 and crossws leave the hooks that a request carries. */
 const REQUEST_HOOKS: symbol = Symbol.for("crossws.hooks");
+/** How `console.log` asks Node, Deno and Bun alike. */
 const INSPECT: symbol = Symbol.for("nodejs.util.inspect.custom");
-const DENO_INSPECT: symbol = Symbol.for("Deno.customInspect");
 
 const TOKEN_GRAMMAR = /^[0-9a-f]{16}\.[0-9a-f]{32}$/;
 const EVENT_ID_GRAMMAR = /^([0-9a-f]{32})\.(0|[1-9]\d{0,15})$/;
 const NUMBER_GRAMMAR = /^(0|[1-9]\d{0,15})$/;
 
-const DEFAULT_HEARTBEAT_INTERVAL = 15_000;
+/** What timers can wait at most, in ms. */
+const MAX_DELAY = 2 ** 31 - 1;
+/** The options that are numbers: default, least, most. Clients reckon with the first three. */
+const NUMBERS = {
+  heartbeatInterval: [15_000, 1, MAX_DELAY],
+  resumeTimeout: [30_000, 0, MAX_DELAY],
+  window: [256 * 1024, 1, MAX_DELAY],
+  idleTimeout: [60, 0, Infinity],
+  maxMessageSize: [1024 * 1024, 1, Infinity],
+  maxBufferedAmount: [16 * 1024 * 1024, 0, Infinity],
+  maxPeers: [100_000, 1, Infinity],
+} as const;
 /** Bun cuts a connection that is quiet for 10 s, unless told otherwise through `fetch`'s second argument. */
 const UNATTENDED_HEARTBEAT_INTERVAL = 5_000;
-const DEFAULT_RESUME_TIMEOUT = 30_000;
-const DEFAULT_IDLE_TIMEOUT = 60;
-const DEFAULT_MAX_MESSAGE_SIZE = 1024 * 1024;
-const DEFAULT_MAX_BUFFERED_AMOUNT = 16 * 1024 * 1024;
-const DEFAULT_WINDOW = 256 * 1024;
-const DEFAULT_MAX_PEERS = 100_000;
+/** How long a client has to answer a close where `resumeTimeout` is 0. */
+const CLOSE_TIMEOUT = 5_000;
 /** What a plain session keeps for a native EventSource that reconnects. */
 const PLAIN_HISTORY = 64 * 1024;
 /** The most that one chunk gathers, a single larger message aside. */
@@ -91,6 +98,9 @@ const MAX_PENDING_PINGS = 16;
 const SMALL_READ = 2 * 1024;
 const LARGE_READ = 64 * 1024;
 
+/** How a session ends whose client was lost. */
+const LOST = { code: 1006, reason: "" };
+
 const OPEN = 1;
 const CLOSING = 2;
 const CLOSED = 3;
@@ -101,14 +111,6 @@ const strictDecoder: TextDecoder = new TextDecoder("utf-8", { fatal: true, ignor
 const HEARTBEAT: Uint8Array<ArrayBuffer> = encoder.encode(":\n\n");
 
 type Bytes = Uint8Array<ArrayBuffer>;
-/**
- * Of a request's body; by shape, since the runtimes' types of readers differ. What a
- * read gives may be overwritten by the next.
- */
-interface Reader {
-  read(): Promise<{ done: true } | { done: false; value: Uint8Array }>;
-  cancel(): Promise<void>;
-}
 
 // --- Types ---
 
@@ -432,8 +434,8 @@ export interface SSEAdapter<Context = PeerContext> {
 /**
  * Makes a server. Hand its `fetch` to a runtime, or call it from your own router.
  *
- * @throws {RangeError} if an option is a number that is negative or not finite
- * where it must be.
+ * @throws {RangeError} if a number among the options is NaN or too low, or if `heartbeatInterval`,
+ * `resumeTimeout` or `window`, by which clients reckon, is over 2147483647.
  *
  * @example Beside other routes
  * ```ts
@@ -504,7 +506,7 @@ class Hub {
   readonly maxPeers: number;
   /** What a session that is published to may hold during a rest. */
   readonly mostHeld: number;
-  /** How long the client has to answer a close, and to take the last bytes. */
+  /** How long a client has to answer a close, and to take the last bytes. */
   readonly closeTimeout: number;
   readonly sync: SyncDriver | undefined;
   readonly peers: Map<string, Set<Peer>> = new Map();
@@ -518,15 +520,17 @@ class Hub {
   readonly #keys: Map<string, Session> = new Map();
   /** Ended sessions whose last bytes are still to be taken. */
   readonly #lingering: Set<Session> = new Set();
+  /** Sessions to flush at the end of the current job. */
   #dirty: Session[] = [];
   /** During a rest: the sessions that have been published to. */
   #held: Session[] | undefined;
   #holdUntil = 0;
   #restTimer: ReturnType<typeof setTimeout> | undefined;
-  #flushing = false;
+  /** What was joined last during this flush. */
   #lastParts: Bytes[] = [];
   #lastChunk: Bytes = HEARTBEAT;
-  #timer: ReturnType<typeof setTimeout> | undefined;
+  #sweepTimer: ReturnType<typeof setTimeout> | undefined;
+  /** When that timer is due; Infinity while nothing has a deadline. */
   #nextSweep = Infinity;
   #instance: string | undefined;
   #router: RoutingDriver | undefined;
@@ -538,15 +542,15 @@ class Hub {
   constructor(options: SSEOptions) {
     this.options = options;
     this.bidir = options.bidir ?? false;
-    this.heartbeatInterval = atLeast(1, "heartbeatInterval", options, DEFAULT_HEARTBEAT_INTERVAL);
-    this.resumeTimeout = atLeast(0, "resumeTimeout", options, DEFAULT_RESUME_TIMEOUT);
-    this.closeTimeout = this.resumeTimeout || UNATTENDED_HEARTBEAT_INTERVAL;
-    this.idleTimeout = atLeast(0, "idleTimeout", options, DEFAULT_IDLE_TIMEOUT) * 1000;
-    this.maxMessageSize = atLeast(1, "maxMessageSize", options, DEFAULT_MAX_MESSAGE_SIZE);
-    this.maxBufferedAmount = atLeast(0, "maxBufferedAmount", options, DEFAULT_MAX_BUFFERED_AMOUNT);
+    this.heartbeatInterval = numberOf(options, "heartbeatInterval");
+    this.resumeTimeout = numberOf(options, "resumeTimeout");
+    this.closeTimeout = this.resumeTimeout || CLOSE_TIMEOUT;
+    this.idleTimeout = numberOf(options, "idleTimeout") * 1000;
+    this.maxMessageSize = numberOf(options, "maxMessageSize");
+    this.maxBufferedAmount = numberOf(options, "maxBufferedAmount");
     this.mostHeld = Math.min(MAX_HELD, this.maxBufferedAmount / 2);
-    this.window = atLeast(1, "window", options, DEFAULT_WINDOW);
-    this.maxPeers = atLeast(1, "maxPeers", options, DEFAULT_MAX_PEERS);
+    this.window = numberOf(options, "window");
+    this.maxPeers = numberOf(options, "maxPeers");
     this.sync = options.sync && this.#connectSync(options.sync);
   }
 
@@ -567,27 +571,31 @@ class Hub {
       cors = this.#checkOrigin(request);
       response = this.#isPreflight(request)
         ? preflight(request)
-        : await this.#route(request, new Runtime(request, info));
+        : await this.#route(request, info as Runtime);
     } catch (error) {
-      if (!(error instanceof Refusal)) console.error("[duplex-sse] a hook failed:", error);
-      response = error instanceof Refusal
-        ? error.response()
-        : new Refusal(500, "A hook failed").response();
-      request.body?.cancel().catch(() => {}); // nobody will read it; a locked one has its reader
+      response = error instanceof Response ? error : this.#refuse(request, error);
     }
     if (!cors || !response.status) return response; // Response.error() has none, and takes no headers
     try {
-      addCors(response.headers, cors);
+      addHeaders(response.headers, cors);
       return response;
     } catch { // a hook's Response may have immutable headers
       const headers = new Headers(response.headers);
-      addCors(headers, cors);
+      addHeaders(headers, cors);
       return new Response(response.body, { status: response.status, headers });
     }
   }
 
+  #refuse(request: Request, error: unknown): Response {
+    request.body?.cancel().catch(() => {}); // nobody will read it; a locked one has its reader
+    if (error instanceof Refusal) return error.response();
+    console.error("[duplex-sse] a hook failed:", error);
+    return new Refusal(500, "A hook failed").response();
+  }
+
   /** Decides what a request is: opening, resumption or uplink, of a plain or of a full session. */
   async #route(request: Request, runtime: Runtime): Promise<Response> {
+    liftIdleCut(request, runtime);
     if (request.method !== "GET" && request.method !== "POST") {
       throw new Refusal(405, "Use GET or POST", { allow: "GET, POST" });
     }
@@ -595,7 +603,7 @@ class Hub {
     if (this.#router && wire.token && !wire.token.startsWith(`${this.#instance}.`)) {
       return await this.#forward(this.#router, request, wire.token);
     }
-    const streams = accepts(request, STREAM_TYPE);
+    const streams = acceptsStream(request);
     if (request.method === "GET") {
       if (!streams) throw new Refusal(406, "This answers with text/event-stream");
       if (wire.token) return await this.#resume(request, wire);
@@ -609,7 +617,7 @@ class Hub {
     // "A POST without a token opens a session only with x-duplex-version: 1, our content type,
     // Accept: text/event-stream and a body": a cross-site simple request can have none of these.
     const empty = !request.body || request.headers.get("content-length") === "0";
-    if (wire.version && wire.isUplink && duplex && !empty) {
+    if (wire.full && wire.isUplink && duplex && !empty) {
       return await this.#open(request, wire, runtime);
     }
     throw new Refusal(400, `Missing ${TOKEN_HEADER}`);
@@ -617,43 +625,33 @@ class Hub {
 
   async #open(request: Request, wire: Wire, runtime: Runtime): Promise<Response> {
     this.#checkRoom();
-    offerProtocols(request);
-    const hooks = await this.#hooksOf(request);
-    const admission = await this.#admit(request, hooks);
-    if (admission instanceof Response) return admission;
+    const admission = await this.#admit(request);
     this.#checkRoom(); // again: others came while the hook was thinking
     const token = `${this.#instance ??= randomHex(8)}.${randomHex(16)}`;
-    const session = new Session(this, {
-      token,
-      full: wire.version,
-      hooks,
-      request,
-      admission,
-      runtime,
-    });
+    const session = new Session(this, { token, full: wire.full, request, admission, runtime });
     this.sessions.set(token, session);
     this.#router?.own(token);
     if (session.key) this.#keys.set(session.key, session);
-    getOrMake(this.peers, session.namespace, () => new Set<Peer>()).add(session.peer);
+    getOrMake(this.peers, session.namespace, () => new Set()).add(session.peer);
     this.#startTimer();
     const stream = session.attach(wire.attempt ?? 0, 0);
-    session.callHooks("open");
+    // First, so that a hook that ends the session ends its body, too; nothing is heard of it before.
     if (request.method === "POST") session.readDuplex(request.body!, wire.seq);
-    return new Response(stream, { headers: this.#streamHeaders(session, admission) });
+    session.callHooks("open");
+    return new Response(stream, { headers: this.#headersOf(session, admission) });
   }
 
   /** "The request names its session, what it has (Last-Event-ID) and x-duplex-attempt." */
   async #resume(request: Request, wire: Wire): Promise<Response> {
-    if (!wire.version || wire.attempt === undefined || wire.lastEventId === undefined) {
+    if (!wire.full || wire.attempt === undefined || wire.lastEventId === undefined) {
       throw new Refusal(
         400,
         `A resume needs ${VERSION_HEADER}, ${ATTEMPT_HEADER} and Last-Event-ID`,
       );
     }
-    const namespace = await this.#readmit(request, wire.token!);
-    if (namespace instanceof Response) return namespace;
-    const session = this.sessions.get(wire.token!);
-    if (!session || session.namespace !== namespace) return this.#unearth(request, wire, namespace);
+    const session = await this.#readmit(request, wire.token!);
+    if (session instanceof Tombstone) return this.#unearth(request, wire, session);
+    if (!session) throw new Refusal(404, "No such session");
     if (!session.full) throw new Refusal(400, "A plain session resumes by Last-Event-ID alone");
     // "The highest attempt wins and ends the older stream; a lower one gets 409 and changes nothing."
     if (wire.attempt < session.attempt) throw new Refusal(409, "A newer connection has taken over");
@@ -663,15 +661,14 @@ class Hub {
     session.heard();
     const stream = session.attach(wire.attempt, wire.lastEventId);
     if (request.method === "POST" && request.body) session.readDuplex(request.body, wire.seq);
-    return new Response(stream, { headers: this.#streamHeaders(session) });
+    return new Response(stream, { headers: this.#headersOf(session) });
   }
 
   /** A session that has closed meanwhile says so once more, for whoever missed it. */
-  #unearth(request: Request, wire: Wire, namespace: string): Response {
-    const tombstone = this.#tombstones.get(wire.token!);
-    if (!tombstone || tombstone.namespace !== namespace) throw new Refusal(404, "No such session");
+  #unearth(request: Request, wire: Wire, tombstone: Tombstone): Response {
     request.body?.cancel().catch(() => {}); // a streaming one would not end before this answer
-    const preface = this.#preface(wire.token!, {
+    const preface = this.preface({
+      token: wire.token!,
       protocol: "",
       received: tombstone.received,
       next: wire.lastEventId! + 1,
@@ -679,7 +676,7 @@ class Hub {
       heartbeatInterval: this.heartbeatInterval,
     });
     const body = concat([encoder.encode(preface), encodeClose(tombstone.ending)]);
-    return new Response(body, { headers: streamHeaders(wire.token) });
+    return new Response(body, { headers: streamHeaders(true, wire.token!) });
   }
 
   /**
@@ -688,46 +685,29 @@ class Hub {
    */
   async #resumePlain(request: Request, wire: Wire): Promise<Response | undefined> {
     const match = EVENT_ID_GRAMMAR.exec(wire.eventId);
-    if (wire.version || !match) return;
+    if (wire.full || !match) return;
     const [, key, received] = match as unknown as [string, string, string];
     if (this.#tombstones.has(key)) return new Response(null, { status: 204 });
     const session = this.#keys.get(key);
-    if (!session) return;
-    const namespace = await this.#readmit(request, session.token);
-    if (namespace instanceof Response) return namespace;
-    if (session.readyState !== OPEN || session.namespace !== namespace) return;
-    if (!session.canResumeFrom(Number(received))) return;
+    if (!session || session !== await this.#readmit(request, session.token)) return;
+    if (session.readyState !== OPEN || !session.canResumeFrom(Number(received))) return;
     const stream = session.attach(session.attempt, Number(received));
-    return new Response(stream, { headers: this.#streamHeaders(session) });
+    return new Response(stream, { headers: this.#headersOf(session) });
   }
 
   /** The uplink of a full session: frames, numbered from `x-duplex-seq`. */
   async #receive(request: Request, wire: Wire): Promise<Response> {
-    const namespace = await this.#readmit(request, wire.token!);
-    if (namespace instanceof Response) return namespace;
-    const session = this.sessions.get(wire.token!);
-    const receiver = session ?? this.#tombstones.get(wire.token!);
-    if (receiver?.namespace !== namespace) throw new Refusal(404, "No such session");
+    const receiver = await this.#readmit(request, wire.token!);
+    if (!receiver) throw new Refusal(404, "No such session");
+    const session = receiver instanceof Session ? receiver : undefined;
     if (session && !session.full) throw new Refusal(400, "A plain session takes plain messages");
-    let refusal: Refusal | undefined;
-    session?.heard();
-    if (request.body) {
-      const reader = readerOf(request.body);
-      try {
-        if (session) {
-          await session.whileReading(
-            reader,
-            () => readUplink(reader, wire.seq, session, this.maxMessageSize),
-          );
-        } else await readUplink(reader, wire.seq, receiver, this.maxMessageSize);
-      } catch (error) {
-        if (error instanceof Refusal) refusal = error; // any other is the connection's end
-        reader.cancel().catch(() => {}); // nobody will read the rest
-      }
-    }
+    receiver.heard();
+    const error = request.body &&
+      await readUplink(request.body, wire.seq, receiver, this.maxMessageSize);
+    const refusal = error instanceof Refusal ? error : undefined; // else the connection's end
     // "Failed requests never end a session": what is malformed in the bytes may be a proxy's doing.
     if (refusal?.closeCode && refusal.closeCode !== 1002) {
-      session?.close(refusal.closeCode, refusal.reason);
+      session?.close(refusal.closeCode, refusal.message);
     }
     const response = refusal?.response() ?? new Response(null, { status: 204 });
     response.headers.set(RECEIVED_HEADER, String(receiver.received));
@@ -737,21 +717,17 @@ class Hub {
   /** "A body with a length is one message, a streamed body one message per chunk." */
   async #receivePlain(request: Request, token: string): Promise<Response> {
     if (!this.bidir) throw new Refusal(405, "This server only sends", { allow: "GET" });
-    const namespace = await this.#readmit(request, token);
-    if (namespace instanceof Response) return namespace;
-    const session = this.sessions.get(token);
-    if (!session || session.namespace !== namespace) throw new Refusal(404, "No such session");
+    const session = await this.#readmit(request, token);
+    if (!(session instanceof Session)) throw new Refusal(404, "No such session");
     if (session.full) throw new Refusal(400, `This session takes ${UPLINK_TYPE}`);
-    const refusal = await session.readPlain(request);
-    return refusal ? refusal.response() : new Response(null, { status: 204 });
+    await session.readPlain(request);
+    return new Response(null, { status: 204 });
   }
 
   /** Another instance has the session: `upgrade` is asked here, all the rest is done there. */
   async #forward(router: RoutingDriver, request: Request, token: string): Promise<Response> {
-    offerProtocols(request);
-    const admission = await this.#admit(request, await this.#hooksOf(request));
-    if (admission instanceof Response) return admission;
-    return await router.route(request, token, admission.namespace);
+    const { namespace } = await this.#admit(request);
+    return await router.route(request, token, namespace);
   }
 
   // --- Admission ---
@@ -763,36 +739,38 @@ class Hub {
 
   /** The adapter's hooks, then those that `resolve` finds, then those that the request carries. */
   async #hooksOf(request: UpgradeRequest): Promise<Partial<Hooks>[]> {
-    const { hooks, resolve } = this.options;
-    const carrier = request as unknown as Record<symbol, Partial<Hooks> | undefined>;
-    const carried = carrier[REQUEST_HOOKS] ??
-      (request.context as Record<symbol, Partial<Hooks>> | undefined)?.[REQUEST_HOOKS];
-    const resolved = resolve && await resolve.call(this.options, request);
-    return [...new Set([hooks, resolved, carried])].filter((hooks) => !!hooks);
+    type Carrier = Record<symbol, Partial<Hooks> | undefined>;
+    const carried = (request as unknown as Carrier)[REQUEST_HOOKS] ??
+      (request.context as Carrier | undefined)?.[REQUEST_HOOKS];
+    const resolved = await this.options.resolve?.(request);
+    return [...new Set([this.options.hooks, resolved, carried])].filter((hooks) => !!hooks);
   }
 
-  /** Runs `upgrade`. A later hook's answer stands over an earlier one's; any refusal is final. */
-  async #admit(request: UpgradeRequest, all: Partial<Hooks>[]): Promise<Admission | Response> {
+  /**
+   * Runs `upgrade`. A later hook's answer stands over an earlier one's; any refusal is final,
+   * and its `Response` thrown.
+   */
+  async #admit(request: UpgradeRequest): Promise<Admission> {
+    offerProtocols(request);
     const admission: Admission = {
+      hooks: await this.#hooksOf(request),
       namespace: this.options.getNamespace?.(request) ?? new URL(request.url).pathname,
       context: request.context ?? {},
       headers: new Headers(),
       protocol: "",
     };
-    for (const hooks of all) {
+    for (const hooks of admission.hooks) {
       try {
         const result = await hooks.upgrade?.(request);
-        if (result instanceof Response) return result;
         if (!result) continue;
-        if ("response" in result) return result.response;
+        if (result instanceof Response || "response" in result) throw result;
         if (result.namespace) admission.namespace = result.namespace;
         if (result.context) Object.assign(admission.context, result.context);
         if (result.headers) addHeaders(admission.headers, new Headers(result.headers));
         if (result.protocol) admission.headers.set(WEBSOCKET_PROTOCOL, result.protocol);
       } catch (error) {
-        const response = (error as { response?: unknown } | undefined)?.response ?? error;
-        if (response instanceof Response) return response;
-        throw error;
+        const { response } = Object(error);
+        throw response instanceof Response ? response : error;
       }
     }
     if (admission.namespace.startsWith("\0")) throw malformed("a namespace of the backplane's own");
@@ -808,16 +786,16 @@ class Hub {
     return await this.options.handleProtocols?.(offered, request) || "";
   }
 
-  /** `upgrade` for an existing session: "only a refusal counts", and a namespace that differs is 404. */
-  async #readmit(request: Request, token: string): Promise<string | Response> {
-    if (!this.sessions.has(token) && !this.#tombstones.has(token)) {
-      throw new Refusal(404, "No such session");
-    }
-    const admitted = this.#admitted.get(request);
-    if (admitted !== undefined) return admitted;
-    offerProtocols(request);
-    const admission = await this.#admit(request, await this.#hooksOf(request));
-    return admission instanceof Response ? admission : admission.namespace;
+  /**
+   * `upgrade` for an existing session, or what is left of one, which it gives: "only a
+   * refusal counts", and in another namespace there is no such session.
+   */
+  async #readmit(request: Request, token: string): Promise<Session | Tombstone | undefined> {
+    const find = () => this.sessions.get(token) ?? this.#tombstones.get(token);
+    if (!find()) return;
+    const namespace = this.#admitted.get(request) ?? (await this.#admit(request)).namespace;
+    const found = find(); // again: it may have closed while the hook was thinking
+    return found?.namespace === namespace ? found : undefined;
   }
 
   // --- Other origins ---
@@ -862,9 +840,9 @@ class Hub {
 
   // --- Responses ---
 
-  #streamHeaders(session: Session, admission?: Admission): Headers {
-    const headers = streamHeaders(session.full || this.bidir ? session.token : undefined);
-    if (!session.full) headers.delete(VERSION_HEADER);
+  #headersOf(session: Session, admission?: Admission): Headers {
+    const { full, token } = session;
+    const headers = streamHeaders(full, full || this.bidir ? token : undefined);
     if (!admission) return headers;
     for (const ours of ["content-type", TOKEN_HEADER, VERSION_HEADER]) {
       admission.headers.delete(ours);
@@ -874,40 +852,34 @@ class Hub {
   }
 
   /** The first events of a full session's stream. */
-  preface(session: Session): string {
-    const { token, protocol, received, next, attempt, heartbeatInterval } = session;
-    return this.#preface(token, { protocol, received, next, attempt, heartbeatInterval });
-  }
-
-  #preface(
-    token: string,
-    state: Record<"received" | "next" | "attempt" | "heartbeatInterval", number> & {
-      protocol: string;
-    },
+  preface(
+    session: Pick<
+      Session,
+      "token" | "protocol" | "received" | "next" | "attempt" | "heartbeatInterval"
+    >,
   ): string {
+    const { token, protocol, received, next, attempt, heartbeatInterval } = session;
     const { idleTimeout, resumeTimeout, maxMessageSize, window } = this;
-    const open = {
+    const terms = JSON.stringify({
       version: Number(VERSION),
-      ...state,
+      protocol,
+      received,
+      next,
+      attempt,
+      heartbeatInterval,
       idleTimeout,
       resumeTimeout,
       maxMessageSize,
       window,
-    };
-    return `event: ${TOKEN_EVENT}\ndata: ${token}\n\nevent: ${OPEN_EVENT}\ndata: ${
-      JSON.stringify(open)
-    }\n\n`;
+    });
+    return `event: ${TOKEN_EVENT}\ndata: ${token}\n\nevent: ${OPEN_EVENT}\ndata: ${terms}\n\n`;
   }
 
   // --- Publishing ---
 
   subscribe(session: Session, topic: string): void {
-    const topics = getOrMake(
-      this.#topics,
-      session.namespace,
-      () => new Map<string, Set<Session>>(),
-    );
-    getOrMake(topics, topic, () => new Set<Session>()).add(session);
+    const topics = getOrMake(this.#topics, session.namespace, () => new Map());
+    getOrMake(topics, topic, () => new Set()).add(session);
   }
 
   unsubscribe(session: Session, topic: string): void {
@@ -918,20 +890,20 @@ class Hub {
     if (!topics!.size) this.#topics.delete(session.namespace);
   }
 
-  publish(topic: string, data: unknown, namespace?: string): void {
-    const message = toData(data);
-    this.#deliver(topic, message, namespace);
-    this.#relay({ namespace: namespace ?? "", topic, data: message });
+  publish(topic: string, data: unknown, namespace = ""): void {
+    const message = { namespace, topic, data: toData(data) };
+    this.#deliver(message);
+    this.#relay(message);
   }
 
   publishFrom(session: Session, topic: string, data: unknown): void {
-    const message = toData(data);
-    this.#fanOut(session.namespace, topic, new Frame(message), session);
-    this.#relay({ namespace: session.namespace, topic, data: message });
+    const message = { namespace: session.namespace, topic, data: toData(data) };
+    this.#fanOut(message.namespace, topic, new Frame(message.data), session);
+    this.#relay(message);
   }
 
-  #deliver(topic: string, data: string | Bytes, namespace?: string): void {
-    const frame = new Frame(data);
+  #deliver({ namespace, topic, data }: SyncMessage): void {
+    const frame = new Frame(toData(data));
     if (namespace) return this.#fanOut(namespace, topic, frame);
     for (const name of this.#topics.keys()) this.#fanOut(name, topic, frame);
   }
@@ -956,15 +928,13 @@ class Hub {
           this.#admitted.set(request, namespace);
           return this.fetch(request);
         },
-        report: (error, stage) => this.#report(stage, error),
+        report: (error, stage) => this.#report(error, stage),
       });
     }
-    this.#attempt("subscribe", () =>
-      driver.subscribe((message) =>
-        this.#attempt("delivery", () => {
-          this.#deliver(message.topic, toData(message.data), message.namespace || undefined);
-        })
-      ));
+    this.#attempt(
+      "subscribe",
+      () => driver.subscribe((message) => this.#attempt("delivery", () => this.#deliver(message))),
+    );
     return driver;
   }
 
@@ -975,14 +945,13 @@ class Hub {
   /** Does one thing with the backplane, whose failures are reported and never thrown. */
   #attempt(stage: "subscribe" | "publish" | "delivery", action: () => MaybePromise<void>): void {
     try {
-      const result = action();
-      if (isPromise(result)) result.catch((error) => this.#report(stage, error));
+      Promise.resolve(action()).catch((error) => this.#report(error, stage));
     } catch (error) {
-      this.#report(stage, error);
+      this.#report(error, stage);
     }
   }
 
-  #report(stage: "subscribe" | "publish" | "delivery", error: unknown): void {
+  #report(error: unknown, stage: "subscribe" | "publish" | "delivery"): void {
     if (this.options.onError) this.options.onError(error, { stage });
     else console.error(`[duplex-sse] sync ${stage} failed:`, error);
   }
@@ -991,11 +960,8 @@ class Hub {
 
   /** Flushes the session once the current job has done all its sends. */
   schedule(session: Session): void {
-    this.#dirty.push(session);
-    if (this.#flushing) return;
-    this.#flushing = true;
+    if (this.#dirty.push(session) > 1) return;
     queueMicrotask(() => {
-      this.#flushing = false;
       const dirty = this.#dirty;
       this.#dirty = [];
       if (dirty.length >= CROWD && !this.#held) this.#rest();
@@ -1045,35 +1011,34 @@ class Hub {
   get #period(): number {
     const { resumeTimeout, idleTimeout } = this;
     const shortest = Math.min(
-      this.heartbeatOf(false) / 2,
+      this.heartbeatOf(undefined) / 2,
       resumeTimeout / 4 || Infinity,
       idleTimeout / 4 || Infinity,
     );
     return Math.max(5, shortest);
   }
 
-  /** "5 s where the runtime's idle cut could not be lifted." */
-  heartbeatOf(attended: boolean): number {
-    return attended || this.options.heartbeatInterval !== undefined
+  /** "5 s where the runtime's idle cut could not be lifted", for want of a second argument. */
+  heartbeatOf(runtime: Runtime): number {
+    return runtime !== undefined || this.options.heartbeatInterval !== undefined
       ? this.heartbeatInterval
       : UNATTENDED_HEARTBEAT_INTERVAL;
   }
 
   #startTimer(): void {
-    if (this.#timer !== undefined) return;
+    if (this.#nextSweep < Infinity) return;
     this.#nextSweep = Date.now() + this.#period;
-    this.#timer = setTimeout(() => this.#sweep(), this.#period);
+    this.#sweepTimer = setTimeout(() => this.#sweep(), this.#period);
     // Where timers can do so, this one does not keep a process alive.
-    (this.#timer as { unref?(): void }).unref?.();
+    (this.#sweepTimer as { unref?(): void }).unref?.();
   }
 
   #sweep(): void {
-    clearTimeout(this.#timer);
-    this.#timer = undefined;
+    clearTimeout(this.#sweepTimer);
     this.#nextSweep = Infinity;
     const now = Date.now();
     for (const session of this.sessions.values()) session.tick(now);
-    for (const session of this.#lingering) if (now >= session.deadline) session.abandon();
+    for (const session of this.#lingering) if (now >= session.deadline) session.release();
     for (const [name, tombstone] of this.#tombstones) {
       if (now < tombstone.expires) break; // they were laid in the order of their expiry
       this.#tombstones.delete(name);
@@ -1112,15 +1077,14 @@ class Hub {
   async close(code = 1001, reason = ""): Promise<void> {
     checkClose(code, reason);
     this.#closing = true;
-    for (const session of [...this.sessions.values()]) session.close(code, reason);
+    for (const session of this.sessions.values()) session.close(code, reason);
     if (this.sessions.size) await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
-    for (const session of [...this.#lingering]) session.flush();
+    for (const session of this.#lingering) session.flush();
     await new Promise((resolve) => setTimeout(resolve)); // the runtime takes what is left
-    for (const session of [...this.#lingering]) session.abandon();
+    for (const session of this.#lingering) session.release();
     this.#tombstones.clear();
     clearTimeout(this.#restTimer);
-    clearTimeout(this.#timer);
-    this.#timer = undefined;
+    clearTimeout(this.#sweepTimer);
     this.#nextSweep = Infinity;
     await this.sync?.close?.();
   }
@@ -1128,6 +1092,7 @@ class Hub {
 
 /** What admission to a session has settled. */
 interface Admission {
+  hooks: Partial<Hooks>[];
   namespace: string;
   context: PeerContext;
   headers: Headers;
@@ -1141,6 +1106,9 @@ interface Receiver {
   readonly namespace: string;
   /** The number of the last message taken. */
   received: number;
+  /** A body is about to be read, and has been. */
+  beginBody(reader: Reader): void;
+  endBody(reader: Reader): void;
   /** A body has brought bytes. */
   heard(): void;
   /** Takes message `received + 1`; `size` is that of its encoded frame. The payload is lent for the call. */
@@ -1182,14 +1150,19 @@ class Session implements Receiver {
   #ackDue = false;
   #pings: string[] | undefined;
   #closing: Ending | undefined;
+  /** The hub flushes this session at the end of the current job. */
   #dirty = false;
+  /** The hub flushes this session at the end of its rest. */
   #held = false;
+  /** Something had to wait, and `drain` is yet to be called. */
   #clogged = false;
   #waiters: Set<Waiter> | undefined;
+  /** Request bodies that are being read. */
   #bodies: Reader[] | undefined;
   #lastHeard: number = Date.now();
   #lastWrite = 0;
-  #asked = false;
+  /** The client was asked for a sign of life, and has not been heard since. */
+  #pinged = false;
   /** Uplink: encoded bytes of messages whose hooks have settled, and of those whose have not. */
   #handledBytes = 0;
   #unhandledBytes = 0;
@@ -1197,21 +1170,21 @@ class Session implements Receiver {
   constructor(hub: Hub, opening: {
     token: string;
     full: boolean;
-    hooks: Partial<Hooks>[];
     request: Request;
     admission: Admission;
     runtime: Runtime;
   }) {
-    const { token, full, hooks, request, admission, runtime } = opening;
+    const { token, full, request, admission, runtime } = opening;
     this.#hub = hub;
-    this.#hooks = hooks;
+    this.#hooks = admission.hooks;
     this.token = token;
     this.key = full ? "" : randomHex(16);
     this.full = full;
     this.namespace = admission.namespace;
     this.protocol = admission.protocol;
-    this.heartbeatInterval = hub.heartbeatOf(runtime.attended);
-    this.peer = new ServerPeer(this, hub, request, admission.context, runtime.remoteAddress);
+    this.heartbeatInterval = hub.heartbeatOf(runtime);
+    const remoteAddress = remoteAddressOf(request, runtime);
+    this.peer = new ServerPeer(this, hub, request, admission.context, remoteAddress);
   }
 
   // --- Connections ---
@@ -1223,12 +1196,12 @@ class Session implements Receiver {
 
   /** Begins the next event stream, after message `received`; the one before it ends. */
   attach(attempt: number, received: number): ReadableStream<Bytes> {
-    this.#detach()?.end();
+    this.#connection?.end();
     this.attempt = attempt;
     if (this.full) this.#log.trim(received);
-    this.next = Math.max(received, this.#log.base - 1) + 1;
+    this.next = received + 1;
     this.#inFlight = 0;
-    this.#asked = false;
+    this.#pinged = false;
     this.#ackDue = true;
     if (this.readyState === OPEN) this.deadline = Infinity;
     const preface = this.full
@@ -1243,21 +1216,12 @@ class Session implements Receiver {
   /** The connection is gone: "treated as dropped and expires after resumeTimeout". */
   lose(connection: Connection): void {
     if (connection !== this.#connection) return; // a newer one has taken over
-    this.#detach();
-    if (this.readyState === CLOSED) return this.#release();
+    this.#connection = undefined;
+    if (this.readyState === CLOSED) return this.release();
     this.deadline = Math.min(this.deadline, Date.now() + this.#hub.resumeTimeout);
     if (!this.full) this.#keepHistory();
-    if (this.#hub.resumeTimeout === 0) this.#finish(1006, "");
-    else if (!this.full && this.readyState === CLOSING) {
-      this.#finish(this.#closing!.code, this.#closing!.reason);
-    }
-  }
-
-  /** Lets go of the connection, and of the bodies that came over it. */
-  #detach(): Connection | undefined {
-    const connection = this.#connection;
-    this.#connection = undefined;
-    return connection;
+    if (this.#hub.resumeTimeout === 0) this.#finish(LOST);
+    else if (!this.full && this.readyState === CLOSING) this.#finish();
   }
 
   /** Ends the connection as if the network had: the client will resume. */
@@ -1267,9 +1231,14 @@ class Session implements Receiver {
     if (connection) this.lose(connection);
   }
 
+  #disconnect(): void {
+    this.#connection?.end();
+    this.#connection = undefined;
+  }
+
   /** Nothing is to come any more, either way. */
-  #release(): void {
-    this.#detach()?.end();
+  release(): void {
+    this.#disconnect();
     this.#hub.forget(this);
     for (const reader of this.#bodies?.splice(0) ?? []) reader.cancel().catch(() => {});
   }
@@ -1281,7 +1250,8 @@ class Session implements Receiver {
     if (this.readyState !== OPEN) return 0;
     // "send on a peer already past maxBufferedAmount closes it with 1013 and frees its memory."
     if (this.bufferedAmount > this.#hub.maxBufferedAmount) {
-      this.#overflow();
+      this.#beginClose(1013, "Too much buffered");
+      this.#finish();
       return 0;
     }
     const bytes = this.full ? frame.full : frame.plain;
@@ -1326,7 +1296,7 @@ class Session implements Receiver {
     }
     // Mostly one message is due and nothing else, or nothing at all: then without any array.
     const plainly = this.full && !this.#ackDue && !this.#pings && !this.#closing &&
-      connection.begun;
+      !connection.preface;
     if (plainly && this.next === this.#log.last && this.#inFlight < this.#hub.window) {
       this.#write(connection, this.#take());
     } else if (!plainly || this.next <= this.#log.last) this.#flushAll(connection);
@@ -1349,8 +1319,8 @@ class Session implements Receiver {
   }
 
   #gatherControl(connection: Connection, parts: Bytes[]): void {
-    const preface = connection.takePreface();
-    if (preface) parts.push(preface);
+    if (connection.preface) parts.push(connection.preface);
+    connection.preface = undefined;
     // "A pending duplex-ack precedes the messages of the same chunk."
     if (this.#ackDue && this.full) {
       parts.push(
@@ -1448,49 +1418,39 @@ class Session implements Receiver {
 
   // --- Receiving ---
 
+  /** "At most two bodies of a session are read at once; a third ends the oldest." */
+  beginBody(reader: Reader): void {
+    const bodies = this.#bodies ??= [];
+    if (bodies.push(reader) > MAX_BODIES) bodies.shift()!.cancel().catch(() => {});
+  }
+
+  endBody(reader: Reader): void {
+    const at = this.#bodies!.indexOf(reader);
+    if (at >= 0) this.#bodies!.splice(at, 1);
+  }
+
   /** Any byte from the client shows that it lives. */
   heard(): void {
     this.#lastHeard = Date.now();
-    this.#asked = false;
-  }
-
-  /** "At most two bodies of a session are read at once; a third ends the oldest." */
-  async whileReading<T>(reader: Reader, read: () => Promise<T>): Promise<T> {
-    const bodies = this.#bodies ??= [];
-    if (bodies.length >= MAX_BODIES) bodies.shift()!.cancel().catch(() => {});
-    bodies.push(reader);
-    try {
-      return await read();
-    } finally {
-      const at = bodies.indexOf(reader);
-      if (at >= 0) bodies.splice(at, 1);
-    }
+    this.#pinged = false;
   }
 
   /** Reads the uplink half of a request whose response is the event stream. */
   async readDuplex(body: ReadableStream<Uint8Array>, seq: number | undefined): Promise<void> {
-    const reader = readerOf(body);
-    try {
-      await this.whileReading(
-        reader,
-        () => readUplink(reader, seq, this, this.#hub.maxMessageSize),
-      );
-    } catch (error) {
-      // The connection's end. Deno tells the stream of it only when it is written to.
-      if (!(error instanceof Refusal)) return this.#beat();
-      reader.cancel().catch(() => {});
-      // No status can be told any more. A gap leaves the session to a resume, the rest is final.
-      if (error.closeCode) this.close(error.closeCode, error.reason);
-      else this.#drop();
-    }
+    const error = await readUplink(body, seq, this, this.#hub.maxMessageSize);
+    if (!error) return;
+    // The connection's end. Deno tells the stream of it only when it is written to.
+    if (!(error instanceof Refusal)) return this.#beat();
+    // No status can be told any more. A gap leaves the session to a resume, the rest is final.
+    if (error.closeCode) this.close(error.closeCode, error.message);
+    else this.#drop();
   }
 
   receive(type: string, payload: Bytes, size: number): void {
     if (type === "CLOSE") return this.#receiveClose(payload);
     if (this.readyState !== OPEN) { // closing: counted, so that the client can finish
       this.received++;
-      this.#handle(size);
-      return;
+      return this.#handled(size);
     }
     if (!this.#hub.bidir) throw new Refusal(403, "This server only sends", {}, 1003);
     // "A client that overruns the window by more than one message is closed with 1008."
@@ -1499,19 +1459,18 @@ class Session implements Receiver {
     }
     const data = type === "TEXT" ? decodeText(payload) : payload.slice();
     this.received++;
-    this.#unhandledBytes += size;
-    const handled = () => {
-      this.#unhandledBytes -= size;
-      this.#handle(size);
-    };
     const pending = this.callHooks("message", new ServerMessage(this.peer, data));
-    if (pending) pending.then(handled);
-    else handled();
+    if (!pending) return this.#handled(size);
+    this.#unhandledBytes += size;
+    pending.then(() => {
+      this.#unhandledBytes -= size;
+      this.#handled(size);
+    });
     this.#acknowledge();
   }
 
   /** "Acknowledges at once what it received and, apart from it, what it handled." */
-  #handle(size: number): void {
+  #handled(size: number): void {
     this.#handledBytes += size;
     this.#acknowledge();
   }
@@ -1532,54 +1491,57 @@ class Session implements Receiver {
       if (count > this.#written) throw new Refusal(400, "ACK of what was not sent", {}, 1002);
       // The client has more than this connection has been given: a repeated resume took its place.
       if (count >= this.next) this.#drop();
-      const before = this.#log.bytes;
-      this.#log.trim(count);
-      this.#inFlight -= before - this.#log.bytes;
+      this.#inFlight -= this.#log.trim(count);
       this.schedule();
     }
   }
 
   /** "A body with a length is one message, a streamed body one message per chunk." */
-  async readPlain(request: Request): Promise<Refusal | undefined> {
-    const max = this.#hub.maxMessageSize;
-    const tooLarge = () => {
-      this.close(1009, "Message too large");
-      return new Refusal(413, "Message too large");
-    };
-    const length = request.headers.get("content-length");
-    if (Number(length) > max) return tooLarge();
-    if (!request.body || length !== null) {
+  async readPlain(request: Request): Promise<void> {
+    const { maxMessageSize } = this.#hub;
+    try {
+      const { body, headers } = request;
+      const length = headers.get("content-length");
+      if (body && length === null) return await this.#readChunks(body);
+      checkSize(Number(length), maxMessageSize);
       const payload: Bytes = new Uint8Array(await request.arrayBuffer());
-      if (payload.length > max) return tooLarge();
-      const type = request.headers.get("content-type");
-      const pending = this.#receivePlain(plainMessage(payload, type));
-      // "Such a body is paused while hooks are behind."
-      if (this.#unhandledBytes > this.#hub.window) await pending;
-      return;
+      checkSize(payload.length, maxMessageSize);
+      await this.#receivePlain(plainMessage(payload, mediaType(headers)));
+    } catch (error) {
+      if (!(error instanceof Refusal)) return; // the connection's end
+      this.close(error.closeCode!, error.message);
+      throw error;
     }
-    const reader = request.body.getReader();
-    const text = new TextDecoder("utf-8", { ignoreBOM: true });
-    return await this.whileReading(reader, async () => {
-      for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
-        if (chunk.value.length > max) return tooLarge();
-        const message = text.decode(chunk.value, { stream: true });
-        const pending = message && this.#receivePlain(message);
-        if (this.#unhandledBytes > this.#hub.window) await pending;
-      }
-    }).catch(() => undefined); // the connection's end, and the body's
   }
 
-  #receivePlain(data: string | Bytes): Promise<unknown> | undefined {
+  async #readChunks(body: ReadableStream<Uint8Array>): Promise<void> {
+    const reader = body.getReader() as Reader;
+    const text = new TextDecoder("utf-8", { ignoreBOM: true });
+    this.beginBody(reader);
+    try {
+      for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
+        checkSize(chunk.value.length, this.#hub.maxMessageSize);
+        const message = text.decode(chunk.value, { stream: true });
+        if (message) await this.#receivePlain(message);
+      }
+    } finally {
+      reader.cancel().catch(() => {}); // nobody will read the rest
+      this.endBody(reader);
+    }
+  }
+
+  /** "Such a body is paused while hooks are behind": until what this gives has settled. */
+  #receivePlain(data: string | Bytes): Promise<void> | undefined {
     if (this.readyState !== OPEN) return;
     this.received++;
     this.heard();
     const pending = this.callHooks("message", new ServerMessage(this.peer, data));
     if (!pending) return;
-    const size = data.length;
-    this.#unhandledBytes += size;
-    return pending.then(() => {
-      this.#unhandledBytes -= size;
+    this.#unhandledBytes += data.length;
+    const handled = pending.then(() => {
+      this.#unhandledBytes -= data.length;
     });
+    if (this.#unhandledBytes > this.#hub.window) return handled;
   }
 
   // --- Hooks ---
@@ -1601,7 +1563,7 @@ class Session implements Receiver {
       }
       try {
         const result = call();
-        if (isPromise(result)) pending = result.catch(fail);
+        if (isThenable(result)) pending = Promise.resolve(result).catch(fail);
       } catch (error) {
         this.#fail(error);
       }
@@ -1611,20 +1573,12 @@ class Session implements Receiver {
 
   #fail(cause: unknown): void {
     const error = cause instanceof Error ? cause : new Error("A hook failed", { cause });
-    let told = false;
-    for (const hooks of this.#hooks) {
-      if (!hooks.error) continue;
-      told = true;
-      const failed = (error: unknown) =>
-        console.error("[duplex-sse] the error hook failed:", error);
-      try {
-        const result = hooks.error(this.peer, error);
-        if (isPromise(result)) result.catch(failed);
-      } catch (error) {
-        failed(error);
-      }
+    const listeners = this.#hooks.filter((hooks) => hooks.error);
+    if (!listeners.length) console.error("[duplex-sse] a hook failed:", error);
+    for (const hooks of listeners) {
+      const telling = async () => await hooks.error!(this.peer, error); // also a throw rejects
+      telling().catch((error) => console.error("[duplex-sse] the error hook failed:", error));
     }
-    if (!told) console.error("[duplex-sse] a hook failed:", error);
     this.close(1011, "A hook failed");
   }
 
@@ -1633,12 +1587,12 @@ class Session implements Receiver {
   /** "CLOSE takes its place in the order": what was sent before goes out before. */
   close(code: number, reason: string): void {
     if (this.readyState !== OPEN) return;
-    this.#beginClose(code, reason, this.#log.last);
+    this.#beginClose(code, reason);
     this.deadline = Date.now() + this.#hub.closeTimeout;
-    if (!this.full && !this.#connection) this.#finish(code, reason);
+    if (!this.full && !this.#connection) this.#finish();
   }
 
-  #beginClose(code: number, reason: string, sent: number): void {
+  #beginClose(code: number, reason: string, sent = this.#log.last): void {
     this.readyState = CLOSING;
     this.#closing = { code, reason, sent };
     for (const topic of this.topics) this.#hub.unsubscribe(this, topic);
@@ -1648,9 +1602,9 @@ class Session implements Receiver {
 
   /** `duplex-close` is out: a full client will answer it, a plain one cannot. */
   #afterClose(): void {
-    if (this.readyState === CLOSED) return this.#release();
-    this.#detach()?.end();
-    if (!this.full) this.#finish(this.#closing!.code, this.#closing!.reason);
+    if (this.readyState === CLOSED) return this.release();
+    this.#disconnect();
+    if (!this.full) this.#finish();
   }
 
   /** The client's CLOSE: the end of this session, or its answer to ours. */
@@ -1663,78 +1617,55 @@ class Session implements Receiver {
     }
     this.received++;
     this.#acknowledge();
-    if (this.readyState === OPEN) {
-      // The client takes no more messages, so none that it has not got is missing.
-      this.#beginClose(code, reason, this.#written);
-      this.#clear();
-    }
-    this.#finish(code, reason);
-  }
-
-  #overflow(): void {
-    this.#beginClose(1013, "Too much buffered", this.#log.last);
-    this.#clear();
-    this.#finish(1013, "Too much buffered");
+    // The client takes no more messages, so none that it has not got is missing.
+    if (this.readyState === OPEN) this.#beginClose(code, reason, this.#written);
+    this.#finish({ code, reason });
   }
 
   /** Ends at once, without a word: the client will be told 404. */
   terminate(): void {
     if (this.readyState === CLOSED) return;
-    this.#finish(1006, "");
-    this.#release();
+    this.#finish(LOST);
+    this.release();
   }
 
-  /** The end of an ended session's connection, when its last bytes were not taken in time. */
-  abandon(): void {
-    this.#release();
-  }
-
-  #finish(code: number, reason: string): void {
+  #finish({ code, reason }: Required<CloseDetails> = this.#closing!): void {
     if (this.readyState === CLOSED) return;
-    if (this.readyState === OPEN) {
-      for (const topic of this.topics) this.#hub.unsubscribe(this, topic);
-    }
     this.readyState = CLOSED;
-    this.#clear();
+    for (const topic of this.topics) this.#hub.unsubscribe(this, topic);
+    this.#log.trim(Infinity);
+    this.next = this.#log.base;
+    this.bufferedAmount = 0;
     this.#wake();
-    this.#hub.bury(this, code === 1006 ? undefined : this.#closing);
-    if (this.#connection && this.#closing) {
+    this.#hub.bury(this, code === LOST.code ? undefined : this.#closing);
+    if (this.#connection && this.#closing) { // its last bytes are still to be taken
       this.deadline = Date.now() + this.#hub.closeTimeout;
       this.#hub.linger(this);
-    } else this.#release();
+    } else this.release();
     this.callHooks("close", { code, reason });
     this.topics.clear();
   }
 
-  #clear(): void {
-    this.#log.clear();
-    this.next = this.#log.last + 1;
-    this.bufferedAmount = 0;
-  }
+  // --- Time ---
 
   /** One look at the clock, from the hub's timer. */
   tick(now: number): void {
-    if (now >= this.deadline) {
-      this.#finish(1006, "");
-      return this.#release();
-    }
+    if (now >= this.deadline) return this.terminate();
     const connection = this.#connection;
     if (!connection) return;
     const { idleTimeout } = this.#hub;
     const silence = now - this.#lastHeard;
     if (this.full && idleTimeout && silence >= idleTimeout) return this.#drop();
     // "A client not heard from for half of idleTimeout is asked by duplex-ping."
-    if (this.full && idleTimeout && silence >= idleTimeout / 2 && !this.#asked) {
-      this.#asked = true;
+    if (this.full && idleTimeout && silence >= idleTimeout / 2 && !this.#pinged) {
+      this.#pinged = true;
       this.ping(new Uint8Array());
     }
     if (now - this.#lastWrite >= this.heartbeatInterval / 2 - 1) this.#beat();
   }
 
   #beat(): void {
-    if (!this.#connection?.asked) return;
-    this.#lastWrite = Date.now();
-    this.#connection.write(HEARTBEAT);
+    if (this.#connection?.asked) this.#write(this.#connection, HEARTBEAT);
   }
 }
 
@@ -1766,6 +1697,10 @@ class Tombstone implements Receiver {
     this.received = session.received;
   }
 
+  beginBody(): void {}
+
+  endBody(): void {}
+
   heard(): void {}
 
   receive(): void {
@@ -1782,9 +1717,9 @@ class ServerPeer implements Peer {
   readonly #session: Session;
   readonly #hub: Hub;
   readonly #request: Request;
+  readonly #context: PeerContext;
   readonly #remoteAddress: string | undefined;
   #id: string | undefined;
-  #context: PeerContext;
   #websocket: PeerWebSocket | undefined;
 
   constructor(
@@ -1835,7 +1770,6 @@ class ServerPeer implements Peer {
 
   get websocket(): PeerWebSocket {
     const session = this.#session;
-    const { headers, url } = this.#request;
     return this.#websocket ??= {
       binaryType: undefined as unknown as string,
       get readyState() {
@@ -1844,9 +1778,9 @@ class ServerPeer implements Peer {
       get bufferedAmount() {
         return session.bufferedAmount;
       },
-      protocol: session.protocol || (headers.get(WEBSOCKET_PROTOCOL) ?? ""),
+      protocol: session.protocol || (this.#request.headers.get(WEBSOCKET_PROTOCOL) ?? ""),
       extensions: "",
-      url: url.replace(/^http/, "ws"),
+      url: this.#request.url.replace(/^http/, "ws"),
       send: (data) => void this.send(data),
       close: (code, reason) => this.close(code, reason),
     };
@@ -1915,13 +1849,6 @@ class ServerPeer implements Peer {
       },
     };
   }
-
-  [DENO_INSPECT as never](
-    inspect: (value: unknown, options: unknown) => string,
-    options: unknown,
-  ): string {
-    return inspect((this as unknown as Record<symbol, () => unknown>)[INSPECT]!(), options);
-  }
 }
 
 class ServerMessage implements Message {
@@ -1950,7 +1877,7 @@ class ServerMessage implements Message {
         return this.text();
       case "nodebuffer": {
         const { Buffer } = globalThis as { Buffer?: { from(bytes: Uint8Array): Uint8Array } };
-        return Buffer ? Buffer.from(this.uint8Array()) : this.uint8Array();
+        return Buffer?.from(this.uint8Array()) ?? this.uint8Array();
       }
       default:
         return this.rawData;
@@ -1988,13 +1915,6 @@ class ServerMessage implements Message {
   [INSPECT as never](): unknown {
     return { message: { peer: this.peer.id, data: this.rawData } };
   }
-
-  [DENO_INSPECT as never](
-    inspect: (value: unknown, options: unknown) => string,
-    options: unknown,
-  ): string {
-    return inspect((this as unknown as Record<symbol, () => unknown>)[INSPECT]!(), options);
-  }
 }
 
 // --- The downlink: one event stream ---
@@ -2004,11 +1924,12 @@ class Connection {
   readonly stream: ReadableStream<Bytes>;
   /** The runtime has asked for bytes and had none since. */
   asked = false;
-  #preface: Bytes | undefined;
+  /** The first bytes, until they are out. */
+  preface: Bytes | undefined;
   #controller!: ReadableStreamDefaultController<Bytes>;
 
   constructor(session: Session, preface: Bytes) {
-    this.#preface = preface;
+    this.preface = preface;
     this.stream = new ReadableStream<Bytes>({
       start: (controller) => {
         this.#controller = controller;
@@ -2019,17 +1940,6 @@ class Connection {
       },
       cancel: () => session.lose(this),
     }, { highWaterMark: 0 });
-  }
-
-  /** The first bytes are out. */
-  get begun(): boolean {
-    return !this.#preface;
-  }
-
-  takePreface(): Bytes | undefined {
-    const preface = this.#preface;
-    this.#preface = undefined;
-    return preface;
   }
 
   write(chunk: Bytes): void {
@@ -2084,23 +1994,21 @@ class Log {
     if (size < PACK_COUNT * PACK_SIZE) this.#frames.fill(new Pack(first, frames), at);
   }
 
-  /** Lets go of everything up to this number. */
-  trim(number: number): void {
+  /** Lets go of everything up to this number, and gives how many bytes that was. */
+  trim(number: number): number {
+    const before = this.bytes;
     const keep = Math.min(number, this.last);
     while (this.base <= keep) {
       this.bytes -= this.get(this.base).length;
       this.#frames[this.#head++] = HEARTBEAT; // frees what was there
       this.base++;
     }
-    if (this.#head === this.#frames.length) this.#frames = [];
-    else if (this.#head > 1024 && this.#head * 2 > this.#frames.length) {
-      this.#frames.splice(0, this.#head);
-    } else return;
-    this.#head = 0;
-  }
-
-  clear(): void {
-    this.trim(this.last);
+    const { length } = this.#frames;
+    if (this.#head === length || this.#head > 1024 && this.#head * 2 > length) {
+      this.#frames = this.#frames.slice(this.#head);
+      this.#head = 0;
+    }
+    return before - this.bytes;
   }
 }
 
@@ -2183,13 +2091,22 @@ const MAX_HEADER = 20;
 const MAX_CONTROL = 125;
 const TEXT_HEADER: Bytes = encoder.encode("TEXT ");
 
-/** Reads a body's frames and hands on those that are new. */
+/**
+ * Of a request's body; by shape, since the runtimes' types of readers differ. What a
+ * read gives may be overwritten by the next.
+ */
+interface Reader {
+  read(): Promise<{ done: true } | { done: false; value: Uint8Array }>;
+  cancel(): Promise<void>;
+}
+
+/** Reads a body's frames and hands on those that are new. Gives what ended it early, if anything did. */
 async function readUplink(
-  reader: Reader,
+  body: ReadableStream<Uint8Array>,
   seq: number | undefined,
   receiver: Receiver,
   maxMessageSize: number,
-): Promise<void> {
+): Promise<unknown> {
   let number = seq;
   const parser = new UplinkParser(maxMessageSize, (type, payload, size) => {
     // "SEQ names the next message": the client need not repeat what was acknowledged meanwhile.
@@ -2207,9 +2124,18 @@ async function readUplink(
     if (number > receiver.received + 1) throw new Refusal(409, "Messages are missing");
     if (number++ === receiver.received + 1) receiver.receive(type, payload, size);
   });
-  for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
-    receiver.heard();
-    parser.push(chunk.value as Bytes);
+  const reader = readerOf(body);
+  receiver.beginBody(reader);
+  try {
+    for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
+      receiver.heard();
+      parser.push(chunk.value as Bytes);
+    }
+  } catch (error) {
+    reader.cancel().catch(() => {}); // nobody will read the rest
+    return error;
+  } finally {
+    receiver.endBody(reader);
   }
 }
 
@@ -2320,10 +2246,8 @@ class UplinkParser {
     this.#type = match[1]!;
     this.#length = match[2] ? parseInt(match[2], 16) : 0;
     const isMessage = this.#type === "TEXT" || this.#type === "BINARY";
-    if (isMessage && this.#length > this.#max) {
-      throw new Refusal(413, "Message too large", {}, 1009);
-    }
-    if (!isMessage && this.#length > MAX_CONTROL) throw malformed("a control frame is too long");
+    if (isMessage) checkSize(this.#length, this.#max);
+    else if (this.#length > MAX_CONTROL) throw malformed("a control frame is too long");
     if (match[2]) this.#missing = this.#length + 2;
     else this.#emit(new Uint8Array());
     return end;
@@ -2360,28 +2284,26 @@ function hexDigit(byte = 0): number {
 
 // --- Requests and refusals ---
 
-/** Anything that ends a request early: a status, a reason, and where it matters a close code. */
+/** Anything that ends a request early: a status, a message, and where it matters a close code. */
 class Refusal extends Error {
   readonly status: number;
-  readonly reason: string;
   readonly headers: Record<string, string>;
   readonly closeCode: number | undefined;
 
   constructor(
     status: number,
-    reason: string,
+    message: string,
     headers: Record<string, string> = {},
     closeCode?: number,
   ) {
-    super(reason);
+    super(message);
     this.status = status;
-    this.reason = reason;
     this.headers = headers;
     this.closeCode = closeCode;
   }
 
   response(): Response {
-    return new Response(`${this.reason}\n`, {
+    return new Response(`${this.message}\n`, {
       status: this.status,
       headers: {
         "content-type": "text/plain; charset=utf-8",
@@ -2392,6 +2314,10 @@ class Refusal extends Error {
   }
 }
 
+function checkSize(size: number, maxMessageSize: number): void {
+  if (size > maxMessageSize) throw new Refusal(413, "Message too large", {}, 1009);
+}
+
 function malformed(what: string): Refusal {
   return new Refusal(400, `Malformed: ${what}`, {}, 1002);
 }
@@ -2400,7 +2326,7 @@ function malformed(what: string): Refusal {
 class Wire {
   readonly token: string | null;
   /** The full level is asked for. */
-  readonly version: boolean;
+  readonly full: boolean;
   /** The body is of uplink frames. */
   readonly isUplink: boolean;
   readonly seq: number | undefined;
@@ -2414,13 +2340,13 @@ class Wire {
     if (this.token !== null && !TOKEN_GRAMMAR.test(this.token)) throw malformed(TOKEN_HEADER);
     const version = headers.get(VERSION_HEADER);
     if (version !== null && !/^[1-9]\d{0,2}$/.test(version)) throw malformed(VERSION_HEADER);
-    this.version = version === VERSION;
+    this.full = version === VERSION;
     this.isUplink = mediaType(headers) === UPLINK_TYPE;
     this.seq = optionalNumber(headers, SEQ_HEADER);
     if (this.seq === 0) throw malformed(SEQ_HEADER);
     this.attempt = optionalNumber(headers, ATTEMPT_HEADER);
     this.eventId = headers.get("last-event-id") ?? "";
-    this.lastEventId = this.version && this.token
+    this.lastEventId = this.full && this.token
       ? optionalNumber(headers, "last-event-id")
       : undefined;
   }
@@ -2441,31 +2367,25 @@ function parseNumber(value: string, name: string): number {
   return number;
 }
 
-/** What the runtime's second argument of `fetch` offers, recognised by its shape. */
-class Runtime {
-  /** There is a second argument, so what cuts idle connections could be told not to. */
-  readonly attended: boolean;
-  readonly #request: Request;
-  readonly #info: {
+/** The runtime's second argument of `fetch`; it may be anything, so it is recognised by its shape. */
+type Runtime =
+  | {
     /** Deno */
     remoteAddr?: { hostname?: string };
     /** Bun */
     requestIP?(request: Request): { address?: string } | null;
     timeout?(request: Request, seconds: number): void;
-  };
-
-  constructor(request: Request, info: unknown) {
-    this.attended = info !== undefined;
-    this.#request = request;
-    this.#info = info as never ?? {};
-    if (typeof this.#info.timeout === "function") this.#info.timeout(request, 0);
   }
+  | null
+  | undefined;
 
-  get remoteAddress(): string | undefined {
-    const { remoteAddr, requestIP } = this.#info;
-    if (typeof requestIP === "function") return this.#info.requestIP!(this.#request)?.address;
-    return remoteAddr?.hostname;
-  }
+function liftIdleCut(request: Request, runtime: Runtime): void {
+  if (typeof runtime?.timeout === "function") runtime.timeout(request, 0);
+}
+
+function remoteAddressOf(request: Request, runtime: Runtime): string | undefined {
+  if (typeof runtime?.requestIP === "function") return runtime.requestIP(request)?.address;
+  return runtime?.remoteAddr?.hostname;
 }
 
 /** "Hooks read the offer where crossws code looks": the browser's client had to name it otherwise. */
@@ -2481,12 +2401,11 @@ function offerProtocols(request: Request): void {
   });
 }
 
-function accepts(request: Request, type: string): boolean {
+function acceptsStream(request: Request): boolean {
   const accept = request.headers.get("accept");
-  const group = type.split("/")[0] + "/*";
   return accept === null || listed(accept).some((entry) => {
-    const [name, ...parameters] = entry.toLowerCase().split(";").map((part) => part.trim());
-    return (name === type || name === group || name === "*/*") &&
+    const [type, ...parameters] = entry.toLowerCase().split(";").map((part) => part.trim());
+    return [STREAM_TYPE, "text/*", "*/*"].includes(type!) &&
       !parameters.some((p) => /^q=0(\.0*)?$/.test(p));
   });
 }
@@ -2505,28 +2424,20 @@ function preflight(request: Request): Response {
   return new Response(null, { status: 204, headers });
 }
 
-function streamHeaders(token?: string | null): Headers {
-  const headers = new Headers({
+function streamHeaders(full: boolean, token?: string): Headers {
+  return new Headers({
     "content-type": STREAM_TYPE,
     "cache-control": "private, no-store, no-transform",
     "x-accel-buffering": "no",
-    [VERSION_HEADER]: VERSION,
-  });
-  if (token) headers.set(TOKEN_HEADER, token);
-  return headers;
-}
-
-/** Said once, even if a hook's Response says it, too: two values would be none to a browser. */
-function addCors(target: Headers, cors: Headers): void {
-  cors.forEach((value, name) => {
-    if (name === "vary") target.append(name, value);
-    else target.set(name, value);
+    ...full && { [VERSION_HEADER]: VERSION },
+    ...token && { [TOKEN_HEADER]: token },
   });
 }
 
+/** What comes later stands alone, but for headers of which all count: elsewhere two values may be none. */
 function addHeaders(target: Headers, source: Headers): void {
   source.forEach((value, name) => {
-    if (name === "set-cookie") target.append(name, value);
+    if (name === "set-cookie" || name === "vary") target.append(name, value);
     else target.set(name, value);
   });
 }
@@ -2564,10 +2475,10 @@ function decodeText(bytes: Bytes): string {
 }
 
 /** "Without a type": Bun's fetch tells none for a string, so what is UTF-8 is text. */
-function plainMessage(payload: Bytes, type: string | null): string | Bytes {
-  if (type?.startsWith("application/octet-stream")) return payload;
+function plainMessage(payload: Bytes, type: string): string | Bytes {
+  if (type === "application/octet-stream") return payload;
   try {
-    return (type === null ? strictDecoder : decoder).decode(payload);
+    return (type ? decoder : strictDecoder).decode(payload);
   } catch {
     return payload;
   }
@@ -2616,19 +2527,16 @@ function checkClose(code: number, reason: string): void {
   }
 }
 
-function atLeast<T extends string>(
-  least: number,
-  name: T,
-  options: { [name in T]?: unknown },
-  fallback: number,
-): number {
+function numberOf(options: SSEOptions, name: keyof typeof NUMBERS): number {
+  const [fallback, least, most] = NUMBERS[name];
   const value = options[name] ?? fallback;
-  if (typeof value === "number" && value >= least) return value;
-  throw new RangeError(`${name} must be a number of at least ${least}`);
+  if (typeof value === "number" && value >= least && value <= most) return value;
+  throw new RangeError(`${name} must be a number from ${least} to ${most}`);
 }
 
-function isPromise(value: unknown): value is Promise<unknown> {
-  return typeof (value as Promise<unknown> | undefined)?.then === "function";
+/** A promise, or what only has a `then`, as the queries of some databases. */
+function isThenable(value: unknown): value is PromiseLike<unknown> {
+  return typeof (value as PromiseLike<unknown> | undefined)?.then === "function";
 }
 
 function getOrMake<K, V>(map: Map<K, V>, key: K, make: () => V): V {

@@ -386,6 +386,13 @@ test("a plain body cut off in the middle is no message and no error", async (t) 
     // Sent and heard before the cut: a second message over another connection.
     assertEquals(await peer.send("whole"), 204);
     assertEquals(await peer.message(), "whole");
+    // What a server whose runtime tells it of the cut reads.
+    const cut = new ReadableStream<Uint8Array>({
+      pull: (controller) => controller.error(new Error("the connection was lost")),
+    });
+    const headers = { "x-crossws-id": peer.token, "content-length": "100" };
+    await scene.ws.fetch(post(scene.url, headers, cut));
+    assertEquals(said, []);
     await peer.drop();
     void request;
   });

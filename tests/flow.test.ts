@@ -18,6 +18,7 @@ import {
   within,
 } from "./harness.ts";
 import { adapter, closeAll, dial, shutDown } from "./pair.ts";
+import { post, streamOf, WirePeer } from "./wire.ts";
 import { MB, type Measured, measured, type MeasuredState, RawStream, soak } from "./measured.ts";
 
 const WINDOW = 256 * 1024;
@@ -517,6 +518,27 @@ for (const transport of ["stream", "post"] as const) {
   }, { timeout: 15_000 });
 }
 
+test("acknowledgements that are refused for good end a session that the server would hold", async (t) => {
+  let revoked = false;
+  const ws = adapter(t, {
+    bidir: true,
+    window: 20_000,
+    hooks: {
+      upgrade() {
+        if (revoked) throw new Response("Revoked", { status: 403 });
+      },
+      open(peer) {
+        revoked = true;
+        for (let i = 0; i < 400; i++) peer.send("i".repeat(1000));
+      },
+    },
+  });
+  const server = await t.serve((request, info) => ws.fetch(request, info));
+  const client = dial(t, server.url, "post");
+  assertEquals((await once<CloseEvent>(client, "close")).code, 1006);
+  assertLess(client.stats.received, 100); // no more than the window's
+});
+
 // ---------------------------------------------------------------- up: a server that is slow
 
 /** A client that is closed with the test. */
@@ -665,6 +687,48 @@ test("a client that overruns the window is closed with 1008", async (t) => {
   assert(text.includes(`"code":1008`), text);
   session.peer.terminate();
   await within(closed.promise, 1000, "the close hook");
+});
+
+for (const full of [true, false]) {
+  test(`who is closed with 1013 reads that and none of what was dropped (${full ? "full" : "plain"})`, async (t) => {
+    const peers: Peer[] = [];
+    const ws = adapter(t, {
+      maxBufferedAmount: 1000,
+      hooks: { open: (peer) => void peers.push(peer) },
+    });
+    const headers = { accept: "text/event-stream", ...full && { "x-duplex-version": "1" } };
+    const response = await ws.fetch(new Request("http://localhost/", { headers }));
+    for (let i = 0; peers[0]!.send("dropped".repeat(10)); i++) assertLess(i, 100);
+    const text = await response.text();
+    assert(!text.includes("dropped"), text);
+    assert(text.includes(`"code":1013`), text);
+    assert(text.endsWith("}\n\n"), text);
+  });
+}
+
+test("a plain body is paused while hooks are behind by a window, and goes on once they are not", async (t) => {
+  const held = deferred();
+  const taken: string[] = [];
+  const ws = adapter(t, {
+    bidir: true,
+    window: 8,
+    hooks: {
+      message(_, message) {
+        taken.push(message.text());
+        return held.promise;
+      },
+    },
+  });
+  const peer = t.use(await WirePeer.open(ws.fetch, "http://localhost/", { full: false }));
+  const chunks = ["one", "two", "three", "four", "five"];
+  const request = post(peer.url, { "x-crossws-id": peer.token }, streamOf(chunks));
+  const answer = ws.fetch(request);
+  await until(() => taken.length === 3); // 11 bytes: the one that crosses the line is begun
+  await sleep(20);
+  assertEquals(taken.length, 3);
+  held.resolve();
+  assertEquals((await answer).status, 204);
+  assertEquals(taken, chunks);
 });
 
 test(

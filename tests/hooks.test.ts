@@ -17,9 +17,18 @@ import {
   runtime,
   test,
   until,
+  within,
 } from "./harness.ts";
 import { connect, listen, openRaw, Queue, shutDown } from "./pair.ts";
-import { byteStreamOf, frame, streamOf as ordinaryStreamOf, UPLINK, WirePeer } from "./wire.ts";
+import {
+  byteStreamOf,
+  frame,
+  FULL,
+  post,
+  streamOf as ordinaryStreamOf,
+  UPLINK,
+  WirePeer,
+} from "./wire.ts";
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/;
 const CARRIED = Symbol.for("crossws.hooks");
@@ -519,6 +528,32 @@ for (const [what, fail] of Object.entries({ throws: true, rejects: false })) {
   });
 }
 
+test("a hook may return what only has a then, as the queries of some databases", async (t) => {
+  const query = (settle: (resolve: () => void, reject: (error: Error) => void) => void) =>
+    ({
+      then: (resolve: () => void, reject: (error: Error) => void) => settle(resolve, reject),
+    }) as unknown as Promise<void>;
+  const errors = new Queue<Error>();
+  const { url } = await listen(t, {
+    hooks: {
+      open: () => query((resolve) => resolve()),
+      message(peer, message) {
+        if (message.text() === "bad") return query((_, reject) => reject(new Error("bad query")));
+        peer.send("fine");
+        return query((resolve) => resolve());
+      },
+      error: (_, error) => errors.push(error),
+    },
+  });
+  const { socket, messages, opened, closed } = connect(t, url);
+  await opened;
+  socket.send("good");
+  assertEquals(await messages.next(), "fine");
+  socket.send("bad");
+  assertEquals((await closed).code, 1011);
+  assertEquals((await errors.next()).message, "bad query");
+});
+
 // ---------------------------------------------------------------- Peer
 
 test("a peer knows its id, request, address, namespace and the other peers of the namespace", async (t) => {
@@ -915,6 +950,32 @@ test("terminate says nothing to the client, which sees 1006, and nor does anythi
   assertEquals(closes.left, 0);
 });
 
+test("terminate in the open hook lets go of the request's body, too", async (t) => {
+  const calls: string[] = [];
+  const ws = sseAdapter({
+    bidir: true,
+    hooks: {
+      open(peer) {
+        calls.push("open");
+        peer.terminate();
+      },
+      message: () => void calls.push("message"),
+      close: () => void calls.push("close"),
+    },
+  });
+  t.defer(() => ws.close());
+  const cancelled = deferred();
+  const body = ordinaryStreamOf([frame("TEXT", "one")], {
+    open: true,
+    cancelled: cancelled.resolve,
+  });
+  const headers = { ...FULL, ...UPLINK, "x-duplex-seq": "1" };
+  const response = await ws.fetch(post("http://localhost/", headers, body));
+  assertEquals([response.status, await response.text()], [200, ""]);
+  await within(cancelled.promise, 1000, "the end of the body");
+  assertEquals(calls, ["open", "close"]);
+});
+
 test("a client that vanishes closes with 1006 once resumeTimeout is over", async (t) => {
   const closes = new Queue<unknown>();
   const { url } = await listen(t, {
@@ -1068,7 +1129,7 @@ test("the messages of plain clients have buffers of exact length, too", async (t
       headers: { "x-crossws-id": response.headers.get("x-crossws-id")!, ...headers },
       body: body as never,
     });
-  const octets = { "content-type": "application/octet-stream" };
+  const octets = { "content-type": "Application/Octet-Stream; x=1" }; // a type has no case
   assertEquals((await post("text")).status, 204); // for which Bun tells no type
   assertEquals((await post(bytes(1, 2, 3), octets)).status, 204);
   assertEquals((await post(bytes(0xff))).status, 204); // no type, and no UTF-8
@@ -1117,6 +1178,22 @@ test("handles tells the adapter's requests from others, as crossws's documentati
   const open = sseAdapter({ cors: true });
   assert(open.handles(new Request("http://localhost/", { headers: preflight, method: "OPTIONS" })));
 });
+
+const finite = { heartbeatInterval: 1, resumeTimeout: 0, window: 1 };
+const unlimited = { idleTimeout: 0, maxMessageSize: 1, maxBufferedAmount: 0, maxPeers: 1 };
+
+for (const [name, least] of Object.entries({ ...finite, ...unlimited })) {
+  test(`${name} is a number of at least ${least}, or a RangeError tells its name`, () => {
+    const make = (value: unknown) => sseAdapter({ [name]: value });
+    for (const value of [least, 1000, undefined]) make(value);
+    for (const value of [least - 1, -Infinity, NaN, "1000", true]) {
+      assertThrows(() => make(value), RangeError, name);
+    }
+    // With these a client reckons, which fails a session whose terms are not numbers.
+    if (name in finite) assertThrows(() => make(Infinity), RangeError, name);
+    else make(Infinity);
+  });
+}
 
 test("fetch is an own property that needs no `this` and ignores what it does not know", async (t) => {
   const ws = sseAdapter();

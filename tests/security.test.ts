@@ -594,3 +594,63 @@ test("nothing is kept of refused requests: no peer, no timer, no memory", async 
   assertEquals(response.status, 200);
   await response.body!.cancel();
 });
+
+// ---------------------------------------------------------------- while a hook is thinking
+
+for (const [how, status] of Object.entries({ terminate: 404, close: 200 })) {
+  test(`a session that ends by ${how} while upgrade is asked again is not resumed`, async (t) => {
+    const peers: Peer[] = [];
+    const ws = sseAdapter({
+      hooks: {
+        open: (peer) => void peers.push(peer),
+        async upgrade(request) {
+          if (!request.headers.has("last-event-id")) return;
+          if (how === "terminate") return peers[0]!.terminate();
+          const headers = { ...UPLINK, "x-crossws-id": token, "x-duplex-seq": "1" };
+          await ws.fetch(post(url, headers, frame("CLOSE")));
+        },
+      },
+    });
+    t.defer(() => ws.close());
+    const url = "http://localhost/room";
+    const { token } = t.use(await WirePeer.open(ws.fetch, url));
+    const response = await ws.fetch(new Request(url, { headers: resume(token) }));
+    assertEquals(response.status, status);
+    // What is left of a session that was closed says so once more, and no more.
+    assertEquals((await response.text()).includes("duplex-close"), status === 200);
+    assertEquals(ws.peers.size, 0);
+  });
+}
+
+test("an event id of another namespace opens a session of its own", async (t) => {
+  const ws = sseAdapter({ hooks: { open: (peer) => void peer.send(peer.namespace) } });
+  t.defer(() => ws.close());
+  const one = t.use(await WirePeer.open(ws.fetch, "http://localhost/one", { full: false }));
+  assertEquals(await one.message(), "/one");
+  const headers = { "last-event-id": one.id };
+  const two = t.use(
+    await WirePeer.open(ws.fetch, "http://localhost/two", { full: false, headers }),
+  );
+  assertEquals(await two.message(), "/two");
+  assert(two.id.split(".")[0] !== one.id.split(".")[0], "it has a secret of its own");
+  assertEquals([...ws.peers.keys()], ["/one", "/two"]);
+});
+
+test("a request that is refused is let go of, with what it would still send", async () => {
+  const ws = sseAdapter({ bidir: true });
+  let cancelled = false;
+  const body = streamOf(["TEXT 3\r\n"], { open: true, cancelled: () => cancelled = true });
+  const headers = { ...UPLINK, "x-crossws-id": `${"0".repeat(16)}.${"0".repeat(32)}` };
+  const response = await ws.fetch(post("http://localhost/", headers, body));
+  assertEquals([response.status, cancelled], [404, true]);
+});
+
+test("what a hook's answer varies by stands beside the origin, by which ours does", async () => {
+  const hooks = { upgrade: () => ({ headers: { vary: "cookie" } }) };
+  const ws = sseAdapter({ cors: true, resumeTimeout: 0, hooks });
+  const headers = { ...FULL, origin: "https://elsewhere.example" };
+  const response = await ws.fetch(new Request("http://localhost/", { headers }));
+  await response.body!.cancel();
+  assertEquals(response.headers.get("vary"), "cookie, origin");
+  await ws.close();
+});

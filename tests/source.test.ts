@@ -32,7 +32,7 @@ for (const file of files) {
 
   test(`${file} names no runtime's own objects`, async () => {
     const code = withoutComments(await read(file));
-    assertEquals(code.match(/^.*\b(Deno|Bun|process|__dirname)\.(?!customInspect).*$/gm), null);
+    assertEquals(code.match(/^.*\b(Deno|Bun|process|__dirname)\..*$/gm), null);
   });
 
   test(`${file} loads with its types erased by the runtime that runs the tests`, async () => {
