@@ -366,7 +366,7 @@ class Router implements RoutingDriver {
       return this.#bus.send(head.from, unknown).catch((error) => this.#report("publish", error));
     }
     const key = await (known.key ??= keyOf(known.token));
-    if (!await verify(key, message)) throw new Error("A forged request on the backplane");
+    await authenticate(key, message);
     const off = Date.now() - head.time;
     if (Math.abs(off) > REPLAY_WINDOW) {
       const seconds = Math.round(off / 1000);
@@ -541,11 +541,10 @@ class Relay {
   readonly #send: (head: Head) => Promise<boolean>;
   readonly #forget: () => void;
   #respond!: (response: Response) => void;
-  /** Runs while there is doubt. */
-  #timer: ReturnType<typeof setTimeout> | undefined;
+  /** Set once there is doubt. */
+  #doubt: ReturnType<typeof setTimeout> | undefined;
   #controller: ReadableStreamDefaultController<Bytes> | undefined;
   #asked = false;
-  #doubted = false;
   #finished = false;
   #ended = false;
   /** The number of the part that is to come next; those after it wait. */
@@ -578,9 +577,8 @@ class Relay {
 
   /** "Somebody says there is no such session": anyone can, so the owner may yet contradict. */
   doubt(): void {
-    if (this.#doubted || this.#next > 0) return;
-    this.#doubted = true;
-    this.#timer = setTimeout(() => {
+    if (this.#doubt !== undefined || this.#next > 0) return;
+    this.#doubt = setTimeout(() => {
       this.#respond(refuse(404, "No such session"));
       this.end();
     }, Math.min(DOUBT, this.#timeout));
@@ -604,7 +602,7 @@ class Relay {
     this.#finished = end;
     // "The token does not travel": the event that tells it is put back here.
     if (n > 0) return void this.#queue.push(n > 1 ? body : concat([tokenEvent(this.#token), body]));
-    clearTimeout(this.#timer);
+    clearTimeout(this.#doubt);
     if (end) {
       this.#respond(
         new Response(body.length ? body : null, { status: status!, headers: headers! }),
@@ -670,7 +668,7 @@ class Relay {
   end(): void {
     if (this.#ended) return;
     this.#ended = true;
-    clearTimeout(this.#timer);
+    clearTimeout(this.#doubt);
     this.#respond(unavailable());
     this.#forget();
     try {
@@ -823,12 +821,9 @@ async function keyOf(token: string): Promise<CryptoKey> {
   return await crypto.subtle.importKey("raw", key, algorithm, false, ["sign", "verify"]);
 }
 
-function verify(key: CryptoKey, { mac, signed }: Incoming): Promise<boolean> {
-  return crypto.subtle.verify("HMAC", key, mac, signed);
-}
-
-async function authenticate(key: CryptoKey, message: Incoming): Promise<void> {
-  if (!await verify(key, message)) throw new Error("A forged message on the backplane");
+async function authenticate(key: CryptoKey, { mac, signed }: Incoming): Promise<void> {
+  if (await crypto.subtle.verify("HMAC", key, mac, signed)) return;
+  throw new Error("A forged message on the backplane");
 }
 
 // --- The bus: messages of any size over payloads of a limited one ---
