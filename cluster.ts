@@ -222,7 +222,6 @@ class Router implements RoutingDriver {
   /** What came in and is not done with. */
   readonly #work: Set<Promise<void>> = new Set();
   #timer: ReturnType<typeof setInterval> | undefined;
-  #ticked = 0;
   #closed = false;
 
   constructor(instance: string, driver: ClusterDriver, maxPayload: number, timeout: number) {
@@ -497,25 +496,17 @@ class Router implements RoutingDriver {
 
   #startTimer(): void {
     if (this.#timer !== undefined || this.#closed) return;
-    this.#ticked = clock();
-    this.#timer = setInterval(() => this.#tick(), this.#period);
+    const period = Math.min(500, this.#timeout / 2);
+    this.#timer = setInterval(() => this.#tick(period), period);
     (this.#timer as { unref?(): void }).unref?.(); // where timers can do so
   }
 
-  get #period(): number {
-    return Math.min(500, this.#timeout / 2);
-  }
-
-  #tick(): void {
+  /** Ticks, not clocks: while this process paused, it was not the others who were silent. */
+  #tick(period: number): void {
+    for (const relay of this.#relays.values()) relay.tick(period);
+    for (const served of this.#served.values()) served.tick(period);
+    this.#bus.tick(period);
     const now = clock();
-    // After a pause of this process's own, what was said meanwhile is still to be heard.
-    const paused = now - this.#ticked > 2 * this.#period;
-    this.#ticked = now;
-    if (!paused) {
-      for (const relay of this.#relays.values()) relay.tick(now);
-      for (const served of this.#served.values()) served.tick(now);
-    }
-    this.#bus.forget(now);
     for (const seen of [this.#seen, this.#seenUplinks]) {
       for (const [id, expires] of seen) {
         if (now < expires) break; // they came in this order
@@ -550,13 +541,17 @@ class Relay {
   /** The number of the part that is to come next; those after it wait. */
   #next = 0;
   readonly #held: Map<number, { head: AnswerHead; body: Bytes }> = new Map();
-  #gapSince = Infinity;
+  /** How long a part has been missing, in ms; undefined: none is. */
+  #gap: number | undefined;
   #queue: Bytes[] = [];
   /** Parts given to the client, and how many of them the owner was told. */
   #got = 0;
   #told = 0;
-  #lastHeard: number = clock();
-  #lastTold: number = clock();
+  /** How long the owner has said nothing, and was told nothing, in ms. */
+  #quiet = 0;
+  #untold = 0;
+  /** The owner was asked whether it is there. */
+  #askedOwner = false;
 
   constructor(
     id: string,
@@ -587,14 +582,14 @@ class Relay {
   /** The bus may repeat and reorder: parts are taken by their numbers. */
   take(head: AnswerHead, body: Bytes): void {
     if (this.#ended || head.n < this.#next || head.n > this.#got + 2 * CREDIT) return;
-    this.#lastHeard = clock();
+    this.#heard();
     this.#held.set(head.n, { head, body });
     for (let part = this.#held.get(this.#next); part; part = this.#held.get(this.#next)) {
       this.#held.delete(this.#next++);
-      this.#gapSince = Infinity;
+      this.#gap = undefined;
       this.#accept(part.head, part.body);
     }
-    if (this.#held.size) this.#gapSince = Math.min(this.#gapSince, clock());
+    if (this.#held.size) this.#gap ??= 0;
     this.#flush();
   }
 
@@ -644,24 +639,34 @@ class Relay {
 
   #tell(ask: boolean): void {
     this.#told = this.#got;
-    this.#lastTold = clock();
+    this.#untold = 0;
+    this.#askedOwner ||= ask;
     this.#send({ kind: "credit", id: this.#id, got: this.#got, ask });
   }
 
   /** The owner says how many parts it has sent. */
   compare(sent: number): void {
-    this.#lastHeard = clock();
-    if (sent >= this.#next) this.#gapSince = Math.min(this.#gapSince, clock());
+    this.#heard();
+    if (sent >= this.#next) this.#gap ??= 0;
+  }
+
+  #heard(): void {
+    this.#quiet = 0;
+    this.#askedOwner = false;
   }
 
   /** "A gap or silence ends the stream, which the client resumes." */
-  tick(now: number): void {
+  tick(period: number): void {
     if (!this.#controller) return;
-    if (now - this.#gapSince > DOUBT || now - this.#lastHeard > 2 * this.#timeout) {
+    this.#quiet += period;
+    this.#untold += period;
+    if (this.#gap !== undefined) this.#gap += period;
+    if (this.#gap! > DOUBT || this.#quiet > 2 * this.#timeout) {
       this.#send({ kind: "cancel", id: this.#id });
       return this.end();
     }
-    if (now - this.#lastTold >= this.#timeout) this.#tell(now - this.#lastHeard >= this.#timeout);
+    const ask = this.#quiet >= this.#timeout && !this.#askedOwner;
+    if (ask || this.#untold >= this.#timeout) this.#tell(ask);
   }
 
   /** The end, whatever there has been until now: 503, or the end of the stream. */
@@ -694,7 +699,8 @@ class Served {
   #allowed = CREDIT;
   #wake = () => {};
   #cancelled = false;
-  #lastHeard: number = clock();
+  /** How long the relaying instance has said nothing, in ms. */
+  #quiet = 0;
 
   constructor(
     id: string,
@@ -743,7 +749,7 @@ class Served {
   }
 
   allow(got: number, ask: boolean): void {
-    this.#lastHeard = clock();
+    this.#quiet = 0;
     this.#allowed = Math.max(this.#allowed, Math.min(got, this.#sent) + CREDIT);
     this.#wake();
     if (ask) this.#send({ kind: "alive", id: this.#id, sent: this.#sent });
@@ -757,8 +763,8 @@ class Served {
     Promise.resolve(this.#reader.cancel()).catch(() => {});
   }
 
-  tick(now: number): void {
-    if (now - this.#lastHeard > 3 * this.#timeout) this.cancel();
+  tick(period: number): void {
+    if ((this.#quiet += period) > 3 * this.#timeout) this.cancel();
   }
 }
 
@@ -845,6 +851,8 @@ class Bus {
   readonly #assemblies: Map<string, Assembly> = new Map();
   #assembled = 0;
   #maxMessage = MAX_MESSAGE;
+  /** Goes on by ticks. */
+  #time = 0;
   #pending = 0;
   #pendingBytes = 0;
 
@@ -933,7 +941,7 @@ class Bus {
     const id = hex(data.subarray(1, 1 + ID_SIZE));
     let assembly = this.#assemblies.get(id);
     if (!assembly) {
-      const expires = clock() + this.#timeout;
+      const expires = this.#time + this.#timeout;
       assembly = { pieces: new Map(), count, size: 0, expires };
       this.#assemblies.set(id, assembly);
     }
@@ -956,10 +964,11 @@ class Bus {
     if (this.#assemblies.delete(id)) this.#assembled -= size + PIECE_COST * pieces.size;
   }
 
-  /** What stayed incomplete. */
-  forget(now: number): void {
+  /** Forgets what stayed incomplete. */
+  tick(period: number): void {
+    this.#time += period;
     for (const [id, assembly] of this.#assemblies) {
-      if (now < assembly.expires) break;
+      if (this.#time <= assembly.expires) break;
       this.#discard(id, assembly);
     }
   }

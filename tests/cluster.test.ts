@@ -515,6 +515,18 @@ test("a relaying instance that falls silent is left, and so is a client that goe
   await until(() => peer.send("x".repeat(1000)) === -1, { timeout: 3_000 });
 }, { timeout: 20_000 });
 
+test("a process that pauses does not take its own silence for another's", async (t) => {
+  const { messages, peer, events } = await relayed(t, { heartbeatInterval: 60_000 });
+  for (let n = 0; n < 3; n++) {
+    await sleep(300 + 100 * n, t.signal); // before, at and after the instances speak to each other
+    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1_500);
+    await sleep(600, t.signal);
+  }
+  peer.send("after");
+  assertEquals(await messages.next(), "after");
+  assertEquals(events.join(), "open,drop,resume");
+}, { timeout: 20_000 });
+
 test("a clock that is set back keeps no stream that has fallen silent", async (t) => {
   let silent = false;
   const bus = new MemoryBus(t, { fault: () => silent ? [] : [0] });
