@@ -223,10 +223,29 @@ export async function roundRobin(t: TestContext, ports: number[]): Promise<Round
         signal: t.signal, // an answer that comes after the test would stay unread
         ...request.body && { body: request.body, duplex: "half" },
       } as RequestInit);
-      return new Response(response.body, { status: response.status, headers: response.headers });
+      const { body, status, headers: answered } = response;
+      return new Response(body && untilEnd(body, t.signal), { status, headers: answered });
     } catch {
       return new Response("Bad gateway", { status: 502 });
     }
   });
   return rr = Object.assign(server, { ports, log, choose: undefined });
+}
+
+/** What is cut by the end of a test ends: Bun would print the error of a body that it sends. */
+function untilEnd(body: ReadableStream<Uint8Array>, end: AbortSignal): ReadableStream<Uint8Array> {
+  const reader = body.getReader();
+  return new ReadableStream({
+    async pull(controller) {
+      try {
+        const { done, value } = await reader.read();
+        if (done) controller.close();
+        else controller.enqueue(value);
+      } catch (error) {
+        if (end.aborted) controller.close();
+        else controller.error(error);
+      }
+    },
+    cancel: (reason) => reader.cancel(reason),
+  }, { highWaterMark: 0 });
 }
