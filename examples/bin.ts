@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 /**
- * The command of the npm package: serves the chat, by Bun where there is one, else by Node.
+ * The command of the npm package: serves the chat, on Bun where it is run by Bun, else on Node.
  */
 
 import process from "node:process";

@@ -29,6 +29,10 @@ try {
   compile(["examples/bin.ts"], "--types", "node");
   for (const [, file] of entries) {
     edit(to(file, ".d.ts"), (text) => text.replace(/(\bfrom "\.\/\w+)\.ts"/g, '$1.js"'));
+    // What comments import is called otherwise here, and shown by editors.
+    for (const extension of [".js", ".d.ts"]) {
+      edit(to(file, extension), (text) => text.replaceAll(`jsr:${jsr}`, jsr).replaceAll(jsr, name));
+    }
   }
   // The chat's page is given the client as it is here: as JavaScript.
   edit("examples/chat.js", (text) => {
@@ -38,11 +42,13 @@ try {
   for (const file of ["examples/chat.html", "README.md", "PROTOCOL.md", "LICENSE"]) {
     copyFileSync(join(root, file), join(stage, file));
   }
+  // Outside of its tables, README's programs import this package.
+  const programs = new RegExp(`^([^|\n]* from ")jsr:${jsr}`, "gm");
   // What the package lacks, JSR has: in this version, for those who read at npm as well.
   edit("README.md", (text) =>
     text.replace(/\]\(\.\/([^)]+)\)/g, (link, file) => {
       return existsSync(join(stage, file)) ? link : `](https://jsr.io/${jsr}/${version}/${file})`;
-    }));
+    }).replace(programs, `$1${name}`));
   writeFileSync(join(stage, "package.json"), JSON.stringify(manifest(), null, 2) + "\n");
   const packed = execFileSync("npm", [
     ...["pack", "--json", "--loglevel=error", "--pack-destination", destination],

@@ -142,8 +142,11 @@ test("the tarball holds what users need, and nothing else", async (t) => {
   assertEquals(Object.keys(manifest).filter((key) => /ependencies|scripts/.test(key)), []);
   assertEquals(Object.keys(manifest.exports), [...Object.keys(exports), "./package.json"]);
   for (const file of entries.flatMap((entry) => [`${entry}.js`, `${entry}.d.ts`])) {
-    assert(!/from "\.\/\w+\.ts"/.test(await readFile(join(installed, file), "utf8")), file);
+    const text = await readFile(join(installed, file), "utf8");
+    assert(!/from "\.\/\w+\.ts"|@duplex\/sse/.test(text), file);
   }
+  const readme = await readFile(join(installed, "README.md"), "utf8");
+  assertEquals(readme.match(/^[^|\n]* from "jsr:.*/gm), null);
 }, { timeout });
 
 test(
