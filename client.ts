@@ -320,7 +320,7 @@ export class WebSocketSSE extends EventTarget {
     else this.#run();
   }
 
-  /** The URL, with its fragment and credentials as they were given. */
+  /** The absolute URL, with the credentials that it was given. A fragment is refused. */
   get url(): string {
     return this.#url.href;
   }

@@ -405,10 +405,13 @@ export interface SSEOptions<Context = PeerContext> {
 export interface SSEAdapter<Context = PeerContext> {
   /**
    * Answers every request of this protocol, never throws. The second argument is
-   * the runtime's own: Deno's `info`, Bun's `server`; anything else is ignored.
+   * the runtime's own: Deno's `info`, Bun's `server`. Of anything else, `remoteAddr.hostname` is used.
    */
   fetch: (request: Request, info?: unknown) => Promise<Response>;
-  /** Whether a request is for {@link SSEAdapter.fetch}, for servers that have other routes. */
+  /**
+   * Whether a request is for {@link SSEAdapter.fetch}, for servers that have other routes. By its
+   * headers alone: whatever accepts an event stream and, with `cors`, every preflight.
+   */
   handles: (request: Request) => boolean;
   /** Open peers by namespace. */
   readonly peers: Map<string, Set<Peer<Context>>>;
