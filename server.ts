@@ -166,7 +166,10 @@ export interface Hooks<Context = PeerContext> {
   ): MaybePromise<UpgradeResult<Context> | Response | { response: Response } | void>;
   /** A session has begun: once a session, not once a connection. */
   open(peer: Peer<Context>): MaybePromise<void>;
-  /** A message has come, in order, exactly once. */
+  /**
+   * A message has come, in order, exactly once. The next is not kept waiting: what this hook does
+   * after an `await` may overlap with it.
+   */
   message(peer: Peer<Context>, message: Message<Context>): MaybePromise<void>;
   /** A session has ended: once, with its code and reason. */
   close(peer: Peer<Context>, details: CloseDetails): MaybePromise<void>;
@@ -248,7 +251,8 @@ export interface Peer<Context = PeerContext> {
   /** Resolves when `bufferedAmount` is down to `threshold`, or the peer closed. */
   waitForDrain(options?: WaitForDrainOptions): Promise<void>;
   /**
-   * Sends a message. Strings go as text, bytes as binary, plain objects as JSON.
+   * Sends a message. Strings go as text, bytes as binary, plain objects as JSON; an array is taken
+   * for bytes, as in crossws.
    * Returns the bytes queued, -1 when they must wait, 0 when the peer is closed.
    * A peer already past `maxBufferedAmount` is closed with 1013.
    */
