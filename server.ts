@@ -409,12 +409,14 @@ export interface SSEOptions<Context = PeerContext> {
 export interface SSEAdapter<Context = PeerContext> {
   /**
    * Answers every request of this protocol, never throws. The second argument is
-   * the runtime's own: Deno's `info`, Bun's `server`. Of anything else, `remoteAddr.hostname` is used.
+   * the runtime's own: Deno's `info`, Bun's `server`, Hono's bindings on Node; of anything else
+   * what looks like `remoteAddr.hostname` is used.
    */
   fetch: (request: Request, info?: unknown) => Promise<Response>;
   /**
    * Whether a request is for {@link SSEAdapter.fetch}, for servers that have other routes. By its
-   * headers alone: whatever accepts an event stream and, with `cors`, every preflight.
+   * headers alone: whatever accepts an event stream or names a session and, with `cors`, the
+   * preflights of such requests.
    */
   handles: (request: Request) => boolean;
   /** Open peers by namespace. */
@@ -427,9 +429,12 @@ export interface SSEAdapter<Context = PeerContext> {
   ) => void;
   /**
    * Shuts down: newcomers get 503, every peer is closed after what was sent to it
-   * (default code: 1001); resolves when all have gone, or `resumeTimeout` is over.
+   * (default code: 1001); resolves when all have gone. Who is away is waited for as long as
+   * `resumeTimeout`, or until `signal` aborts: then the rest is terminated.
+   *
+   * @throws {RangeError} if the code may not be sent, or the reason is over 123 bytes.
    */
-  close: (code?: number, reason?: string) => Promise<void>;
+  close: (code?: number, reason?: string, options?: { signal?: AbortSignal }) => Promise<void>;
   /** The backplane, when `sync` was given. */
   readonly sync?: SyncDriver | undefined;
   /** The same as `close()`. */
@@ -469,7 +474,7 @@ export function sseAdapter<Context extends PeerContext = PeerContext>(
     fetch: (request, info) => hub.fetch(request, info),
     handles: (request) => hub.handles(request),
     publish: (topic, data, options) => hub.publish(topic, data, options?.namespace),
-    close: (code, reason) => hub.close(code, reason),
+    close: (code, reason, options) => hub.close(code, reason, options),
     peers: hub.peers as unknown as Map<string, Set<Peer<Context>>>,
     sync: hub.sync,
     [Symbol.asyncDispose]: () => hub.close(),
@@ -566,7 +571,9 @@ class Hub {
   handles(request: Request): boolean {
     return request.headers.has(TOKEN_HEADER) ||
       /(^|,)\s*text\/event-stream\s*(;|,|$)/i.test(request.headers.get("accept") ?? "") ||
-      this.#isPreflight(request);
+      // Each request of ours has a header that has to be asked for; other preflights are the app's.
+      this.#isPreflight(request) &&
+        /x-(duplex|crossws)-/i.test(request.headers.get("access-control-request-headers") ?? "");
   }
 
   async fetch(request: Request, info?: unknown): Promise<Response> {
@@ -1081,11 +1088,21 @@ class Hub {
     this.#lingering.delete(session);
   }
 
-  async close(code = 1001, reason = ""): Promise<void> {
+  async close(
+    code = 1001,
+    reason = "",
+    { signal }: { signal?: AbortSignal } = {},
+  ): Promise<void> {
     checkClose(code, reason);
     this.#closing = true;
     for (const session of this.sessions.values()) session.close(code, reason);
+    const hurry = () => {
+      for (const session of this.sessions.values()) session.terminate();
+    };
+    if (signal?.aborted) hurry();
+    signal?.addEventListener("abort", hurry);
     if (this.sessions.size) await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
+    signal?.removeEventListener("abort", hurry);
     for (const session of this.#lingering) session.flush();
     await new Promise((resolve) => setTimeout(resolve)); // the runtime takes what is left
     for (const session of this.#lingering) session.release();
@@ -2382,6 +2399,8 @@ type Runtime =
     /** Bun */
     requestIP?(request: Request): { address?: string } | null;
     timeout?(request: Request, seconds: number): void;
+    /** Hono's node server */
+    incoming?: { socket?: { remoteAddress?: string } };
   }
   | null
   | undefined;
@@ -2392,7 +2411,8 @@ function liftIdleCut(request: Request, runtime: Runtime): void {
 
 function remoteAddressOf(request: Request, runtime: Runtime): string | undefined {
   if (typeof runtime?.requestIP === "function") return runtime.requestIP(request)?.address;
-  return runtime?.remoteAddr?.hostname;
+  return runtime?.remoteAddr?.hostname ?? runtime?.incoming?.socket?.remoteAddress ??
+    (request as { ip?: string }).ip; // srvx's
 }
 
 /** "Hooks read the offer where crossws code looks": the browser's client had to name it otherwise. */

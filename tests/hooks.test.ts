@@ -1173,10 +1173,20 @@ test("handles tells the adapter's requests from others, as crossws's documentati
   assert(!on({ accept: "*/*" }));
   assert(!on({ accept: "text/html" }, "POST"));
   assert(!on({ accept: "text/event-streams" }));
-  const preflight = { "access-control-request-method": "POST", origin: "https://a.example" };
-  assert(!on(preflight, "OPTIONS"));
   const open = sseAdapter({ cors: true });
-  assert(open.handles(new Request("http://localhost/", { headers: preflight, method: "OPTIONS" })));
+  const preflight = (asked: string) => {
+    const headers = {
+      "access-control-request-method": "POST",
+      "access-control-request-headers": asked,
+      origin: "https://a.example",
+    };
+    return new Request("http://localhost/", { headers, method: "OPTIONS" });
+  };
+  for (const ours of ["authorization,x-duplex-version", "content-type, X-Crossws-Id"]) {
+    assert(open.handles(preflight(ours)));
+    assert(!handles(preflight(ours)));
+  }
+  assert(!open.handles(preflight("authorization")), "the application's own");
 });
 
 const finite = { heartbeatInterval: 1, resumeTimeout: 0, window: 1 };
@@ -1252,6 +1262,28 @@ test("close closes every peer with its code, lets out what was sent, and turns n
   assertEquals([response.status, response.headers.get("retry-after")], [503, "1"]);
   await response.body?.cancel();
 });
+
+for (const when of ["aborts", "has aborted"]) {
+  test(`close waits for who is away until its signal ${when}`, async (t) => {
+    const closes: (number | undefined)[] = [];
+    const hooks = { close: (_: Peer, { code }: { code?: number }) => void closes.push(code) };
+    const ws = sseAdapter({ bidir: true, resumeTimeout: 60_000, hooks });
+    const away = await WirePeer.open(ws.fetch, "http://localhost/");
+    await away.drop();
+    const there = t.use(await WirePeer.open(ws.fetch, "http://localhost/"));
+    const end = new AbortController();
+    if (when === "has aborted") end.abort();
+    const closing = within(ws.close(1012, "restart", { signal: end.signal }), 1000, "the end");
+    if (when === "aborts") {
+      assertEquals(await there.closed(), 1012);
+      await there.close(1012);
+      assertEquals(closes, [1012], "one is still waited for");
+      end.abort();
+    }
+    await closing;
+    assertEquals([closes, ws.peers.size], [when === "aborts" ? [1012, 1006] : [1006, 1006], 0]);
+  });
+}
 
 // ---------------------------------------------------------------- more than one adapter
 

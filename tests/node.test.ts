@@ -5,13 +5,18 @@
 import { chaos } from "./chaos.ts";
 import { converse } from "./conversation.ts";
 import { assertEquals, assertMatch, test } from "./harness.ts";
-import { listen } from "./pair.ts";
+import { connect, listen } from "./pair.ts";
 import { room } from "./room.ts";
 
 for (const server of ["srvx", "@hono/node-server", "examples/node.ts"]) {
   test(`on Node, the server through ${server}`, async (t) => {
     const child = await t.spawn("node", "tests/fixtures/node-server.ts", { args: [server] });
-    await converse(t, { port: Number(await child.line()) });
+    const port = Number(await child.line());
+    await converse(t, { port });
+    const { messages, socket, closed } = connect(t, `http://127.0.0.1:${port}/address`);
+    assertEquals(await messages.take(2), ["welcome", "127.0.0.1"]);
+    socket.close();
+    await closed;
     assertEquals(child.stderr(), "");
   }, { timeout: 40_000 });
 }

@@ -24,8 +24,7 @@ const ws = sseAdapter({
 });
 
 Deno.addSignalListener("SIGINT", async () => {
-  const late = new Promise((resolve) => setTimeout(resolve, 4_000));
-  await Promise.race([ws.close(1012, "Restarting"), late]);
+  await ws.close(1012, "Restarting", { signal: AbortSignal.timeout(4_000) });
   Deno.exit();
 });
 
