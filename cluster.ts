@@ -335,7 +335,7 @@ class Router implements RoutingDriver {
     }
     const id = hex(crypto.getRandomValues(new Uint8Array(ID_SIZE)));
     const owner = token.slice(0, 16);
-    const send = (head: Head, body?: Bytes) => this.#send(owner, key, head, body);
+    const send = (head: Head) => this.#send(owner, key, head, EMPTY, () => this.#relays.has(id));
     const relay = new Relay(id, key, token, this.#timeout, send, () => {
       this.#relays.delete(id);
       this.#waiting.delete(id);
@@ -350,7 +350,7 @@ class Router implements RoutingDriver {
     const time = Date.now();
     const from = this.#instance;
     const head: Head = { kind: "request", id, from, session, time, method, headers, namespace };
-    const go = () => send(head, body).then((sent) => sent || relay.end());
+    const go = () => this.#send(owner, key, head, body).then((sent) => sent || relay.end());
     if (this.#subscribed) go();
     else this.#waiting.set(id, go); // an answer would not be heard
     return await relay.response.finally(() => clearTimeout(late));
@@ -409,7 +409,8 @@ class Router implements RoutingDriver {
     response: Response,
   ): Promise<void> {
     const { status } = response;
-    const send = (head: Head, body?: Bytes) => this.#send(from, key, head, body);
+    const send = (head: Head, body?: Bytes) =>
+      this.#send(from, key, head, body, () => this.#served.get(id)?.cancelled === false);
     const headers = Object.fromEntries(response.headers);
     delete headers[TOKEN_HEADER];
     if (!response.headers.get("content-type")?.startsWith(STREAM_TYPE) || !response.body) {
@@ -430,12 +431,18 @@ class Router implements RoutingDriver {
   // --- The bus ---
 
   /** Sends what is authenticated. False when it could not be. */
-  async #send(to: string, key: CryptoKey, head: Head, body: Bytes = EMPTY): Promise<boolean> {
+  async #send(
+    to: string,
+    key: CryptoKey,
+    head: Head,
+    body: Bytes = EMPTY,
+    waits?: () => boolean,
+  ): Promise<boolean> {
     try {
       const message = encodeMessage(head, body);
       const mac = await crypto.subtle.sign("HMAC", key, message.subarray(MAC_SIZE));
       message.set(new Uint8Array(mac));
-      await this.#bus.send(to, message);
+      await this.#bus.send(to, message, waits);
       return true;
     } catch (error) {
       this.#report("publish", error);
@@ -698,7 +705,9 @@ class Served {
   #sent = 0;
   #allowed = CREDIT;
   #wake = () => {};
-  #cancelled = false;
+  cancelled = false;
+  /** An answer to whether this instance is there is on its way. */
+  #assuring = false;
   /** How long the relaying instance has said nothing, in ms. */
   #quiet = 0;
 
@@ -720,13 +729,13 @@ class Served {
 
   /** While a part is being sent nothing is read: the busier the bus, the larger the parts. */
   async run(): Promise<void> {
-    while (!this.#cancelled) {
+    while (!this.cancelled) {
       await this.#credit();
       const { done, value } = await this.#reader.read();
       const bytes = this.#withoutToken((value ?? EMPTY) as Bytes);
       for (let at = 0; at < Math.max(bytes.length, 1); at += PIECE) {
         await this.#credit();
-        if (this.#cancelled) return;
+        if (this.cancelled) return;
         const head: Head = { kind: "answer", id: this.#id, n: ++this.#sent, end: done };
         if (!await this.#send(head, bytes.subarray(at, at + PIECE))) return;
       }
@@ -743,7 +752,7 @@ class Served {
   }
 
   async #credit(): Promise<void> {
-    while (this.#sent >= this.#allowed && !this.#cancelled) {
+    while (this.#sent >= this.#allowed && !this.cancelled) {
       await new Promise<void>((resolve) => this.#wake = resolve);
     }
   }
@@ -752,13 +761,16 @@ class Served {
     this.#quiet = 0;
     this.#allowed = Math.max(this.#allowed, Math.min(got, this.#sent) + CREDIT);
     this.#wake();
-    if (ask) this.#send({ kind: "alive", id: this.#id, sent: this.#sent });
+    if (!ask || this.#assuring) return; // a repeated question would pile up answers
+    this.#assuring = true;
+    this.#send({ kind: "alive", id: this.#id, sent: this.#sent })
+      .finally(() => this.#assuring = false);
   }
 
   /** The relaying instance, or its client, has gone: as good as a dropped connection. */
   cancel(): void {
-    if (this.#cancelled) return;
-    this.#cancelled = true;
+    if (this.cancelled) return;
+    this.cancelled = true;
     this.#wake();
     Promise.resolve(this.#reader.cancel()).catch(() => {});
   }
@@ -855,6 +867,8 @@ class Bus {
   #time = 0;
   #pending = 0;
   #pendingBytes = 0;
+  /** Streams' messages, until less is pending. */
+  readonly #waiting: (() => void)[] = [];
 
   constructor(driver: ClusterDriver, maxPayload: number, timeout: number) {
     this.#driver = driver;
@@ -890,10 +904,13 @@ class Bus {
     await this.#put(ALL, message);
   }
 
-  /** In as many fragments as it takes. Throws while too much is pending. */
-  async send(to: string, bytes: Bytes): Promise<void> {
+  /** In as many fragments as it takes. While too much is pending it throws, once it `waits` no more. */
+  async send(to: string, bytes: Bytes, waits?: () => boolean): Promise<void> {
     if (bytes.length > this.#maxMessage) throw new RangeError("Too large for the backplane");
-    if (this.behind) throw new Error("The backplane is behind");
+    while (this.behind) {
+      if (!waits?.()) throw new Error("The backplane is behind");
+      await new Promise<void>((resolve) => this.#waiting.push(resolve));
+    }
     const count = Math.ceil(bytes.length / this.#capacity);
     const id = crypto.getRandomValues(new Uint8Array(ID_SIZE));
     const sending: Promise<void>[] = [];
@@ -921,6 +938,7 @@ class Bus {
     } finally {
       this.#pending--;
       this.#pendingBytes -= size;
+      if (!this.behind) this.#waiting.shift()?.();
     }
   }
 
@@ -964,9 +982,10 @@ class Bus {
     if (this.#assemblies.delete(id)) this.#assembled -= size + PIECE_COST * pieces.size;
   }
 
-  /** Forgets what stayed incomplete. */
+  /** Forgets what stayed incomplete, and has those who wait look whether they are to. */
   tick(period: number): void {
     this.#time += period;
+    for (const look of this.#waiting.splice(0)) look();
     for (const [id, assembly] of this.#assemblies) {
       if (this.#time <= assembly.expires) break;
       this.#discard(id, assembly);

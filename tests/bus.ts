@@ -23,6 +23,8 @@ export interface BusOptions {
   send?: boolean;
   /** How often a payload is delivered, and after how many ms each time. Default: once, at once. */
   fault?: (message: SyncMessage) => number[];
+  /** What a publisher waits for besides. Default: nothing. */
+  settled?: () => Promise<void>;
 }
 
 /** crossws's encoding, without a network. */
@@ -52,7 +54,10 @@ export class MemoryBus {
 
   readonly adapter: ClusterAdapter = ({ id }) => ({
     subscribe: (deliver) => void this.#deliver.set(id, deliver),
-    publish: (message) => this.#publish(id, message),
+    publish: (message) => {
+      this.#publish(id, message);
+      return this.#options.settled?.();
+    },
     ...this.#options.send && {
       send: (to: string, message: SyncMessage) => this.#publish(id, message, to),
     },

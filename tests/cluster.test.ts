@@ -18,6 +18,8 @@ import {
   assertLessOrEqual,
   assertMatch,
   assertThrows,
+  type Deferred,
+  deferred,
   needs,
   note,
   sleep,
@@ -513,6 +515,30 @@ test("a relaying instance that falls silent is left, and so is a client that goe
   network.refuse(60_000);
   network.cutAll("rst"); // told to the owner as a cancel: the connection is gone, the session waits
   await until(() => peer.send("x".repeat(1000)) === -1, { timeout: 3_000 });
+}, { timeout: 20_000 });
+
+test("a relayed stream waits while the backplane is behind, and loses nothing", async (t) => {
+  let gate: Deferred<void> | undefined;
+  const bus = new MemoryBus(t, { settled: async () => await gate?.promise });
+  const { messages, peer, events, instances } = await relayed(t, {
+    bus,
+    heartbeatInterval: 60_000,
+    onError: () => {}, // publications are dropped
+  });
+  for (let round = 0; round < 2; round++) {
+    gate = deferred();
+    for (const { ws } of instances) {
+      for (let n = 0; n < 1100; n++) ws.publish("nobody's", "x"); // 1024 may be pending
+    }
+    for (let n = 0; n < 20; n++) { // beyond the parts that may be under way, so credit waits, too
+      peer.send(`${round} ${n}`);
+      await sleep(5, t.signal);
+    }
+    gate.resolve();
+    assertEquals(await messages.take(20), Array.from({ length: 20 }, (_, n) => `${round} ${n}`));
+    await sleep(300, t.signal);
+  }
+  assertEquals(events.join(), "open,drop,resume");
 }, { timeout: 20_000 });
 
 test("a process that pauses does not take its own silence for another's", async (t) => {
