@@ -400,6 +400,7 @@ class Router implements RoutingDriver {
       seen.delete(seen.keys().next().value!);
     }
     seen.set(id, clock() + 2 * REPLAY_WINDOW);
+    this.#startTimer(); // to forget it, though nothing is relayed
   }
 
   async #answer(

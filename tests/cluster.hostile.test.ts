@@ -5,9 +5,10 @@
 import { redis } from "crossws/sync";
 import { Redis } from "ioredis";
 import { Buffer } from "node:buffer";
+import { createHash, createHmac, randomBytes } from "node:crypto";
 import process from "node:process";
 import { cluster, type ClusterAdapter, type ClusterOptions } from "../cluster.ts";
-import type { SSEOptions, SyncMessage } from "../server.ts";
+import type { RoutingDriver, SSEOptions, SyncAdapter, SyncMessage } from "../server.ts";
 import { MemoryBus, RedisServer } from "./bus.ts";
 import {
   assert,
@@ -254,6 +255,118 @@ test("a request is served once, and not half a minute before or after its time",
   }
   assertEquals(one.got, ["hi"]);
 });
+
+const MOST = 100_000;
+
+/** An instance that is given a session's requests by the hundred thousand. */
+async function flooded(t: TestContext) {
+  const errors: string[] = [];
+  const got: string[] = [];
+  const answers: number[] = [];
+  let deliver!: (message: SyncMessage) => void;
+  let spare = false;
+  let spared = 0;
+  const routed = cluster(() => ({
+    subscribe: (given) => void (deliver = given),
+    publish({ data }) {
+      const status = /"kind":"answer".*"status":(\d+)/.exec(Buffer.from(data).toString("latin1"));
+      if (status) answers.push(Number(status[1]));
+    },
+  }));
+  const sync: SyncAdapter = (context) => {
+    const router = routed(context) as RoutingDriver;
+    const attach = router.attach.bind(router);
+    // A request is remembered before it is served, which can be left out.
+    const fetch: typeof host.fetch = async (request, namespace) => {
+      if (!spare) return await host.fetch(request, namespace);
+      spared++;
+      throw new Error("spared");
+    };
+    let host: Parameters<typeof attach>[0];
+    router.attach = (given) => attach({ ...host = given, fetch });
+    return router;
+  };
+  const { url } = await listen(t, {
+    sync,
+    onError: (error) => void errors.push((error as Error).message),
+    hooks: { message: (_, message) => void got.push(message.text()) },
+  });
+  const { token } = await openRaw(t, url);
+  const { session } = await request(token);
+  const key = createHash("sha256").update(`duplex-sse key ${token}`).digest();
+  /** As {@link message}, but without waiting for anything. */
+  const sign = (method: string, headers: Record<string, string>, body = "") => {
+    const id = randomBytes(16).toString("hex");
+    const time = Date.now();
+    const head = { kind: "request", id, from: "f".repeat(16), session, time, method, headers };
+    const text = Buffer.from(JSON.stringify({ ...head, namespace: "/" }));
+    const signed = Buffer.concat([Buffer.alloc(4), text, Buffer.from(body)]);
+    signed.writeUInt32BE(text.length);
+    const mac = createHmac("sha256", key).update(signed).digest();
+    const first = Buffer.from([1, ...randomBytes(16), 0, 0, 0, 0, 0, 0, 0, 1]);
+    return new Uint8Array(Buffer.concat([first, mac, signed]));
+  };
+  const inject = (data: Uint8Array) =>
+    deliver({ namespace: "\0duplex", topic: token.slice(0, 16), data });
+  const flood = async (method: string, headers: Record<string, string>, count: number) => {
+    spare = true;
+    crypto.subtle.verify = () => Promise.resolve(true); // takes the longest by far
+    for (let n = 0; n < count; n++) {
+      inject(sign(method, headers));
+      if (n % 1000 === 0) await new Promise((resolve) => setTimeout(resolve));
+    }
+    await until(() => spared === count, { timeout: 30_000 });
+    await new Promise((resolve) => setTimeout(resolve, 1_050)); // reports are rare
+    spare = false;
+    Reflect.deleteProperty(crypto.subtle, "verify");
+    errors.length = 0;
+  };
+  return { errors, got, answers, sign, inject, flood };
+}
+
+const UPLINK_HEADERS = { "content-type": "application/websocket-events", "x-duplex-seq": "1" };
+
+test("the oldest of too many uplinks is forgotten, and its messages are not", async (t) => {
+  const { errors, got, answers, sign, inject, flood } = await flooded(t);
+  const first = sign("POST", UPLINK_HEADERS, "TEXT 2\r\nhi\r\n");
+  const second = sign("POST", { ...UPLINK_HEADERS, "x-duplex-seq": "2" }, "TEXT 3\r\nyou\r\n");
+  inject(first);
+  await until(() => answers.length === 1);
+  inject(second);
+  await until(() => answers.length === 2);
+  await flood("POST", UPLINK_HEADERS, MOST - 1);
+  inject(second);
+  await until(() => errors.length === 1);
+  assertMatch(errors[0]!, /replayed \(and/);
+  assertEquals(answers, [204, 204]);
+  inject(first);
+  await until(() => answers.length === 3);
+  assertEquals([answers[2], got], [204, ["hi", "you"]], "served again: its numbers are old");
+  inject(sign("GET", {})); // others have their own room
+  await until(() => answers.length === 4);
+  assertEquals(answers[3], 400);
+}, { timeout: 60_000 });
+
+test("of too many other requests the next are refused, until a minute is over", async (t) => {
+  const { errors, got, answers, sign, inject, flood } = await flooded(t);
+  const first = sign("GET", {});
+  inject(first);
+  await until(() => answers.length === 1);
+  await flood("GET", {}, MOST - 1);
+  inject(sign("GET", {}));
+  await until(() => errors.length === 1);
+  assertMatch(errors[0]!, /^Too many requests to tell them from replayed ones/);
+  inject(sign("POST", UPLINK_HEADERS, "TEXT 2\r\nhi\r\n"));
+  await until(() => answers.length === 2);
+  assertEquals([answers, got], [[400, 204], ["hi"]], "uplinks go on");
+  const { now } = performance;
+  t.defer(() => performance.now = now);
+  performance.now = () => now.call(performance) + 61_000;
+  await until(() => {
+    if (answers.length < 3) inject(sign("GET", {}));
+    return answers.length > 2;
+  }, { interval: 100 });
+}, { timeout: 60_000 });
 
 test(
   "a flood of messages that stay incomplete costs bounded memory, and nobody's message",
