@@ -195,6 +195,33 @@ test("messages as large as the servers take are routed, too", async (t) => {
   assertEquals([one.got, one.errors, other.errors], [["x".repeat(20)], [], []]);
 }, { timeout: 40_000 });
 
+test("requests wait for the subscription: they are answered after it, or 503 in time", async (t) => {
+  const gate = deferred();
+  const bus = new MemoryBus(t);
+  const late: ClusterAdapter = (context) => {
+    const driver = bus.adapter(context);
+    const subscribe: typeof driver.subscribe = async (deliver) => {
+      await gate.promise;
+      await driver.subscribe(deliver);
+    };
+    return { ...driver, subscribe };
+  };
+  const [owner, other] = await Promise.all([
+    start(t, bus.adapter),
+    start(t, late, { timeout: 1_000 }),
+  ]) as [Instance, Instance];
+  const { token } = await openRaw(t, owner.url);
+  const text = "TEXT 2\r\nhi\r\n";
+  const tooLate = await post(other, token, 1, text);
+  assertEquals([tooLate, bus.counts.published, owner.got], [503, 0, []]);
+  const waiting = post(other, token, 1, text);
+  await new Promise((resolve) => setTimeout(resolve, 200));
+  assertEquals([bus.counts.published, owner.got], [0, []], "an answer would not be heard");
+  gate.resolve();
+  assertEquals(await waiting, 204);
+  assertEquals([bus.counts.published, owner.got], [2, ["hi"]], "what was too late is not asked");
+});
+
 // ---------------------------------------------------------------- strangers on the channel
 
 /** A message as PROTOCOL.md specifies it, in one fragment. */
