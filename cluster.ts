@@ -217,6 +217,7 @@ class Router implements RoutingDriver {
   /** The subscription stands; until then requests wait, by the ids of their relays. */
   #subscribed = false;
   readonly #waiting: Map<string, () => void> = new Map();
+  #waitingBytes = 0;
   /** Until the next attempt at the subscription. */
   #retry: ReturnType<typeof setTimeout> | undefined;
   /** What came in and is not done with. */
@@ -257,6 +258,7 @@ class Router implements RoutingDriver {
       this.#subscribed = true;
       for (const go of this.#waiting.values()) go();
       this.#waiting.clear();
+      this.#waitingBytes = 0;
     } catch (error) {
       failed = true;
       this.#report("subscribe", error);
@@ -338,7 +340,7 @@ class Router implements RoutingDriver {
     const send = (head: Head) => this.#send(owner, key, head, EMPTY, () => this.#relays.has(id));
     const relay = new Relay(id, key, token, this.#timeout, send, () => {
       this.#relays.delete(id);
-      this.#waiting.delete(id);
+      if (this.#waiting.delete(id)) this.#waitingBytes -= body.length;
     });
     const late = setTimeout(() => {
       this.#report("delivery", new Error(`No answer from instance ${owner}`));
@@ -352,7 +354,11 @@ class Router implements RoutingDriver {
     const head: Head = { kind: "request", id, from, session, time, method, headers, namespace };
     const go = () => this.#send(owner, key, head, body).then((sent) => sent || relay.end());
     if (this.#subscribed) go();
-    else this.#waiting.set(id, go); // an answer would not be heard
+    else if (this.#waitingBytes >= MAX_PENDING_BYTES) relay.end();
+    else { // an answer would not be heard
+      this.#waiting.set(id, go);
+      this.#waitingBytes += body.length;
+    }
     return await relay.response.finally(() => clearTimeout(late));
   }
 

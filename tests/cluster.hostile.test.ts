@@ -195,17 +195,22 @@ test("messages as large as the servers take are routed, too", async (t) => {
   assertEquals([one.got, one.errors, other.errors], [["x".repeat(20)], [], []]);
 }, { timeout: 40_000 });
 
-test("requests wait for the subscription: they are answered after it, or 503 in time", async (t) => {
-  const gate = deferred();
-  const bus = new MemoryBus(t);
-  const late: ClusterAdapter = (context) => {
+/** An adapter of this bus whose subscriptions stand once the gate is open. */
+function gated(bus: MemoryBus, gate: Promise<void>): ClusterAdapter {
+  return (context) => {
     const driver = bus.adapter(context);
     const subscribe: typeof driver.subscribe = async (deliver) => {
-      await gate.promise;
+      await gate;
       await driver.subscribe(deliver);
     };
     return { ...driver, subscribe };
   };
+}
+
+test("requests wait for the subscription: they are answered after it, or 503 in time", async (t) => {
+  const gate = deferred();
+  const bus = new MemoryBus(t);
+  const late = gated(bus, gate.promise);
   const [owner, other] = await Promise.all([
     start(t, bus.adapter),
     start(t, late, { timeout: 1_000 }),
@@ -221,6 +226,27 @@ test("requests wait for the subscription: they are answered after it, or 503 in 
   assertEquals(await waiting, 204);
   assertEquals([bus.counts.published, owner.got], [2, ["hi"]], "what was too late is not asked");
 });
+
+test("bodies that wait for the subscription take bounded memory, and give it back", async (t) => {
+  const gate = deferred();
+  const bus = new MemoryBus(t);
+  const timeout = 3_000;
+  const owner = await start(t, bus.adapter);
+  const other = await start(t, gated(bus, gate.promise), { timeout });
+  const { token } = await openRaw(t, owner.url);
+  const body = `TEXT ${(2 ** 20 - 20).toString(16)}\r\n${"x".repeat(2 ** 20 - 20)}\r\n`;
+  const begin = performance.now();
+  const times = await Promise.all(Array.from({ length: 40 }, async () => {
+    assertEquals(await post(other, token, 1, body), 503);
+    return performance.now() - begin;
+  }));
+  const waited = times.filter((time) => time > timeout - 100).length;
+  assert(waited > 30 && waited <= 33, `${waited} waited, of 32 MiB`);
+  const last = post(other, token, 1, body);
+  await new Promise((resolve) => setTimeout(resolve, 200));
+  gate.resolve();
+  assertEquals(await last, 204);
+}, { timeout: 20_000 });
 
 // ---------------------------------------------------------------- strangers on the channel
 
