@@ -367,6 +367,7 @@ class Router implements RoutingDriver {
   async #serve(message: Incoming, head: RequestHead): Promise<void> {
     const known = await this.#names.find(head.session);
     if (!known) {
+      if (this.#bus.busy) return; // anybody can ask
       const unknown = encodeMessage({ kind: "unknown", id: head.id });
       return this.#bus.send(head.from, unknown).catch((error) => this.#report("publish", error));
     }
@@ -464,7 +465,11 @@ class Router implements RoutingDriver {
       if (message.topic !== this.#instance && message.topic !== ALL || this.#closed) return;
       const whole = this.#bus.assemble(message);
       if (!whole) return this.#startTimer(); // to forget what stays incomplete
-      const work = this.#dispatch(decodeMessage(whole))
+      const incoming = decodeMessage(whole);
+      if (message.topic === ALL && incoming.head.kind !== "publication") {
+        throw new Error("A request to all on the backplane"); // all would answer
+      }
+      const work = this.#dispatch(incoming)
         .catch((error) => this.#report("delivery", error))
         .finally(() => this.#work.delete(work));
       this.#work.add(work);
@@ -893,6 +898,11 @@ class Bus {
   /** "Pending driver publishes are bounded." */
   get behind(): boolean {
     return this.#pending >= MAX_PENDING || this.#pendingBytes >= MAX_PENDING_BYTES;
+  }
+
+  /** Half of that is for what somebody vouches for. */
+  get busy(): boolean {
+    return this.#pending >= MAX_PENDING / 2;
   }
 
   get assembling(): boolean {

@@ -309,6 +309,30 @@ test("a request is served once, and not half a minute before or after its time",
   assertEquals(one.got, ["hi"]);
 });
 
+test("a flood of questions for unknown sessions keeps no publication from going out", async (t) => {
+  const gate = deferred();
+  const bus = new MemoryBus(t, { settled: () => gate.promise });
+  const instances = await Promise.all([0, 1, 2].map(() => start(t, bus.adapter))) as Instance[];
+  const tabs = instances.map(({ url }) => connect(t, url));
+  for (const { opened } of tabs) await opened;
+  const { token } = await openRaw(t, instances[0]!.url);
+  const flood = async (topic: string) => {
+    for (let n = 0; n < 1_200; n++) {
+      const data = await message(STRANGER, await request(STRANGER));
+      bus.inject({ namespace: "\0duplex", topic, data });
+    }
+    await new Promise((resolve) => setTimeout(resolve, 50));
+    const { published } = bus.counts;
+    bus.reset();
+    return published - 1_200;
+  };
+  assertEquals(await flood("*"), 0, "a question is for one, or a message would make one of each");
+  assertLess(await flood(token.slice(0, 16)), 600);
+  instances[0]!.ws.publish("all", "goes out");
+  for (const { messages } of tabs) assertEquals(await messages.next(), "goes out");
+  gate.resolve();
+}, { timeout: 20_000 });
+
 const MOST = 100_000;
 
 /** An instance that is given a session's requests by the hundred thousand. */
