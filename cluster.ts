@@ -48,6 +48,8 @@ const FRAGMENT_HEADER = 1 + ID_SIZE + 4 + 4;
 /** A message begins with its authentication code and the length of its head. */
 const MAC_SIZE = 32;
 const MESSAGE_HEADER = MAC_SIZE + 4;
+/** Of 16 MiB of brackets a parser makes seconds and a gigabyte, before anything is verified. */
+const MAX_HEAD = 64 * 1024;
 
 const UPLINK_TYPE = "application/websocket-events";
 const STREAM_TYPE = "text/event-stream";
@@ -1035,7 +1037,9 @@ function decodeMessage(whole: Bytes): Incoming {
   const length = whole.length < MESSAGE_HEADER
     ? Infinity
     : new DataView(whole.buffer, whole.byteOffset).getUint32(MAC_SIZE);
-  if (MESSAGE_HEADER + length > whole.length) throw new Error("Garbage on the backplane");
+  if (MESSAGE_HEADER + length > whole.length || length > MAX_HEAD) {
+    throw new Error("Garbage on the backplane");
+  }
   let head: unknown;
   try {
     head = JSON.parse(decoder.decode(whole.subarray(MESSAGE_HEADER, MESSAGE_HEADER + length)));

@@ -333,6 +333,23 @@ test("a flood of questions for unknown sessions keeps no publication from going 
   gate.resolve();
 }, { timeout: 20_000 });
 
+test("a message that is all head costs no time", async (t) => {
+  let deliver!: (message: SyncMessage) => void;
+  const adapter = () => ({
+    subscribe: (given: typeof deliver) => void (deliver = given),
+    publish: () => {},
+  });
+  const { errors } = await start(t, adapter);
+  const size = 16 * 1024 * 1024 - 36;
+  const data = new Uint8Array(61 + size).fill("[".charCodeAt(0), 61);
+  data[0] = data[24] = 1;
+  new DataView(data.buffer).setUint32(57, size);
+  const begin = performance.now();
+  deliver({ namespace: "\0duplex", topic: "*", data });
+  assertLess(performance.now() - begin, 500, "ms to parse what nobody vouches for");
+  assertEquals(errors, ["delivery: Garbage on the backplane"]);
+});
+
 const MOST = 100_000;
 
 /** An instance that is given a session's requests by the hundred thousand. */
