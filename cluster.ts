@@ -419,8 +419,9 @@ class Router implements RoutingDriver {
     response: Response,
   ): Promise<void> {
     const { status } = response;
-    const send = (head: Head, body?: Bytes) =>
-      this.#send(from, key, head, body, () => this.#served.get(id)?.cancelled === false);
+    const late = clock() + this.#timeout; // nobody waits for the beginning any more
+    const waits = () => !(this.#served.get(id)?.cancelled ?? clock() > late);
+    const send = (head: Head, body?: Bytes) => this.#send(from, key, head, body, waits);
     const headers = Object.fromEntries(response.headers);
     delete headers[TOKEN_HEADER];
     if (!response.headers.get("content-type")?.startsWith(STREAM_TYPE) || !response.body) {

@@ -248,6 +248,35 @@ test("bodies that wait for the subscription take bounded memory, and give it bac
   assertEquals(await last, 204);
 }, { timeout: 20_000 });
 
+test("an owner that is behind answers once it can, while somebody waits for it", async (t) => {
+  const bus = new MemoryBus(t);
+  let gate = deferred();
+  const behind: ClusterAdapter = (context) => {
+    const driver = bus.adapter(context);
+    return { ...driver, publish: (message) => (driver.publish(message), gate.promise) };
+  };
+  const owner = await start(t, behind, { timeout: 1_000 });
+  const other = await start(t, bus.adapter, { timeout: 1_000 });
+  const { token } = await openRaw(t, owner.url);
+  const fill = () => {
+    for (let n = 0; n < 1_100; n++) owner.ws.publish("nobody's", "x"); // 1024 may be pending
+  };
+  fill();
+  const waiting = post(other, token, 1, "TEXT 2\r\nhi\r\n");
+  await until(() => owner.got.length === 1);
+  await new Promise((resolve) => setTimeout(resolve, 100));
+  gate.resolve();
+  assertEquals(await waiting, 204);
+  gate = deferred();
+  fill();
+  assertEquals(await post(other, token, 2, "TEXT 3\r\nyou\r\n"), 503);
+  const { published } = bus.counts;
+  await new Promise((resolve) => setTimeout(resolve, 1_200)); // whether to wait is looked at in ticks
+  gate.resolve();
+  await new Promise((resolve) => setTimeout(resolve, 100));
+  assertEquals([bus.counts.published, owner.got], [published, ["hi", "you"]]);
+});
+
 // ---------------------------------------------------------------- strangers on the channel
 
 /** A message as PROTOCOL.md specifies it, in one fragment. */
