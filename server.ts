@@ -966,8 +966,13 @@ class Hub {
   }
 
   #report(error: unknown, stage: "subscribe" | "publish" | "delivery"): void {
-    if (this.options.onError) this.options.onError(error, { stage });
-    else console.error(`[duplex-sse] sync ${stage} failed:`, error);
+    const { onError } = this.options;
+    if (!onError) return console.error(`[duplex-sse] sync ${stage} failed:`, error);
+    try {
+      onError.call(this.options, error, { stage });
+    } catch (failure) { // anybody on the backplane can bring a report about
+      console.error("[duplex-sse] onError failed:", failure);
+    }
   }
 
   // --- Sending ---

@@ -155,6 +155,31 @@ for (
   });
 }
 
+test("an onError that throws harms nothing: neither the process nor the next attempt", async (t) => {
+  const { error } = console;
+  t.defer(() => console.error = error);
+  const printed: string[] = [];
+  console.error = (...args: unknown[]) => void printed.push(args.map(String).join(" "));
+  let attempts = 0;
+  let deliver!: (message: SyncMessage) => void;
+  await listen(t, {
+    sync: cluster(() => ({
+      subscribe(given) {
+        if (++attempts === 1) throw new Error("down");
+        deliver = given;
+      },
+      publish: () => {},
+    })),
+    onError: () => {
+      throw new Error("of the logger");
+    },
+  });
+  await until(() => attempts === 2);
+  deliver({ namespace: "\0duplex", topic: "*", data: "garbage" }); // would throw at the driver
+  assertEquals(printed.length, 2);
+  assert(printed.every((text) => /onError failed: Error: of the logger$/.test(text)));
+});
+
 test("a driver may take back the memory of what it has delivered", async (t) => {
   const bus = new MemoryBus(t, { limit: 8000 });
   const reusing: ClusterAdapter = (context) => {
