@@ -2194,18 +2194,15 @@ function readerOf(body: ReadableStream<Uint8Array>): Reader {
   };
 }
 
-/** An incremental parser: frames may be split anywhere. Holds at most one message. */
+/** An incremental parser: frames may be split anywhere. Between chunks it holds one frame at most. */
 class UplinkParser {
   readonly #max: number;
   readonly #onFrame: (type: string, payload: Bytes, size: number) => void;
-  #header = "";
-  #type = "";
-  #length = 0;
-  /** Bytes still missing to the payload and its line break. */
-  #missing = 0;
-  /** Those that came: one copy that grows, since chunks of a byte each would cost a hundred times that. */
+  /** The beginning of a frame: one copy that grows, since chunks of a byte each would cost a hundred times that. */
   #buffer: Bytes = new Uint8Array();
   #filled = 0;
+  /** How long that frame will be, once its header tells. */
+  #expected = 0;
 
   constructor(max: number, onFrame: (type: string, payload: Bytes, size: number) => void) {
     this.#max = max;
@@ -2213,88 +2210,79 @@ class UplinkParser {
   }
 
   push(chunk: Bytes): void {
+    const bytes = this.#filled ? this.#append(chunk) : chunk;
+    if (bytes.length < this.#expected) return;
+    this.#expected = 0;
     let at = 0;
-    while (at < chunk.length) {
-      if (!this.#missing) {
-        at = this.#readText(chunk, at) || this.#readHeader(chunk, at);
-        continue;
-      }
-      const end = Math.min(chunk.length, at + this.#missing);
-      const part = chunk.subarray(at, end);
-      this.#missing -= end - at;
+    while (at < bytes.length) {
+      const end = this.#readText(bytes, at) || this.#readFrame(bytes, at);
+      if (!end) break;
       at = end;
-      if (!this.#missing && !this.#filled) {
-        this.#complete(part);
-        continue;
-      }
-      this.#keep(part);
-      if (!this.#missing) this.#complete(this.#buffer.subarray(0, this.#filled));
     }
+    const rest = bytes.length - at;
+    if (rest === this.#filled) return; // nothing is left, or nothing was complete
+    this.#buffer = bytes.slice(at);
+    this.#filled = rest;
   }
 
-  #keep(part: Bytes): void {
-    const filled = this.#filled + part.length;
+  /** Gives the beginning of the frame with the chunk behind it. */
+  #append(chunk: Bytes): Bytes {
+    const filled = this.#filled + chunk.length;
     if (filled > this.#buffer.length) {
-      const size = Math.min(this.#length + 2, Math.max(filled, 2 * this.#buffer.length));
+      // Room for what comes, not for what the header announces.
+      const size = Math.max(filled, Math.min(this.#expected, 2 * this.#buffer.length));
       const grown = new Uint8Array(size);
       grown.set(this.#buffer.subarray(0, this.#filled));
       this.#buffer = grown;
     }
-    this.#buffer.set(part, this.#filled);
+    this.#buffer.set(chunk, this.#filled);
     this.#filled = filled;
+    return this.#buffer.subarray(0, filled);
   }
 
   /**
-   * Most of all frames: a TEXT that is there as a whole, read without a detour over strings.
-   * Returns its end; 0 for what is anything else, or wrong, and left to the methods below.
+   * Most frames are a TEXT that is there as a whole: read without a detour over strings.
+   * Gives where it ends; 0 for what is anything else, or wrong, and left to `#readFrame`.
    */
-  #readText(chunk: Bytes, at: number): number {
-    if (this.#header || !standsAt(chunk, at, TEXT_HEADER)) return 0;
+  #readText(bytes: Bytes, at: number): number {
+    if (!standsAt(bytes, at, TEXT_HEADER)) return 0;
     const digits = at + TEXT_HEADER.length;
     let start = digits;
     let length = 0;
-    for (let digit; start < digits + 8 && (digit = hexDigit(chunk[start])) >= 0; start++) {
+    for (let digit; start < digits + 8 && (digit = hexDigit(bytes[start])) >= 0; start++) {
       length = length * 16 + digit;
     }
     if (start === digits || length > this.#max) return 0;
-    if (chunk[start++] !== 13 || chunk[start++] !== 10) return 0;
+    if (bytes[start++] !== 13 || bytes[start++] !== 10) return 0;
     const end = start + length + 2;
-    if (chunk[end - 2] !== 13 || chunk[end - 1] !== 10) return 0;
-    this.#onFrame("TEXT", chunk.subarray(start, end - 2), end - at);
+    if (bytes[end - 2] !== 13 || bytes[end - 1] !== 10) return 0;
+    this.#onFrame("TEXT", bytes.subarray(start, end - 2), end - at);
     return end;
   }
 
-  #readHeader(chunk: Bytes, at: number): number {
-    const newline = chunk.indexOf(10, at);
-    const end = newline < 0 ? chunk.length : newline + 1;
-    if (this.#header.length + end - at > MAX_HEADER) throw malformed("a frame header is too long");
-    for (let i = at; i < end; i++) this.#header += String.fromCharCode(chunk[i]!);
-    if (newline < 0) return end;
-    const match = FRAME_GRAMMAR.exec(this.#header);
+  /** Gives where the frame ends; 0 while it is not there as a whole. */
+  #readFrame(bytes: Bytes, at: number): number {
+    const start = bytes.indexOf(10, at) + 1;
+    if ((start || bytes.length) - at > MAX_HEADER) throw malformed("a frame header is too long");
+    if (!start) return 0;
+    let header = "";
+    for (let i = at; i < start; i++) header += String.fromCharCode(bytes[i]!);
+    const match = FRAME_GRAMMAR.exec(header);
     if (!match) throw malformed("unknown frame");
-    this.#type = match[1]!;
-    this.#length = match[2] ? parseInt(match[2], 16) : 0;
-    const isMessage = this.#type === "TEXT" || this.#type === "BINARY";
-    if (isMessage) checkSize(this.#length, this.#max);
-    else if (this.#length > MAX_CONTROL) throw malformed("a control frame is too long");
-    if (match[2]) this.#missing = this.#length + 2;
-    else this.#emit(new Uint8Array());
-    return end;
-  }
-
-  #complete(bytes: Bytes): void {
-    this.#buffer = new Uint8Array();
-    this.#filled = 0;
-    if (bytes[this.#length] !== 13 || bytes[this.#length + 1] !== 10) {
+    const [, type = "", digits] = match;
+    const length = digits ? parseInt(digits, 16) : 0;
+    if (type === "TEXT" || type === "BINARY") checkSize(length, this.#max);
+    else if (length > MAX_CONTROL) throw malformed("a control frame is too long");
+    const end = digits ? start + length + 2 : start; // without a length, the header is all
+    if (end > bytes.length) {
+      this.#expected = end - at;
+      return 0;
+    }
+    if (digits && (bytes[end - 2] !== 13 || bytes[end - 1] !== 10)) {
       throw malformed("a frame's length is wrong");
     }
-    this.#emit(bytes.subarray(0, this.#length), bytes.length);
-  }
-
-  #emit(payload: Bytes, rest = 0): void {
-    const size = this.#header.length + rest;
-    this.#header = "";
-    this.#onFrame(this.#type, payload, size);
+    this.#onFrame(type, bytes.subarray(start, start + length), end - at);
+    return end;
   }
 }
 
