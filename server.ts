@@ -1575,29 +1575,31 @@ class Session implements Receiver {
 
   // --- Hooks ---
 
-  /** Calls a hook wherever it is set; its failure goes to `error` and ends this session alone. */
+  /** Calls a hook wherever it is set. Gives a promise, which never rejects, where that takes time. */
   callHooks(
     name: "open" | "message" | "close" | "drain" | "ping" | "pong",
     argument?: Message | CloseDetails | Uint8Array,
-  ): Promise<unknown> | undefined {
-    let pending: Promise<unknown> | undefined;
-    const fail = (error: unknown) => this.#fail(error);
+  ): Promise<void> | undefined {
+    let pending: Promise<void> | undefined;
     for (const hooks of this.#hooks) {
-      const hook = hooks[name] as ((peer: Peer, argument: unknown) => unknown) | undefined;
+      const hook = hooks[name] as Hook | undefined;
       if (!hook) continue;
-      const call = () => hook.call(hooks, this.peer, argument);
-      if (pending) {
-        pending = pending.then(call).catch(fail); // as in crossws, a later hook waits for an earlier one
-        continue;
-      }
-      try {
-        const result = call();
-        if (isThenable(result)) pending = Promise.resolve(result).catch(fail);
-      } catch (error) {
-        this.#fail(error);
-      }
+      pending = pending
+        ? pending.then(() => this.#callHook(hooks, hook, argument)) // in turn, as in crossws
+        : this.#callHook(hooks, hook, argument);
     }
     return pending;
+  }
+
+  /** Its failure goes to `error` and ends this session alone. */
+  #callHook(hooks: Partial<Hooks>, hook: Hook, argument: unknown): Promise<void> | undefined {
+    try {
+      const result = hook.call(hooks, this.peer, argument);
+      if (!isThenable(result)) return;
+      return Promise.resolve(result).then(() => {}, (error) => this.#fail(error));
+    } catch (error) {
+      this.#fail(error);
+    }
   }
 
   #fail(cause: unknown): void {
@@ -1697,6 +1699,9 @@ class Session implements Receiver {
     if (this.#connection?.asked) this.#write(this.#connection, HEARTBEAT);
   }
 }
+
+/** Any hook of a peer, as it is called. */
+type Hook = (this: Partial<Hooks>, peer: Peer, argument: unknown) => unknown;
 
 /** Somebody who waits for `bufferedAmount` to fall. */
 interface Waiter {
