@@ -1231,7 +1231,7 @@ class Session implements Receiver {
     this.next = received + 1;
     this.#inFlight = 0;
     this.#pinged = false;
-    this.#ackDue = true;
+    this.#ackDue = this.full;
     if (this.readyState === OPEN) this.deadline = Infinity;
     const preface = this.full
       ? this.#hub.preface(this)
@@ -1351,7 +1351,7 @@ class Session implements Receiver {
     if (connection.preface) parts.push(connection.preface);
     connection.preface = undefined;
     // "A pending duplex-ack precedes the messages of the same chunk."
-    if (this.#ackDue && this.full) {
+    if (this.#ackDue) {
       parts.push(
         encoder.encode(`event: ${ACK_EVENT}\ndata: ${this.received} ${this.#handledBytes}\n\n`),
       );
@@ -1486,16 +1486,20 @@ class Session implements Receiver {
     if (this.#unhandledBytes >= this.#hub.window) {
       throw new Refusal(413, "Window overrun", {}, 1008);
     }
-    const data = type === "TEXT" ? decodeText(payload) : payload.slice();
+    this.#deliver(type === "TEXT" ? decodeText(payload) : payload.slice(), size);
+  }
+
+  /** Gives a message to the hooks, and a promise until they have settled. */
+  #deliver(data: string | Bytes, size: number): Promise<void> | undefined {
     this.received++;
     const pending = this.callHooks("message", new ServerMessage(this.peer, data));
-    if (!pending) return this.#handled(size);
+    if (!pending) return void this.#handled(size);
     this.#unhandledBytes += size;
-    pending.then(() => {
+    this.#acknowledge();
+    return pending.then(() => {
       this.#unhandledBytes -= size;
       this.#handled(size);
     });
-    this.#acknowledge();
   }
 
   /** "Acknowledges at once what it received and, apart from it, what it handled." */
@@ -1505,6 +1509,7 @@ class Session implements Receiver {
   }
 
   #acknowledge(): void {
+    if (!this.full) return; // the answer to the request is all that a plain client is told
     this.#ackDue = true;
     this.schedule();
   }
@@ -1562,15 +1567,8 @@ class Session implements Receiver {
   /** "Such a body is paused while hooks are behind": until what this gives has settled. */
   #receivePlain(data: string | Bytes): Promise<void> | undefined {
     if (this.readyState !== OPEN) return;
-    this.received++;
-    this.heard();
-    const pending = this.callHooks("message", new ServerMessage(this.peer, data));
-    if (!pending) return;
-    this.#unhandledBytes += data.length;
-    const handled = pending.then(() => {
-      this.#unhandledBytes -= data.length;
-    });
-    if (this.#unhandledBytes > this.#hub.window) return handled;
+    const pending = this.#deliver(data, data.length);
+    if (this.#unhandledBytes > this.#hub.window) return pending;
   }
 
   // --- Hooks ---
