@@ -1549,19 +1549,12 @@ class Session implements Receiver {
   }
 
   async #readChunks(body: ReadableStream<Uint8Array>): Promise<void> {
-    const reader = body.getReader() as Reader;
     const text = new TextDecoder("utf-8", { ignoreBOM: true });
-    this.beginBody(reader);
-    try {
-      for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
-        checkSize(chunk.value.length, this.#hub.maxMessageSize);
-        const message = text.decode(chunk.value, { stream: true });
-        if (message) await this.#receivePlain(message);
-      }
-    } finally {
-      reader.cancel().catch(() => {}); // nobody will read the rest
-      this.endBody(reader);
-    }
+    await readBody(body.getReader() as Reader, this, (chunk) => {
+      checkSize(chunk.length, this.#hub.maxMessageSize);
+      const message = text.decode(chunk, { stream: true });
+      return message ? this.#receivePlain(message) : undefined;
+    });
   }
 
   /** "Such a body is paused while hooks are behind": until what this gives has settled. */
@@ -2156,16 +2149,26 @@ async function readUplink(
     if (number > receiver.received + 1) throw new Refusal(409, "Messages are missing");
     if (number++ === receiver.received + 1) receiver.receive(type, payload, size);
   });
-  const reader = readerOf(body);
+  return await readBody(readerOf(body), receiver, (chunk) => parser.push(chunk))
+    .catch((error: unknown) => error);
+}
+
+/** Reads a body to its end. A promise pauses it; an error ends it, and is thrown. */
+async function readBody(
+  reader: Reader,
+  receiver: Receiver,
+  take: (chunk: Bytes) => Promise<void> | void,
+): Promise<void> {
   receiver.beginBody(reader);
   try {
     for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
       receiver.heard();
-      parser.push(chunk.value as Bytes);
+      const pending = take(chunk.value as Bytes);
+      if (pending) await pending;
     }
   } catch (error) {
     reader.cancel().catch(() => {}); // nobody will read the rest
-    return error;
+    throw error;
   } finally {
     receiver.endBody(reader);
   }
