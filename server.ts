@@ -611,7 +611,7 @@ class Hub {
   async #route(request: Request, runtime: Runtime): Promise<Response> {
     liftIdleCut(request, runtime);
     if (request.method !== "GET" && request.method !== "POST") {
-      throw new Refusal(405, "Use GET or POST", { allow: "GET, POST" });
+      throw new Refusal(405, "Use GET or POST", { headers: { allow: "GET, POST" } });
     }
     const wire = new Wire(request);
     if (this.#router && wire.token && !wire.token.startsWith(`${this.#instance}.`)) {
@@ -730,7 +730,9 @@ class Hub {
 
   /** "A body with a length is one message, a streamed body one message per chunk." */
   async #receivePlain(request: Request, token: string): Promise<Response> {
-    if (!this.bidir) throw new Refusal(405, "This server only sends", { allow: "GET" });
+    if (!this.bidir) {
+      throw new Refusal(405, "This server only sends", { headers: { allow: "GET" } });
+    }
     const session = await this.#readmit(request, token);
     if (!(session instanceof Session)) throw new Refusal(404, "No such session");
     if (session.full) throw new Refusal(400, `This session takes ${UPLINK_TYPE}`);
@@ -747,8 +749,10 @@ class Hub {
   // --- Admission ---
 
   #checkRoom(): void {
-    if (this.#closing) throw new Refusal(503, "Shutting down", { "retry-after": "1" });
-    if (this.sessions.size >= this.maxPeers) throw new Refusal(503, "Full", { "retry-after": "5" });
+    if (this.#closing) throw new Refusal(503, "Shutting down", { headers: { "retry-after": "1" } });
+    if (this.sessions.size >= this.maxPeers) {
+      throw new Refusal(503, "Full", { headers: { "retry-after": "5" } });
+    }
   }
 
   /** The adapter's hooks, then those that `resolve` finds, then those that the request carries. */
@@ -1481,10 +1485,10 @@ class Session implements Receiver {
       this.received++;
       return this.#handled(size);
     }
-    if (!this.#hub.bidir) throw new Refusal(403, "This server only sends", {}, 1003);
+    if (!this.#hub.bidir) throw new Refusal(403, "This server only sends", { closeCode: 1003 });
     // "A client that overruns the window by more than one message is closed with 1008."
     if (this.#unhandledBytes >= this.#hub.window) {
-      throw new Refusal(413, "Window overrun", {}, 1008);
+      throw new Refusal(413, "Window overrun", { closeCode: 1008 });
     }
     this.#deliver(type === "TEXT" ? decodeText(payload) : payload.slice(), size);
   }
@@ -1522,7 +1526,9 @@ class Session implements Receiver {
       if (this.readyState === OPEN) this.callHooks("ping", payload.slice());
     } else {
       const count = parseNumber(decoder.decode(payload), "ACK");
-      if (count > this.#written) throw new Refusal(400, "ACK of what was not sent", {}, 1002);
+      if (count > this.#written) {
+        throw new Refusal(400, "ACK of what was not sent", { closeCode: 1002 });
+      }
       // The client has more than this connection has been given: a repeated resume took its place.
       if (count >= this.next) this.#drop();
       this.#inFlight -= this.#log.trim(count);
@@ -1631,11 +1637,11 @@ class Session implements Receiver {
 
   /** The client's CLOSE: the end of this session, or its answer to ours. */
   #receiveClose(payload: Bytes): void {
-    if (payload.length === 1) throw new Refusal(400, "CLOSE of one byte", {}, 1002);
+    if (payload.length === 1) throw new Refusal(400, "CLOSE of one byte", { closeCode: 1002 });
     const code = payload.length ? payload[0]! << 8 | payload[1]! : 1005;
     const reason = decodeText(payload.subarray(2));
     if (payload.length && !isCloseCode(code)) {
-      throw new Refusal(400, "Invalid close code", {}, 1002);
+      throw new Refusal(400, "Invalid close code", { closeCode: 1002 });
     }
     this.received++;
     this.#acknowledge();
@@ -2144,7 +2150,7 @@ async function readUplink(
     if (type !== "TEXT" && type !== "BINARY" && type !== "CLOSE") {
       return receiver.control(type, payload);
     }
-    if (number === undefined) throw new Refusal(400, `Missing ${SEQ_HEADER}`, {}, 1002);
+    if (number === undefined) throw new Refusal(400, `Missing ${SEQ_HEADER}`, { closeCode: 1002 });
     // "Overlap is normal and skipped, decided when a frame completes; a gap means damage."
     if (number > receiver.received + 1) throw new Refusal(409, "Messages are missing");
     if (number++ === receiver.received + 1) receiver.receive(type, payload, size);
@@ -2316,8 +2322,7 @@ class Refusal extends Error {
   constructor(
     status: number,
     message: string,
-    headers: Record<string, string> = {},
-    closeCode?: number,
+    { closeCode, headers = {} }: { closeCode?: number; headers?: Record<string, string> } = {},
   ) {
     super(message);
     this.status = status;
@@ -2338,11 +2343,11 @@ class Refusal extends Error {
 }
 
 function checkSize(size: number, maxMessageSize: number): void {
-  if (size > maxMessageSize) throw new Refusal(413, "Message too large", {}, 1009);
+  if (size > maxMessageSize) throw new Refusal(413, "Message too large", { closeCode: 1009 });
 }
 
 function malformed(what: string): Refusal {
-  return new Refusal(400, `Malformed: ${what}`, {}, 1002);
+  return new Refusal(400, `Malformed: ${what}`, { closeCode: 1002 });
 }
 
 /** The protocol's own headers. "Tokens and numbers have a fixed grammar; merged or over 2^53 is malformed." */
@@ -2496,7 +2501,7 @@ function decodeText(bytes: Bytes): string {
   try {
     return strictDecoder.decode(bytes);
   } catch {
-    throw new Refusal(400, "Not UTF-8", {}, 1007);
+    throw new Refusal(400, "Not UTF-8", { closeCode: 1007 });
   }
 }
 
