@@ -617,9 +617,8 @@ class Hub {
     if (this.#router && wire.token && !wire.token.startsWith(`${this.#instance}.`)) {
       return await this.#forward(this.#router, request, wire.token);
     }
-    const streams = acceptsStream(request);
     if (request.method === "GET") {
-      if (!streams) throw new Refusal(406, "This answers with text/event-stream");
+      if (!acceptsStream(request)) throw new Refusal(406, "This answers with text/event-stream");
       if (wire.token) return await this.#resume(request, wire);
       return await this.#resumePlain(request, wire) ?? await this.#open(request, wire, runtime);
     }
@@ -698,9 +697,9 @@ class Hub {
    * meanwhile answers 204 (which stops EventSource), an unknown or expired one opens a new session."
    */
   async #resumePlain(request: Request, wire: Wire): Promise<Response | undefined> {
-    const match = EVENT_ID_GRAMMAR.exec(wire.eventId);
-    if (wire.full || !match) return;
-    const [, key, received] = match as unknown as [string, string, string];
+    const id = request.headers.get("last-event-id") ?? "";
+    const [, key, received] = EVENT_ID_GRAMMAR.exec(id) ?? [];
+    if (wire.full || !key) return;
     if (this.#tombstones.has(key)) return new Response(null, { status: 204 });
     const session = this.#keys.get(key);
     if (!session || session !== await this.#readmit(request, session.token)) return;
@@ -2359,8 +2358,7 @@ class Wire {
   readonly isUplink: boolean;
   readonly seq: number | undefined;
   readonly attempt: number | undefined;
-  /** `Last-Event-ID` as it stands; on the full level it is a number. */
-  readonly eventId: string;
+  /** Only a full session's is a number. */
   readonly lastEventId: number | undefined;
 
   constructor({ headers }: Request) {
@@ -2373,7 +2371,6 @@ class Wire {
     this.seq = optionalNumber(headers, SEQ_HEADER);
     if (this.seq === 0) throw malformed(SEQ_HEADER);
     this.attempt = optionalNumber(headers, ATTEMPT_HEADER);
-    this.eventId = headers.get("last-event-id") ?? "";
     this.lastEventId = this.full && this.token
       ? optionalNumber(headers, "last-event-id")
       : undefined;
