@@ -572,39 +572,33 @@ class Hub {
     return request.headers.has(TOKEN_HEADER) ||
       /(^|,)\s*text\/event-stream\s*(;|,|$)/i.test(request.headers.get("accept") ?? "") ||
       // Each request of ours has a header that has to be asked for; other preflights are the app's.
-      this.#isPreflight(request) &&
+      isPreflight(request, this.options.cors) &&
         /x-(duplex|crossws)-/i.test(request.headers.get("access-control-request-headers") ?? "");
   }
 
   async fetch(request: Request, info?: unknown): Promise<Response> {
-    let cors: Headers | undefined;
+    const { cors } = this.options;
+    let permission: Headers | undefined;
     let response: Response;
     try {
       // "Deadlines are also checked on every request": some runtimes stop timers between requests.
       if (Date.now() >= this.#nextSweep) this.#sweep();
-      cors = this.#checkOrigin(request);
-      response = this.#isPreflight(request)
+      permission = checkOrigin(request, cors);
+      response = isPreflight(request, cors)
         ? preflight(request)
         : await this.#route(request, info as Runtime);
     } catch (error) {
-      response = error instanceof Response ? error : this.#refuse(request, error);
+      response = error instanceof Response ? error : refuse(request, error);
     }
-    if (!cors || !response.status) return response; // Response.error() has none, and takes no headers
+    if (!permission || !response.status) return response; // Response.error() has none, and takes no headers
     try {
-      addHeaders(response.headers, cors);
+      addHeaders(response.headers, permission);
       return response;
     } catch { // a hook's Response may have immutable headers
       const headers = new Headers(response.headers);
-      addHeaders(headers, cors);
+      addHeaders(headers, permission);
       return new Response(response.body, { status: response.status, headers });
     }
-  }
-
-  #refuse(request: Request, error: unknown): Response {
-    request.body?.cancel().catch(() => {}); // nobody will read it; a locked one has its reader
-    if (error instanceof Refusal) return error.response();
-    console.error("[duplex-sse] a hook failed:", error);
-    return new Refusal(500, "A hook failed").response();
   }
 
   /** Decides what a request is: opening, resumption or uplink, of a plain or of a full session. */
@@ -813,46 +807,6 @@ class Hub {
     const namespace = this.#admitted.get(request) ?? (await this.#admit(request)).namespace;
     const found = find(); // again: it may have closed while the hook was thinking
     return found?.namespace === namespace ? found : undefined;
-  }
-
-  // --- Other origins ---
-
-  #isPreflight(request: Request): boolean {
-    const { cors } = this.options;
-    return request.method === "OPTIONS" && !!cors && cors !== "manual" &&
-      request.headers.has("access-control-request-method");
-  }
-
-  /** What the response tells the browser; throws where the origin may not use this server. */
-  #checkOrigin(request: Request): Headers | undefined {
-    const { cors } = this.options;
-    if (cors === "manual") return;
-    const site = request.headers.get("sec-fetch-site");
-    const sameOrigin = site === "same-origin" || site === "none";
-    // "A request whose Sec-Fetch-Site is neither same-origin nor none gets 403 before any hook."
-    if (!cors) {
-      if (site && !sameOrigin) throw new Refusal(403, "Cross-origin requests need the cors option");
-      return;
-    }
-    const origin = request.headers.get("origin");
-    const headers = new Headers({ vary: "origin" });
-    if (origin) {
-      const explicit = typeof cors === "function"
-        ? cors(origin, request)
-        : cors !== true && cors.includes(origin);
-      if (explicit || cors === true) {
-        headers.set("access-control-allow-origin", explicit ? origin : "*");
-        if (explicit) headers.set("access-control-allow-credentials", "true");
-        headers.set(
-          "access-control-expose-headers",
-          [TOKEN_HEADER, VERSION_HEADER, RECEIVED_HEADER, "retry-after"].join(", "),
-        );
-        return headers;
-      }
-    }
-    const foreign = site ? !sameOrigin : origin && origin !== new URL(request.url).origin;
-    if (foreign) throw new Refusal(403, "This origin is not allowed");
-    return headers;
   }
 
   // --- Responses ---
@@ -2341,6 +2295,13 @@ class Refusal extends Error {
   }
 }
 
+function refuse(request: Request, error: unknown): Response {
+  request.body?.cancel().catch(() => {}); // nobody will read it; a locked one has its reader
+  if (error instanceof Refusal) return error.response();
+  console.error("[duplex-sse] a hook failed:", error);
+  return new Refusal(500, "A hook failed").response();
+}
+
 function checkSize(size: number, maxMessageSize: number): void {
   if (size > maxMessageSize) throw new Refusal(413, "Message too large", { closeCode: 1009 });
 }
@@ -2440,6 +2401,43 @@ function acceptsStream(request: Request): boolean {
 
 function listed(header: string | null): string[] {
   return (header ?? "").split(",").map((part) => part.trim()).filter((part) => part);
+}
+
+/** What the response tells the browser; throws where the origin may not use this server. */
+function checkOrigin(request: Request, cors: Cors = false): Headers | undefined {
+  if (cors === "manual") return;
+  const site = request.headers.get("sec-fetch-site");
+  const sameOrigin = site === "same-origin" || site === "none";
+  // "A request whose Sec-Fetch-Site is neither same-origin nor none gets 403 before any hook."
+  if (!cors) {
+    if (site && !sameOrigin) throw new Refusal(403, "Cross-origin requests need the cors option");
+    return;
+  }
+  const origin = request.headers.get("origin");
+  const headers = new Headers({ vary: "origin" });
+  if (origin && isAllowed(origin, request, cors)) {
+    headers.set("access-control-allow-origin", cors === true ? "*" : origin);
+    // To a page of "*" no browser gives an answer that was asked for with credentials.
+    if (cors !== true) headers.set("access-control-allow-credentials", "true");
+    headers.set(
+      "access-control-expose-headers",
+      [TOKEN_HEADER, VERSION_HEADER, RECEIVED_HEADER, "retry-after"].join(", "),
+    );
+    return headers;
+  }
+  const foreign = site ? !sameOrigin : origin && origin !== new URL(request.url).origin;
+  if (foreign) throw new Refusal(403, "This origin is not allowed");
+  return headers;
+}
+
+function isAllowed(origin: string, request: Request, cors: Exclude<Cors, "manual">): boolean {
+  if (typeof cors === "boolean") return cors;
+  return typeof cors === "function" ? cors(origin, request) : cors.includes(origin);
+}
+
+function isPreflight(request: Request, cors: Cors = false): boolean {
+  return request.method === "OPTIONS" && !!cors && cors !== "manual" &&
+    request.headers.has("access-control-request-method");
 }
 
 function preflight(request: Request): Response {
