@@ -621,8 +621,9 @@ class Hub {
       if (!wire.isUplink) return await this.#receivePlain(request, wire.token);
       return duplex ? await this.#resume(request, wire) : await this.#receive(request, wire);
     }
-    // "A POST without a token opens a session only with x-duplex-version: 1, our content type,
-    // Accept: text/event-stream and a body": a cross-site simple request can have none of these.
+    // "Only with x-duplex-version: 1, content-type: application/websocket-events,
+    // Accept: text/event-stream and a body. Any other POST without a token is 400, so that no
+    // cross-site form reaches a hook."
     const empty = !request.body || request.headers.get("content-length") === "0";
     if (wire.full && wire.isUplink && duplex && !empty) {
       return await this.#open(request, wire, runtime);
@@ -648,7 +649,10 @@ class Hub {
     return new Response(stream, { headers: this.#headersOf(session, admission) });
   }
 
-  /** "The request names its session, what it has (Last-Event-ID) and x-duplex-attempt." */
+  /**
+   * "A request like the opening one, with the token, Last-Event-ID (the number of the last
+   * message received, which also acknowledges it) and x-duplex-attempt, which grows with every try."
+   */
   async #resume(request: Request, wire: Wire): Promise<Response> {
     if (!wire.full || wire.attempt === undefined || wire.lastEventId === undefined) {
       throw new Refusal(
@@ -688,7 +692,7 @@ class Hub {
 
   /**
    * A native EventSource repeats the id of the last event it had. "A session closed
-   * meanwhile answers 204 (which stops EventSource), an unknown or expired one opens a new session."
+   * meanwhile answers 204, which stops an EventSource; an unknown or expired id opens a new session."
    */
   async #resumePlain(request: Request, wire: Wire): Promise<Response | undefined> {
     const id = request.headers.get("last-event-id") ?? "";
@@ -721,7 +725,7 @@ class Hub {
     return response;
   }
 
-  /** "A body with a length is one message, a streamed body one message per chunk." */
+  /** The uplink of a plain session: messages as they are. */
   async #receivePlain(request: Request, token: string): Promise<Response> {
     if (!this.bidir) {
       throw new Refusal(405, "This server only sends", { headers: { allow: "GET" } });
@@ -994,7 +998,7 @@ class Hub {
     return Math.max(5, shortest);
   }
 
-  /** "5 s where the runtime's idle cut could not be lifted", for want of a second argument. */
+  /** 5 s where the runtime's idle cut could not be lifted, for want of `fetch`'s second argument. */
   heartbeatOf(runtime: Runtime): number {
     return runtime !== undefined || this.options.heartbeatInterval !== undefined
       ? this.heartbeatInterval
@@ -1199,7 +1203,7 @@ class Session implements Receiver {
     return this.#connection.stream;
   }
 
-  /** The connection is gone: "treated as dropped and expires after resumeTimeout". */
+  /** The connection is gone: the "session expires after the resume timeout". */
   lose(connection: Connection): void {
     if (connection !== this.#connection) return; // a newer one has taken over
     this.#connection = undefined;
@@ -1234,7 +1238,7 @@ class Session implements Receiver {
   /** The message goes at the end of the current job; with `hold`, at that of a rest. */
   send(frame: Frame, hold = false): number {
     if (this.readyState !== OPEN) return 0;
-    // "send on a peer already past maxBufferedAmount closes it with 1013 and frees its memory."
+    // "A send on a peer that already has more than maxBufferedAmount held back closes it with 1013."
     if (this.bufferedAmount > this.#hub.maxBufferedAmount) {
       this.#beginClose(1013, "Too much buffered");
       this.#finish();
@@ -1321,7 +1325,7 @@ class Session implements Receiver {
     this.#pings = undefined;
   }
 
-  /** "A sender below the window may begin one message of any size; at it, only control frames." */
+  /** "A sender below its window may begin one message of any size; at it, only control frames and CLOSE." */
   #gatherMessages(parts: Bytes[]): void {
     const { window } = this.#hub;
     let size = 0;
@@ -1439,7 +1443,7 @@ class Session implements Receiver {
       return this.#handled(size);
     }
     if (!this.#hub.bidir) throw new Refusal(403, "This server only sends", { closeCode: 1003 });
-    // "A client that overruns the window by more than one message is closed with 1008."
+    // "A client that begins a message while the window is full is closed with 1008."
     if (this.#unhandledBytes >= this.#hub.window) {
       throw new Refusal(413, "Window overrun", { closeCode: 1008 });
     }
@@ -1459,7 +1463,7 @@ class Session implements Receiver {
     });
   }
 
-  /** "Acknowledges at once what it received and, apart from it, what it handled." */
+  /** "The server acknowledges at once what it received …, and apart from that the bytes it has handled." */
   #handled(size: number): void {
     this.#handledBytes += size;
     this.#acknowledge();
@@ -1489,7 +1493,7 @@ class Session implements Receiver {
     }
   }
 
-  /** "A body with a length is one message, a streamed body one message per chunk." */
+  /** "A body with a length is one message …, a streamed body one text message per chunk." */
   async readPlain(request: Request): Promise<void> {
     const { maxMessageSize } = this.#hub;
     try {
@@ -1516,7 +1520,7 @@ class Session implements Receiver {
     });
   }
 
-  /** "Such a body is paused while hooks are behind": until what this gives has settled. */
+  /** A streamed body is "paused while hooks are behind": until what this gives has settled. */
   #receivePlain(data: string | Bytes): Promise<void> | undefined {
     if (this.readyState !== OPEN) return;
     const pending = this.#deliver(data, data.length);
@@ -1565,7 +1569,7 @@ class Session implements Receiver {
 
   // --- Ends ---
 
-  /** "CLOSE takes its place in the order": what was sent before goes out before. */
+  /** "When the server closes, duplex-close comes after all that was sent before." */
   close(code: number, reason: string): void {
     if (this.readyState !== OPEN) return;
     this.#beginClose(code, reason);
@@ -1667,7 +1671,10 @@ interface Ending {
   sent: number;
 }
 
-/** "A closed session leaves a tombstone, which replays the close and answers a repeated CLOSE with 2xx." */
+/**
+ * "A closed session leaves a tombstone for the resume timeout: it replays duplex-close to a
+ * resumption and answers a repeated CLOSE with 204."
+ */
 class Tombstone implements Receiver {
   readonly namespace: string;
   readonly ending: Ending;
@@ -2054,7 +2061,7 @@ function encodeFull(data: string | Bytes): Bytes {
   return encoder.encode(dataLines(data) + "\n");
 }
 
-/** "One data: line per line." */
+/** "One data: line for each line." */
 function dataLines(text: string): string {
   return text.includes("\n") ? `data: ${text.replaceAll("\n", "\ndata: ")}\n` : `data: ${text}\n`;
 }
@@ -2093,7 +2100,8 @@ async function readUplink(
 ): Promise<unknown> {
   let number = seq;
   const parser = new UplinkParser(maxMessageSize, (type, payload, size) => {
-    // "SEQ names the next message": the client need not repeat what was acknowledged meanwhile.
+    // "The number of the next message in this body, forward only": the client need not repeat
+    // what was acknowledged meanwhile.
     if (type === "SEQ") {
       const next = parseNumber(decoder.decode(payload), "SEQ");
       if (next < (number ?? 1)) throw malformed("SEQ goes back");
@@ -2104,7 +2112,8 @@ async function readUplink(
       return receiver.control(type, payload);
     }
     if (number === undefined) throw new Refusal(400, `Missing ${SEQ_HEADER}`, { closeCode: 1002 });
-    // "Overlap is normal and skipped, decided when a frame completes; a gap means damage."
+    // "Overlap is normal: the server skips what it has, decided at the moment a frame is complete.
+    // A gap means damage."
     if (number > receiver.received + 1) throw new Refusal(409, "Messages are missing");
     if (number++ === receiver.received + 1) receiver.receive(type, payload, size);
   });
@@ -2310,7 +2319,7 @@ function malformed(what: string): Refusal {
   return new Refusal(400, `Malformed: ${what}`, { closeCode: 1002 });
 }
 
-/** The protocol's own headers. "Tokens and numbers have a fixed grammar; merged or over 2^53 is malformed." */
+/** The protocol's own headers. "A header that appears twice …, or that does not fit its grammar, is malformed." */
 class Wire {
   readonly token: string | null;
   /** The full level is asked for. */
@@ -2377,7 +2386,7 @@ function remoteAddressOf(request: Request, runtime: Runtime): string | undefined
     (request as { ip?: string }).ip; // srvx's
 }
 
-/** "Hooks read the offer where crossws code looks": the browser's client had to name it otherwise. */
+/** Hooks read the offer where they do with crossws; "a browser may not set Sec-*", so ours names it otherwise. */
 function offerProtocols(request: Request): void {
   const offered = request.headers.get(PROTOCOL_HEADER);
   if (offered === null || request.headers.has(WEBSOCKET_PROTOCOL)) return;
@@ -2408,7 +2417,8 @@ function checkOrigin(request: Request, cors: Cors = false): Headers | undefined 
   if (cors === "manual") return;
   const site = request.headers.get("sec-fetch-site");
   const sameOrigin = site === "same-origin" || site === "none";
-  // "A request whose Sec-Fetch-Site is neither same-origin nor none gets 403 before any hook."
+  // "Without the cors option a request whose Sec-Fetch-Site is neither same-origin nor none is 403
+  // before any hook."
   if (!cors) {
     if (site && !sameOrigin) throw new Refusal(403, "Cross-origin requests need the cors option");
     return;
