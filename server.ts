@@ -108,7 +108,9 @@ const CLOSED = 3;
 const encoder: TextEncoder = new TextEncoder();
 const decoder: TextDecoder = new TextDecoder("utf-8", { ignoreBOM: true });
 const strictDecoder: TextDecoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
-const HEARTBEAT: Uint8Array<ArrayBuffer> = encoder.encode(":\n\n");
+const HEARTBEAT: Bytes = encoder.encode(":\n\n");
+
+const EMPTY: Bytes = new Uint8Array();
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
@@ -540,7 +542,7 @@ class Hub {
   #restTimer: ReturnType<typeof setTimeout> | undefined;
   /** What was joined last during this flush. */
   #lastParts: Bytes[] = [];
-  #lastChunk: Bytes = HEARTBEAT;
+  #lastChunk: Bytes = EMPTY;
   #sweepTimer: ReturnType<typeof setTimeout> | undefined;
   /** When that timer is due; Infinity while nothing has a deadline. */
   #nextSweep = Infinity;
@@ -906,19 +908,19 @@ class Hub {
         report: (error, stage) => this.#report(error, stage),
       });
     }
-    this.#attempt(
+    this.#trySync(
       "subscribe",
-      () => driver.subscribe((message) => this.#attempt("delivery", () => this.#deliver(message))),
+      () => driver.subscribe((message) => this.#trySync("delivery", () => this.#deliver(message))),
     );
     return driver;
   }
 
   #relay(message: SyncMessage): void {
-    if (this.sync) this.#attempt("publish", () => this.sync!.publish(message));
+    if (this.sync) this.#trySync("publish", () => this.sync!.publish(message));
   }
 
   /** Does one thing with the backplane, whose failures are reported and never thrown. */
-  #attempt(stage: "subscribe" | "publish" | "delivery", action: () => MaybePromise<void>): void {
+  #trySync(stage: "subscribe" | "publish" | "delivery", action: () => MaybePromise<void>): void {
     try {
       Promise.resolve(action()).catch((error) => this.#report(error, stage));
     } catch (error) {
@@ -947,7 +949,7 @@ class Hub {
       if (dirty.length >= CROWD && !this.#held) this.#rest();
       for (const session of dirty) session.flush();
       this.#lastParts = [];
-      this.#lastChunk = HEARTBEAT;
+      this.#lastChunk = EMPTY;
     });
   }
 
@@ -1285,11 +1287,12 @@ class Session implements Receiver {
       return;
     }
     // Mostly one message is due and nothing else, or nothing at all: then without any array.
-    const plainly = this.full && !this.#ackDue && !this.#pings && !this.#closing &&
+    const onlyMessages = this.full && !this.#ackDue && !this.#pings && !this.#closing &&
       !connection.preface;
-    if (plainly && this.next === this.#log.last && this.#inFlight < this.#hub.window) {
+    const due = this.#log.last - this.next + 1;
+    if (onlyMessages && due === 1 && this.#inFlight < this.#hub.window) {
       this.#write(connection, this.#take());
-    } else if (!plainly || this.next <= this.#log.last) this.#flushAll(connection);
+    } else if (!onlyMessages || due > 0) this.#flushAll(connection);
     if (this.#clogged || this.bufferedAmount > 0 || this.#waiters) this.#afterFlush();
   }
 
@@ -1644,7 +1647,7 @@ class Session implements Receiver {
     // "A client not heard from for half of idleTimeout is asked by duplex-ping."
     if (this.full && idleTimeout && silence >= idleTimeout / 2 && !this.#pinged) {
       this.#pinged = true;
-      this.ping(new Uint8Array());
+      this.ping(EMPTY);
     }
     if (now - this.#lastWrite >= this.heartbeatInterval / 2 - 1) this.#beat();
   }
@@ -1991,7 +1994,7 @@ class Log {
     const keep = Math.min(number, this.last);
     while (this.base <= keep) {
       this.bytes -= this.get(this.base).length;
-      this.#frames[this.#head++] = HEARTBEAT; // frees what was there
+      this.#frames[this.#head++] = EMPTY; // frees what was there
       this.base++;
     }
     const { length } = this.#frames;
@@ -2173,7 +2176,7 @@ class UplinkParser {
   readonly #max: number;
   readonly #onFrame: (type: string, payload: Bytes, size: number) => void;
   /** The beginning of a frame: one copy that grows, since chunks of a byte each would cost a hundred times that. */
-  #buffer: Bytes = new Uint8Array();
+  #buffer: Bytes = EMPTY;
   #filled = 0;
   /** How long that frame will be, once its header tells. */
   #expected = 0;
