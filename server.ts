@@ -61,7 +61,7 @@ const TOKEN_GRAMMAR = /^[0-9a-f]{16}\.[0-9a-f]{32}$/;
 const EVENT_ID_GRAMMAR = /^([0-9a-f]{32})\.(0|[1-9]\d{0,15})$/;
 const NUMBER_GRAMMAR = /^(0|[1-9]\d{0,15})$/;
 
-/** What timers can wait at most, in ms. */
+/** The longest that a timer can wait, in ms. */
 const MAX_DELAY = 2 ** 31 - 1;
 /** The options that are numbers: default, least, most. Clients reckon with the first three. */
 const NUMBERS = {
@@ -81,24 +81,26 @@ const CLOSE_TIMEOUT = 5_000;
 const PLAIN_HISTORY = 64 * 1024;
 /** The most that one chunk gathers, a single larger message aside. */
 const MAX_CHUNK = 256 * 1024;
-/** So many messages that wait, of this size on average or less, are kept in one piece. */
+/** Once so many messages wait, of this size or less on average, they are kept in one piece. */
 const PACK_COUNT = 512;
 const PACK_SIZE = 1024;
-/** So many sessions flushed at once are a crowd, after which publications rest. */
+/** So many sessions flushed at once are a crowd: publications rest after it. */
 const CROWD = 64;
 /** The longest rest in ms, beyond the time that the event loop was busy. */
 const MAX_REST = 20;
-/** A rest that lasts so long, in ms, is none: the runtime has stopped its timers. */
+/** By then a rest is over, in ms, even if the runtime has stopped its timers. */
 const STALLED = 1_000;
-/** What a session holds during a rest, in bytes: more would make its chunks no better. */
+/** The most that a session holds back during a rest, in bytes: more would make its chunks no better. */
 const MAX_HELD = 16 * 1024;
+/** A session's bodies that are read at once: its messages, and control frames beside them. */
 const MAX_BODIES = 2;
+/** Pings that may wait for a connection; beyond, the oldest is dropped. */
 const MAX_PENDING_PINGS = 16;
-/** What one read of a body has room for: while little comes, and once that was too little. */
+/** Room for one read of a body, in bytes: while little comes, and once that was too little. */
 const SMALL_READ = 2 * 1024;
 const LARGE_READ = 64 * 1024;
 
-/** How a session ends whose client was lost. */
+/** The end of a session whose client was lost. */
 const LOST = { code: 1006, reason: "" };
 
 const OPEN = 1;
@@ -109,7 +111,6 @@ const encoder: TextEncoder = new TextEncoder();
 const decoder: TextDecoder = new TextDecoder("utf-8", { ignoreBOM: true });
 const strictDecoder: TextDecoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const HEARTBEAT: Bytes = encoder.encode(":\n\n");
-
 const EMPTY: Bytes = new Uint8Array();
 
 type Bytes = Uint8Array<ArrayBuffer>;
@@ -518,7 +519,7 @@ class Hub {
   readonly maxBufferedAmount: number;
   readonly window: number;
   readonly maxPeers: number;
-  /** What a session that is published to may hold during a rest. */
+  /** The most that a session holds back during a rest: nowhere near `maxBufferedAmount`. */
   readonly mostHeld: number;
   /** How long a client has to answer a close, and to take the last bytes. */
   readonly closeTimeout: number;
@@ -528,7 +529,7 @@ class Hub {
 
   /** Subscribers by namespace and topic, so that publishing never looks at anyone else. */
   readonly #topics: Map<string, Map<string, Set<Session>>> = new Map();
-  /** What is left of closed sessions, by token and, for plain ones, by the key of their event ids. */
+  /** What is left of closed sessions, by token; of plain ones, by the key of their event ids. */
   readonly #tombstones: Map<string, Tombstone> = new Map();
   /** Plain sessions by the key of their event ids. */
   readonly #keys: Map<string, Session> = new Map();
@@ -538,6 +539,7 @@ class Hub {
   #dirty: Session[] = [];
   /** During a rest: the sessions that have been published to. */
   #held: Session[] | undefined;
+  /** When the rest is over, whatever its timer does. */
   #holdUntil = 0;
   #restTimer: ReturnType<typeof setTimeout> | undefined;
   /** What was joined last during this flush. */
@@ -546,6 +548,7 @@ class Hub {
   #sweepTimer: ReturnType<typeof setTimeout> | undefined;
   /** When that timer is due; Infinity while nothing has a deadline. */
   #nextSweep = Infinity;
+  /** The first half of every token. */
   #instance: string | undefined;
   #router: RoutingDriver | undefined;
   /** Routed requests: another instance has asked `upgrade`, and this is the namespace. */
@@ -645,7 +648,7 @@ class Hub {
     getOrMake(this.peers, session.namespace, () => new Set()).add(session.peer);
     this.#startTimer();
     const stream = session.attach(wire.attempt ?? 0, 0);
-    // First, so that a hook that ends the session ends its body, too; nothing is heard of it before.
+    // Before the hook, so that one that ends the session ends its body, too; a read comes after it.
     if (request.method === "POST") session.readDuplex(request.body!, wire.seq);
     session.callHooks("open");
     return new Response(stream, { headers: this.#headersOf(session, admission) });
@@ -804,8 +807,8 @@ class Hub {
   }
 
   /**
-   * `upgrade` for an existing session, or what is left of one, which it gives: "only a
-   * refusal counts", and in another namespace there is no such session.
+   * Asks `upgrade` about a request of an existing session; gives that session, or what is left
+   * of it. "Only a refusal counts; another namespace is 404."
    */
   async #readmit(request: Request, token: string): Promise<Session | Tombstone | undefined> {
     const find = () => this.sessions.get(token) ?? this.#tombstones.get(token);
@@ -966,7 +969,7 @@ class Hub {
       this.#held = undefined;
       for (const session of held) session.schedule();
     };
-    this.#restTimer = setTimeout(() => {
+    this.#restTimer = setTimeout(() => { // fires when the event loop is free again
       this.#restTimer = setTimeout(end, Math.min(Date.now() - started, MAX_REST));
     });
   }
@@ -1228,7 +1231,7 @@ class Session implements Receiver {
     this.#connection = undefined;
   }
 
-  /** Nothing is to come any more, either way. */
+  /** Lets go of the connection and of all bodies: nothing more comes, either way. */
   release(): void {
     this.#disconnect();
     this.#hub.forget(this);
@@ -1255,7 +1258,7 @@ class Session implements Receiver {
     return this.#clogged ? -1 : bytes.length;
   }
 
-  /** Never so much that it comes near a limit; what somebody begins to wait for goes at once. */
+  /** Whether the flush is left to the end of the rest: not if one is due anyway, or much is held. */
   #hold(): boolean {
     if (this.#dirty || this.bufferedAmount > this.#hub.mostHeld) return false;
     return this.#held ||= this.#hub.hold(this);
@@ -1286,7 +1289,7 @@ class Session implements Receiver {
       this.#clogged ||= this.bufferedAmount > 0;
       return;
     }
-    // Mostly one message is due and nothing else, or nothing at all: then without any array.
+    // Mostly one message is due and nothing else, or nothing at all: neither needs an array.
     const onlyMessages = this.full && !this.#ackDue && !this.#pings && !this.#closing &&
       !connection.preface;
     const due = this.#log.last - this.next + 1;
@@ -1432,7 +1435,7 @@ class Session implements Receiver {
   async readDuplex(body: ReadableStream<Uint8Array>, seq: number | undefined): Promise<void> {
     const error = await readUplink(body, seq, this, this.#hub.maxMessageSize);
     if (!error) return;
-    // The connection's end. Deno tells the stream of it only when it is written to.
+    // The connection has ended. Deno tells the stream of that only when it is written to.
     if (!(error instanceof Refusal)) return this.#beat();
     // No status can be told any more. A gap leaves the session to a resume, the rest is final.
     if (error.closeCode) this.close(error.closeCode, error.message);
@@ -1617,6 +1620,7 @@ class Session implements Receiver {
     this.release();
   }
 
+  /** The end of every session, clean or not; here alone `close` is called. */
   #finish({ code, reason }: Required<CloseDetails> = this.#closing!): void {
     if (this.readyState === CLOSED) return;
     this.readyState = CLOSED;
@@ -2043,13 +2047,8 @@ class Frame {
     return this.#full ??= encodeFull(this.#data);
   }
 
-  /** crossws's own wire: binary goes as a data URL. */
   get plain(): Bytes {
-    if (this.#plain) return this.#plain;
-    const text = typeof this.#data === "string"
-      ? this.#data.replace(/\r\n?/g, "\n")
-      : `data:application/octet-stream;base64,${toBase64(this.#data)}`;
-    return this.#plain = encoder.encode(`event: message\n${dataLines(text)}\n`);
+    return this.#plain ??= encodePlain(this.#data);
   }
 }
 
@@ -2062,6 +2061,14 @@ function encodeFull(data: string | Bytes): Bytes {
     return encoder.encode(`event: ${JSON_EVENT}\ndata: ${JSON.stringify(wellFormed)}\n\n`);
   }
   return encoder.encode(dataLines(data) + "\n");
+}
+
+/** crossws's own wire: "CR and CRLF become line breaks; binary becomes a data: URL." */
+function encodePlain(data: string | Bytes): Bytes {
+  const text = typeof data === "string"
+    ? data.replace(/\r\n?/g, "\n")
+    : `data:application/octet-stream;base64,${toBase64(data)}`;
+  return encoder.encode(`event: message\n${dataLines(text)}\n`);
 }
 
 /** "One data: line for each line." */
@@ -2175,7 +2182,7 @@ function readerOf(body: ReadableStream<Uint8Array>): Reader {
 class UplinkParser {
   readonly #max: number;
   readonly #onFrame: (type: string, payload: Bytes, size: number) => void;
-  /** The beginning of a frame: one copy that grows, since chunks of a byte each would cost a hundred times that. */
+  /** The beginning of a frame: one copy that grows, since to keep chunks of a byte would cost a hundred times as much. */
   #buffer: Bytes = EMPTY;
   #filled = 0;
   /** How long that frame will be, once its header tells. */
@@ -2473,7 +2480,7 @@ function streamHeaders(full: boolean, token?: string): Headers {
   });
 }
 
-/** What comes later stands alone, but for headers of which all count: elsewhere two values may be none. */
+/** What comes later replaces what was there, but for headers of which every value counts. */
 function addHeaders(target: Headers, source: Headers): void {
   source.forEach((value, name) => {
     if (name === "set-cookie" || name === "vary") target.append(name, value);
@@ -2513,7 +2520,7 @@ function decodeText(bytes: Bytes): string {
   }
 }
 
-/** "Without a type": Bun's fetch tells none for a string, so what is UTF-8 is text. */
+/** "Without a type", as Bun's fetch sends a string, it is binary "if it is not UTF-8". */
 function plainMessage(payload: Bytes, type: string): string | Bytes {
   if (type === "application/octet-stream") return payload;
   try {
@@ -2573,7 +2580,7 @@ function numberOf(options: SSEOptions, name: keyof typeof NUMBERS): number {
   throw new RangeError(`${name} must be a number from ${least} to ${most}`);
 }
 
-/** A promise, or what only has a `then`, as the queries of some databases. */
+/** A promise, or anything else that has a `then`, as the queries of some databases. */
 function isThenable(value: unknown): value is PromiseLike<unknown> {
   return typeof (value as PromiseLike<unknown> | undefined)?.then === "function";
 }
