@@ -777,7 +777,6 @@ class Hub {
       namespace: this.options.getNamespace?.(request) ?? new URL(request.url).pathname,
       context: request.context ?? {},
       headers: new Headers(),
-      protocol: "",
     };
     for (const hooks of admission.hooks) {
       try {
@@ -794,9 +793,10 @@ class Hub {
       }
     }
     if (admission.namespace.startsWith("\0")) throw malformed("a namespace of the backplane's own");
-    admission.protocol = admission.headers.get(WEBSOCKET_PROTOCOL) ??
-      await this.#chooseProtocol(request);
-    if (admission.protocol) admission.headers.set(WEBSOCKET_PROTOCOL, admission.protocol);
+    if (!admission.headers.has(WEBSOCKET_PROTOCOL)) {
+      const protocol = await this.#chooseProtocol(request);
+      if (protocol) admission.headers.set(WEBSOCKET_PROTOCOL, protocol);
+    }
     return admission;
   }
 
@@ -1090,15 +1090,14 @@ interface Admission {
   hooks: Partial<Hooks>[];
   namespace: string;
   context: PeerContext;
+  /** Those of the response, the subprotocol's among them. */
   headers: Headers;
-  protocol: string;
 }
 
 // --- A session ---
 
 /** Who takes the messages of an uplink body: a session, or what is left of one. */
 interface Receiver {
-  readonly namespace: string;
   /** The number of the last message taken. */
   received: number;
   /** A body is about to be read, and has been. */
@@ -1176,7 +1175,7 @@ class Session implements Receiver {
     this.key = full ? "" : randomHex(16);
     this.full = full;
     this.namespace = admission.namespace;
-    this.protocol = admission.protocol;
+    this.protocol = admission.headers.get(WEBSOCKET_PROTOCOL) ?? "";
     this.heartbeatInterval = hub.heartbeatOf(runtime);
     const remoteAddress = remoteAddressOf(request, runtime);
     this.peer = new ServerPeer(this, hub, request, admission.context, remoteAddress);
