@@ -1826,25 +1826,14 @@ class ServerPeer implements Peer {
     return this.id;
   }
 
-  [Symbol.toPrimitive](): string {
-    return this.id;
-  }
-
   get [Symbol.toStringTag](): string {
     return "Peer";
   }
 
   [INSPECT as never](): unknown {
     const { id, namespace, remoteAddress, topics } = this;
-    return {
-      peer: {
-        id,
-        namespace,
-        remoteAddress,
-        readyState: this.#session.readyState,
-        topics: [...topics],
-      },
-    };
+    const { readyState } = this.#session;
+    return { peer: { id, namespace, remoteAddress, readyState, topics: [...topics] } };
   }
 }
 
@@ -1902,10 +1891,6 @@ class ServerMessage implements Message {
   }
 
   toString(): string {
-    return this.text();
-  }
-
-  [Symbol.toPrimitive](): string {
     return this.text();
   }
 
