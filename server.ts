@@ -612,7 +612,7 @@ class Hub {
     if (request.method !== "GET" && request.method !== "POST") {
       throw new Refusal(405, "Use GET or POST", { headers: { allow: "GET, POST" } });
     }
-    const wire = new Wire(request);
+    const wire = readWire(request);
     if (this.#router && wire.token && !wire.token.startsWith(`${this.#instance}.`)) {
       return await this.#forward(this.#router, request, wire.token);
     }
@@ -2313,32 +2313,29 @@ function malformed(what: string): Refusal {
   return new Refusal(400, `Malformed: ${what}`, { closeCode: 1002 });
 }
 
-/** The protocol's own headers. "A header that appears twice …, or that does not fit its grammar, is malformed." */
-class Wire {
-  readonly token: string | null;
-  /** The full level is asked for. */
-  readonly full: boolean;
-  /** The body is of uplink frames. */
-  readonly isUplink: boolean;
-  readonly seq: number | undefined;
-  readonly attempt: number | undefined;
-  /** Only a full session's is a number. */
-  readonly lastEventId: number | undefined;
+/** What {@link readWire} gives. */
+type Wire = ReturnType<typeof readWire>;
 
-  constructor({ headers }: Request) {
-    this.token = headers.get(TOKEN_HEADER);
-    if (this.token !== null && !TOKEN_GRAMMAR.test(this.token)) throw malformed(TOKEN_HEADER);
-    const version = headers.get(VERSION_HEADER);
-    if (version !== null && !/^[1-9]\d{0,2}$/.test(version)) throw malformed(VERSION_HEADER);
-    this.full = version === VERSION;
-    this.isUplink = mediaType(headers) === UPLINK_TYPE;
-    this.seq = optionalNumber(headers, SEQ_HEADER);
-    if (this.seq === 0) throw malformed(SEQ_HEADER);
-    this.attempt = optionalNumber(headers, ATTEMPT_HEADER);
-    this.lastEventId = this.full && this.token
-      ? optionalNumber(headers, "last-event-id")
-      : undefined;
-  }
+/** The protocol's own headers. "A header that appears twice …, or that does not fit its grammar, is malformed." */
+function readWire({ headers }: Request) {
+  const token = headers.get(TOKEN_HEADER);
+  if (token !== null && !TOKEN_GRAMMAR.test(token)) throw malformed(TOKEN_HEADER);
+  const version = headers.get(VERSION_HEADER);
+  if (version !== null && !/^[1-9]\d{0,2}$/.test(version)) throw malformed(VERSION_HEADER);
+  const full = version === VERSION;
+  const seq = optionalNumber(headers, SEQ_HEADER);
+  if (seq === 0) throw malformed(SEQ_HEADER);
+  return {
+    token,
+    /** The full level is asked for. */
+    full,
+    /** The body is of uplink frames. */
+    isUplink: mediaType(headers) === UPLINK_TYPE,
+    seq,
+    attempt: optionalNumber(headers, ATTEMPT_HEADER),
+    /** Only a full session's is a number. */
+    lastEventId: full && token ? optionalNumber(headers, "last-event-id") : undefined,
+  };
 }
 
 function mediaType(headers: Headers): string {
