@@ -1120,6 +1120,9 @@ class Session implements Receiver {
   readonly namespace: string;
   readonly protocol: string;
   readonly heartbeatInterval: number;
+  readonly request: Request;
+  readonly context: PeerContext;
+  readonly remoteAddress: string | undefined;
   readonly peer: ServerPeer;
   readonly topics: Set<string> = new Set();
   readyState = OPEN;
@@ -1177,8 +1180,10 @@ class Session implements Receiver {
     this.namespace = admission.namespace;
     this.protocol = admission.headers.get(WEBSOCKET_PROTOCOL) ?? "";
     this.heartbeatInterval = hub.heartbeatOf(runtime);
-    const remoteAddress = remoteAddressOf(request, runtime);
-    this.peer = new ServerPeer(this, hub, request, admission.context, remoteAddress);
+    this.request = request;
+    this.context = admission.context;
+    this.remoteAddress = remoteAddressOf(request, runtime);
+    this.peer = new ServerPeer(this, hub);
   }
 
   // --- Connections ---
@@ -1713,24 +1718,12 @@ class ServerPeer implements Peer {
   // Private fields stay out of what console.log shows: the token is never in there.
   readonly #session: Session;
   readonly #hub: Hub;
-  readonly #request: Request;
-  readonly #context: PeerContext;
-  readonly #remoteAddress: string | undefined;
   #id: string | undefined;
   #websocket: PeerWebSocket | undefined;
 
-  constructor(
-    session: Session,
-    hub: Hub,
-    request: Request,
-    context: PeerContext,
-    remoteAddress: string | undefined,
-  ) {
+  constructor(session: Session, hub: Hub) {
     this.#session = session;
     this.#hub = hub;
-    this.#request = request;
-    this.#context = context;
-    this.#remoteAddress = remoteAddress;
   }
 
   get id(): string {
@@ -1738,7 +1731,7 @@ class ServerPeer implements Peer {
   }
 
   get context(): PeerContext {
-    return this.#context;
+    return this.#session.context;
   }
 
   get namespace(): string {
@@ -1746,11 +1739,11 @@ class ServerPeer implements Peer {
   }
 
   get request(): Request {
-    return this.#request;
+    return this.#session.request;
   }
 
   get remoteAddress(): string | undefined {
-    return this.#remoteAddress;
+    return this.#session.remoteAddress;
   }
 
   get peers(): Set<Peer> {
@@ -1775,9 +1768,9 @@ class ServerPeer implements Peer {
       get bufferedAmount() {
         return session.bufferedAmount;
       },
-      protocol: session.protocol || (this.#request.headers.get(WEBSOCKET_PROTOCOL) ?? ""),
+      protocol: session.protocol || (this.request.headers.get(WEBSOCKET_PROTOCOL) ?? ""),
       extensions: "",
-      url: this.#request.url.replace(/^http/, "ws"),
+      url: this.request.url.replace(/^http/, "ws"),
       send: (data) => void this.send(data),
       close: (code, reason) => this.close(code, reason),
     };
