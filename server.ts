@@ -526,6 +526,8 @@ class Hub {
   readonly sync: SyncDriver | undefined;
   readonly peers: Map<string, Set<Peer>> = new Map();
   readonly sessions: Map<string, Session> = new Map();
+  /** Ended sessions whose last bytes are still to be taken. */
+  readonly lingering: Set<Session> = new Set();
 
   /** Subscribers by namespace and topic, so that publishing never looks at anyone else. */
   readonly #topics: Map<string, Map<string, Set<Session>>> = new Map();
@@ -533,8 +535,6 @@ class Hub {
   readonly #tombstones: Map<string, Tombstone> = new Map();
   /** Plain sessions by the key of their event ids. */
   readonly #keys: Map<string, Session> = new Map();
-  /** Ended sessions whose last bytes are still to be taken. */
-  readonly #lingering: Set<Session> = new Set();
   /** Sessions to flush at the end of the current job. */
   #dirty: Session[] = [];
   /** During a rest: the sessions that have been published to. */
@@ -1023,12 +1023,12 @@ class Hub {
     this.#nextSweep = Infinity;
     const now = Date.now();
     for (const session of this.sessions.values()) session.tick(now);
-    for (const session of this.#lingering) if (now >= session.deadline) session.release();
+    for (const session of this.lingering) if (now >= session.deadline) session.release();
     for (const [name, tombstone] of this.#tombstones) {
       if (now < tombstone.expires) break; // they were laid in the order of their expiry
       this.#tombstones.delete(name);
     }
-    if (this.sessions.size || this.#lingering.size || this.#tombstones.size) this.#startTimer();
+    if (this.sessions.size || this.lingering.size || this.#tombstones.size) this.#startTimer();
   }
 
   // --- Ends ---
@@ -1051,12 +1051,8 @@ class Hub {
   }
 
   linger(session: Session): void {
-    this.#lingering.add(session);
+    this.lingering.add(session);
     this.#startTimer();
-  }
-
-  forget(session: Session): void {
-    this.#lingering.delete(session);
   }
 
   async close(
@@ -1074,9 +1070,9 @@ class Hub {
     signal?.addEventListener("abort", hurry);
     if (this.sessions.size) await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
     signal?.removeEventListener("abort", hurry);
-    for (const session of this.#lingering) session.flush();
+    for (const session of this.lingering) session.flush();
     await new Promise((resolve) => setTimeout(resolve)); // the runtime takes what is left
-    for (const session of this.#lingering) session.release();
+    for (const session of this.lingering) session.release();
     this.#tombstones.clear();
     clearTimeout(this.#restTimer);
     clearTimeout(this.#sweepTimer);
@@ -1238,7 +1234,7 @@ class Session implements Receiver {
   /** Lets go of the connection and of all bodies: nothing more comes, either way. */
   release(): void {
     this.#disconnect();
-    this.#hub.forget(this);
+    this.#hub.lingering.delete(this);
     for (const reader of this.#bodies?.splice(0) ?? []) reader.cancel().catch(() => {});
   }
 
@@ -1590,7 +1586,6 @@ class Session implements Receiver {
   #beginClose(code: number, reason: string, sent = this.#log.last): void {
     this.readyState = CLOSING;
     this.#closing = { code, reason, sent };
-    for (const topic of this.topics) this.#hub.unsubscribe(this, topic);
     this.#wake();
     this.schedule();
   }
