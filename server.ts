@@ -60,6 +60,7 @@ const INSPECT: symbol = Symbol.for("nodejs.util.inspect.custom");
 const TOKEN_GRAMMAR = /^[0-9a-f]{16}\.[0-9a-f]{32}$/;
 const EVENT_ID_GRAMMAR = /^([0-9a-f]{32})\.(0|[1-9]\d{0,15})$/;
 const NUMBER_GRAMMAR = /^(0|[1-9]\d{0,15})$/;
+const FRAME_GRAMMAR = /^(TEXT|BINARY|CLOSE|PING|PONG|ACK|SEQ)(?: ([0-9A-Fa-f]{1,8}))?\r\n$/;
 
 /** The longest that a timer can wait, in ms. */
 const MAX_DELAY = 2 ** 31 - 1;
@@ -94,6 +95,9 @@ const STALLED = 1_000;
 const MAX_HELD = 16 * 1024;
 /** A session's bodies that are read at once: its messages, and control frames beside them. */
 const MAX_BODIES = 2;
+/** The longest header of a frame, and the largest payload of one that is no message. */
+const MAX_HEADER = 20;
+const MAX_CONTROL = 125;
 /** Pings that may wait for a connection; beyond, the oldest is dropped. */
 const MAX_PENDING_PINGS = 16;
 /** Room for one read of a body, in bytes: while little comes, and once that was too little. */
@@ -111,6 +115,7 @@ const encoder: TextEncoder = new TextEncoder();
 const decoder: TextDecoder = new TextDecoder("utf-8", { ignoreBOM: true });
 const strictDecoder: TextDecoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const HEARTBEAT: Bytes = encoder.encode(":\n\n");
+const TEXT_HEADER: Bytes = encoder.encode("TEXT ");
 const EMPTY: Bytes = new Uint8Array();
 
 type Bytes = Uint8Array<ArrayBuffer>;
@@ -1806,7 +1811,7 @@ class ServerPeer implements Peer {
   ping(data?: unknown): void {
     const value = toData(data);
     const bytes = typeof value === "string" ? encoder.encode(value) : value;
-    if (bytes.length > 125) throw new RangeError("A ping carries at most 125 bytes");
+    if (bytes.length > MAX_CONTROL) throw new RangeError("A ping carries at most 125 bytes");
     this.#session.ping(bytes);
   }
 
@@ -2058,11 +2063,6 @@ function encodeClose(ending: Ending, full = true): Bytes {
 }
 
 // --- The uplink: WebSocket-over-HTTP frames ---
-
-const FRAME_GRAMMAR = /^(TEXT|BINARY|CLOSE|PING|PONG|ACK|SEQ)(?: ([0-9A-Fa-f]{1,8}))?\r\n$/;
-const MAX_HEADER = 20;
-const MAX_CONTROL = 125;
-const TEXT_HEADER: Bytes = encoder.encode("TEXT ");
 
 /**
  * Of a request's body; by shape, since the runtimes' types of readers differ. What a
