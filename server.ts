@@ -533,6 +533,7 @@ class Hub {
   readonly sessions: Map<string, Session> = new Map();
   /** Ended sessions whose last bytes are still to be taken. */
   readonly lingering: Set<Session> = new Set();
+  readonly flusher: Flusher = new Flusher();
 
   /** Subscribers by namespace and topic, so that publishing never looks at anyone else. */
   readonly #topics: Map<string, Map<string, Set<Session>>> = new Map();
@@ -540,16 +541,6 @@ class Hub {
   readonly #tombstones: Map<string, Tombstone> = new Map();
   /** Plain sessions by the key of their event ids. */
   readonly #keys: Map<string, Session> = new Map();
-  /** Sessions to flush at the end of the current job. */
-  #dirty: Session[] = [];
-  /** During a rest: the sessions that have been published to. */
-  #held: Session[] | undefined;
-  /** When the rest is over, whatever its timer does. */
-  #holdUntil = 0;
-  #restTimer: ReturnType<typeof setTimeout> | undefined;
-  /** What was joined last during this flush. */
-  #lastParts: Bytes[] = [];
-  #lastChunk: Bytes = EMPTY;
   #sweepTimer: ReturnType<typeof setTimeout> | undefined;
   /** When that timer is due; Infinity while nothing has a deadline. */
   #nextSweep = Infinity;
@@ -896,7 +887,7 @@ class Hub {
   #fanOut(namespace: string, topic: string, frame: Frame, except?: Session): void {
     const subscribers = this.#topics.get(namespace)?.get(topic);
     if (!subscribers) return;
-    const hold = !!this.#held && Date.now() < this.#holdUntil;
+    const hold = this.flusher.resting;
     for (const session of subscribers) if (session !== except) session.send(frame, hold);
   }
 
@@ -944,55 +935,6 @@ class Hub {
     } catch (failure) { // anybody on the backplane can bring a report about
       console.error("[duplex-sse] onError failed:", failure);
     }
-  }
-
-  // --- Sending ---
-
-  /** Flushes the session once the current job has done all its sends. */
-  schedule(session: Session): void {
-    if (this.#dirty.push(session) > 1) return;
-    queueMicrotask(() => {
-      const dirty = this.#dirty;
-      this.#dirty = [];
-      if (dirty.length >= CROWD && !this.#held) this.#rest();
-      for (const session of dirty) session.flush();
-      this.#lastParts = [];
-      this.#lastChunk = EMPTY;
-    });
-  }
-
-  /**
-   * The chunks of a crowd keep the runtime busy for much longer than it took to make them, and
-   * what is published meanwhile would queue up behind them, chunk after chunk. So it is held
-   * for as long as the event loop is busy, and once more as long, and goes as one chunk.
-   */
-  #rest(): void {
-    const held: Session[] = this.#held = [];
-    const started = Date.now();
-    this.#holdUntil = started + STALLED;
-    const end = () => {
-      this.#held = undefined;
-      for (const session of held) session.schedule();
-    };
-    this.#restTimer = setTimeout(() => { // fires when the event loop is free again
-      this.#restTimer = setTimeout(end, Math.min(Date.now() - started, MAX_REST));
-    });
-  }
-
-  /** Flushes the session at the end of the rest, if there is one. */
-  hold(session: Session): boolean {
-    return !!this.#held?.push(session);
-  }
-
-  /** One chunk of many frames; subscribers that are sent the same frames share the chunk, too. */
-  join(parts: Bytes[]): Bytes {
-    if (parts.length === 1) return parts[0]!;
-    const last = this.#lastParts;
-    if (parts.length === last.length && parts.every((part, i) => part === last[i])) {
-      return this.#lastChunk;
-    }
-    this.#lastParts = parts;
-    return this.#lastChunk = concat(parts);
   }
 
   // --- Time ---
@@ -1079,7 +1021,7 @@ class Hub {
     await new Promise((resolve) => setTimeout(resolve)); // the runtime takes what is left
     for (const session of this.lingering) session.release();
     this.#tombstones.clear();
-    clearTimeout(this.#restTimer);
+    this.flusher.stop();
     clearTimeout(this.#sweepTimer);
     this.#nextSweep = Infinity;
     await this.sync?.close?.();
@@ -1093,6 +1035,78 @@ interface Admission {
   context: PeerContext;
   /** Those of the response, the subprotocol's among them. */
   headers: Headers;
+}
+
+// --- When sessions flush ---
+
+/** Flushes sessions together, so that what is sent in one job goes as one chunk to each. */
+class Flusher {
+  /** Sessions to flush at the end of the current job. */
+  #dirty: Session[] = [];
+  /** During a rest: the sessions that have been published to. */
+  #held: Session[] | undefined;
+  /** When the rest is over, whatever its timer does. */
+  #holdUntil = 0;
+  #restTimer: ReturnType<typeof setTimeout> | undefined;
+  /** What was joined last during this flush. */
+  #lastParts: Bytes[] = [];
+  #lastChunk: Bytes = EMPTY;
+
+  /** Publications are to be held. */
+  get resting(): boolean {
+    return !!this.#held && Date.now() < this.#holdUntil;
+  }
+
+  /** Flushes the session once the current job has done all its sends. */
+  schedule(session: Session): void {
+    if (this.#dirty.push(session) > 1) return;
+    queueMicrotask(() => {
+      const dirty = this.#dirty;
+      this.#dirty = [];
+      if (dirty.length >= CROWD && !this.#held) this.#rest();
+      for (const session of dirty) session.flush();
+      this.#lastParts = [];
+      this.#lastChunk = EMPTY;
+    });
+  }
+
+  /**
+   * The chunks of a crowd keep the runtime busy for much longer than it took to make them, and
+   * what is published meanwhile would queue up behind them, chunk after chunk. So it is held
+   * for as long as the event loop is busy, and once more as long, and goes as one chunk.
+   */
+  #rest(): void {
+    const held: Session[] = this.#held = [];
+    const started = Date.now();
+    this.#holdUntil = started + STALLED;
+    const end = () => {
+      this.#held = undefined;
+      for (const session of held) session.schedule();
+    };
+    this.#restTimer = setTimeout(() => { // fires when the event loop is free again
+      this.#restTimer = setTimeout(end, Math.min(Date.now() - started, MAX_REST));
+    });
+  }
+
+  /** Flushes the session at the end of the rest, if there is one. */
+  hold(session: Session): boolean {
+    return !!this.#held?.push(session);
+  }
+
+  /** One chunk of many frames; subscribers that are sent the same frames share the chunk, too. */
+  join(parts: Bytes[]): Bytes {
+    if (parts.length === 1) return parts[0]!;
+    const last = this.#lastParts;
+    if (parts.length === last.length && parts.every((part, i) => part === last[i])) {
+      return this.#lastChunk;
+    }
+    this.#lastParts = parts;
+    return this.#lastChunk = concat(parts);
+  }
+
+  stop(): void {
+    clearTimeout(this.#restTimer);
+  }
 }
 
 // --- A session ---
@@ -1266,7 +1280,7 @@ class Session implements Receiver {
   /** Whether the flush is left to the end of the rest: not if one is due anyway, or much is held. */
   #hold(): boolean {
     if (this.#dirty || this.bufferedAmount > this.#hub.mostHeld) return false;
-    return this.#held ||= this.#hub.hold(this);
+    return this.#held ||= this.#hub.flusher.hold(this);
   }
 
   ping(data: Bytes): void {
@@ -1280,7 +1294,7 @@ class Session implements Receiver {
     this.#held = false;
     if (this.#dirty) return;
     this.#dirty = true;
-    this.#hub.schedule(this);
+    this.#hub.flusher.schedule(this);
   }
 
   /**
@@ -1310,7 +1324,7 @@ class Session implements Receiver {
     this.#gatherMessages(parts);
     const last = this.#closing && this.next > this.#log.last;
     if (last) parts.push(encodeClose(this.#closing!, this.full));
-    if (parts.length) this.#write(connection, this.#hub.join(parts));
+    if (parts.length) this.#write(connection, this.#hub.flusher.join(parts));
     if (last) this.#afterClose();
   }
 
