@@ -789,6 +789,10 @@ class Hub {
       }
     }
     if (admission.namespace.startsWith("\0")) throw malformed("a namespace of the backplane's own");
+    // What it has taken cannot be read again, and must not pass for a message that came.
+    if (request.bodyUsed || request.body?.locked) {
+      throw new TypeError("The body was read before us");
+    }
     if (!admission.headers.has(WEBSOCKET_PROTOCOL)) {
       const protocol = await this.#chooseProtocol(request);
       if (protocol) admission.headers.set(WEBSOCKET_PROTOCOL, protocol);

@@ -701,6 +701,33 @@ test("a subprotocol that cannot be a header is answered 500, and opens nothing",
   }, { handleProtocols: () => "a\r\nb" });
 });
 
+for (const [level, headers] of Object.entries({ full: UPLINK, plain: {} })) {
+  test(`a body that was read before us is answered 500, and is no message (${level})`, async (t) => {
+    const said = quiet(t);
+    const upgrade = async (request: Request) => {
+      if (!bystanding(request.url)) await request.text();
+    };
+    await misuse(
+      t,
+      async (scene) => {
+        const full = level === "full";
+        // With nobody to catch what reading throws, the whole process would end.
+        const opening = post(scene.url, { ...FULL, ...UPLINK, "x-duplex-seq": "1" }, ONE);
+        assertEquals((await scene.ask(opening)).status, 500);
+        assertEquals(scene.hooks(), []);
+        const peer = await scene.open({ full });
+        const answer = await peer.post(full ? ONE : "one", { ...headers, "x-duplex-seq": "1" });
+        await answer.body?.cancel();
+        assertEquals([answer.status, scene.count("message")], [500, 0]);
+        assertEquals(said.length, 2);
+        await peer.drop();
+      },
+      {},
+      { upgrade },
+    );
+  });
+}
+
 // ---------------------------------------------------------------- hooks that fail
 
 const WAYS: [way: string, fail: (error: unknown) => unknown][] = [
