@@ -699,10 +699,13 @@ class Hub {
     const id = request.headers.get("last-event-id") ?? "";
     const [, key, received] = EVENT_ID_GRAMMAR.exec(id) ?? [];
     if (wire.full || !key) return;
-    if (this.#tombstones.has(key)) return new Response(null, { status: 204 });
     const session = this.#keys.get(key);
-    if (!session || session !== await this.#readmit(request, session.token)) return;
-    if (session.readyState !== OPEN || !session.canResumeFrom(Number(received))) return;
+    const resumable = () => session?.canResumeFrom(Number(received));
+    // One that cannot be resumed is left alone: `upgrade` is asked for the session that opens.
+    const found = resumable() && await this.#readmit(request, session!.token);
+    const ends = this.#tombstones.has(key) || session?.readyState === CLOSING;
+    if (ends) return new Response(null, { status: 204 });
+    if (!session || found !== session || !resumable()) return;
     const stream = session.attach(session.attempt, Number(received));
     return new Response(stream, { headers: this.#headersOf(session) });
   }

@@ -622,6 +622,51 @@ for (const [how, status] of Object.entries({ terminate: 404, close: 200 })) {
   });
 }
 
+for (const when of ["while its last bytes wait", "while upgrade is asked again"]) {
+  test(`an EventSource whose session closes ${when} is answered 204`, async (t) => {
+    const peers: Peer[] = [];
+    const waits = when.startsWith("while its");
+    const ws = sseAdapter({
+      hooks: {
+        open: (peer) => void peers.push(peer),
+        upgrade(request) {
+          if (request.headers.has("last-event-id") && !waits) peers[0]!.close(4000);
+        },
+      },
+    });
+    t.defer(() => ws.close());
+    const url = "http://localhost/room";
+    const { body } = await ws.fetch(new Request(url, { headers: { accept: FULL.accept! } }));
+    const reader = body!.getReader();
+    const [, id] = /^id: (.*)$/m.exec(new TextDecoder().decode((await reader.read()).value))!;
+    if (waits) peers[0]!.close(4000); // and nobody reads
+    else await reader.cancel();
+    const headers = { accept: FULL.accept!, "last-event-id": id! };
+    assertEquals((await ws.fetch(new Request(url, { headers }))).status, 204);
+    assertEquals(peers.length, 1);
+    await reader.cancel();
+  });
+}
+
+test("upgrade is asked once for an EventSource that has missed too much, and gets a new session", async (t) => {
+  const peers: Peer[] = [];
+  const asked: string[] = [];
+  const ws = sseAdapter({
+    hooks: { open: (peer) => void peers.push(peer), upgrade: ({ url }) => void asked.push(url) },
+  });
+  t.defer(() => ws.close());
+  const url = "http://localhost/room";
+  const one = t.use(await WirePeer.open(ws.fetch, url, { full: false }));
+  peers[0]!.send("one");
+  await one.message();
+  await one.drop();
+  for (let i = 0; i < 10; i++) peers[0]!.send("x".repeat(20_000));
+  asked.length = 0;
+  t.use(await WirePeer.open(ws.fetch, url, { full: false, headers: { "last-event-id": one.id } }));
+  assertEquals([asked.length, peers.length], [1, 2]);
+  for (const peer of peers) peer.terminate();
+});
+
 test("an event id of another namespace opens a session of its own", async (t) => {
   const ws = sseAdapter({ hooks: { open: (peer) => void peer.send(peer.namespace) } });
   t.defer(() => ws.close());
