@@ -791,7 +791,8 @@ class Hub {
         throw response instanceof Response ? response : error;
       }
     }
-    if (admission.namespace.startsWith("\0")) throw malformed("a namespace of the backplane's own");
+    // For the backplane "" is all namespaces, and those that begin so are its own.
+    if (/^(\0|$)/.test(admission.namespace)) throw malformed("the namespace");
     // What it has taken cannot be read again, and must not pass for a message that came.
     if (request.bodyUsed || request.body?.locked) {
       throw new TypeError("The body was read before us");

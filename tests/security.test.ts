@@ -595,6 +595,24 @@ test("nothing is kept of refused requests: no peer, no timer, no memory", async 
   await response.body!.cancel();
 });
 
+test("a namespace is not empty, since to the other instances that would be all of them", async (t) => {
+  const relayed: string[] = [];
+  const ws = sseAdapter({
+    getNamespace: (request) => new URL(request.url).searchParams.get("room") ?? "",
+    sync: () => ({ subscribe() {}, publish: ({ namespace }) => void relayed.push(namespace) }),
+    hooks: { open: (peer) => peer.publish("chat", "for my room") },
+  });
+  t.defer(() => ws.close());
+  for (const [query, status] of [["?room=a", 200], ["", 400], ["?room=", 400]] as const) {
+    const url = `http://localhost/${query}`;
+    const response = await ws.fetch(new Request(url, { headers: FULL }));
+    await response.body!.cancel();
+    assertEquals(response.status, status);
+  }
+  assertEquals(relayed, ["a"]);
+  for (const peer of ws.peers.get("a")!) peer.terminate();
+});
+
 // ---------------------------------------------------------------- while a hook is thinking
 
 for (const [how, status] of Object.entries({ terminate: 404, close: 200 })) {
