@@ -549,6 +549,8 @@ class Hub {
   #router: RoutingDriver | undefined;
   /** Routed requests: another instance has asked `upgrade`, and this is the namespace. */
   readonly #admitted: WeakMap<Request, string> = new WeakMap();
+  /** While close hooks are called: those that are to follow. */
+  #calls: (() => void)[] | undefined;
   #closing = false;
   #whenEmpty: (() => void)[] = [];
 
@@ -1003,6 +1005,17 @@ class Hub {
       this.#startTimer();
     }
     if (!this.sessions.size) this.#whenEmpty.splice(0).forEach((resolve) => resolve());
+  }
+
+  /**
+   * Calls the close hooks of one session after those of another, never within them: what they
+   * send may end the next session, and so on through thousands.
+   */
+  inTurn(call: () => void): void {
+    if (this.#calls) return void this.#calls.push(call);
+    this.#calls = [call];
+    for (const next of this.#calls) next(); // it grows meanwhile
+    this.#calls = undefined;
   }
 
   linger(session: Session): void {
@@ -1660,8 +1673,10 @@ class Session implements Receiver {
       this.deadline = Date.now() + this.#hub.closeTimeout;
       this.#hub.linger(this);
     } else this.release();
-    this.callHooks("close", { code, reason });
-    this.topics.clear();
+    this.#hub.inTurn(() => {
+      this.callHooks("close", { code, reason });
+      this.topics.clear();
+    });
   }
 
   // --- Time ---

@@ -899,6 +899,38 @@ test("a close hook can still publish to those who stay", async (t) => {
   assertMatch(await stayer.messages.next() as string, /^[0-9a-f-]{36} has left$/);
 });
 
+test("close hooks that publish are called once each, also where that ends thousands of peers", async (t) => {
+  let opened = 0;
+  let closed = 0;
+  let deepest = 0;
+  let depth = 0;
+  const errors: unknown[] = [];
+  const ws = sseAdapter({
+    maxBufferedAmount: 10,
+    hooks: {
+      open(peer) {
+        opened++;
+        peer.subscribe("chat");
+      },
+      close(peer) {
+        closed++;
+        deepest = Math.max(deepest, ++depth);
+        peer.publish("chat", `${peer} has left`);
+        depth--;
+      },
+      error: (_, error) => void errors.push(error),
+    },
+  });
+  t.defer(() => ws.close());
+  const headers = { accept: "text/event-stream", "x-duplex-version": "1" };
+  for (let i = 0; i < 4000; i++) {
+    await ws.fetch(new Request("http://localhost/", { headers })); // and nobody reads
+  }
+  ws.publish("chat", "more than is let wait");
+  ws.publish("chat", "one too many");
+  assertEquals([opened, closed, deepest, errors, ws.peers.size], [4000, 4000, 1, [], 0]);
+});
+
 // ---------------------------------------------------------------- the end of a peer
 
 const endings: [string, (peer: Peer, socket: WebSocketLike) => void, number, string][] = [
