@@ -47,7 +47,7 @@ const OPEN = 1;
 const CLOSING = 2;
 const CLOSED = 3;
 
-/** "Batches and streams stay under 512 KiB in all": proxies cut a request at 1 MB. */
+/** "A streaming body is ended before 512 KiB in all (proxies cap a request at 1 MB)"; batches, too. */
 const MAX_BODY = 512 * 1024;
 const READ_SIZE = 16 * 1024;
 /** Characters of one event: a stream that never ends its line must not fill the memory. */
@@ -67,7 +67,15 @@ const ACK_DELAY = 1_000;
 const ACK_EVERY = 32;
 /** Answers to pings that may wait. */
 const MAX_PONGS = 16;
+/** Half heartbeats without a byte, after which a stream is taken for dropped. */
+const QUIET_TICKS = 4;
 const WATCH_PERIOD = 250;
+/** Watches without a confirmation, after which a stream is left: at first, and once it has worked. */
+const FIRST_PATIENCE = 6;
+const PATIENCE = 12;
+/** Streams in a row that end unconfirmed, after which another transport is taken, likewise. */
+const FIRST_FAILURES = 2;
+const MAX_FAILURES = 5;
 const MAX_RETRY_DELAY = 2_000;
 const MAX_LEARNED = 100;
 
@@ -239,18 +247,21 @@ export class WebSocketSSE extends EventTarget {
   #connection: Exchange | undefined;
   /** Nothing more goes over the network, whatever is still to be dispatched. */
   #ended = false;
+  /** By our clock; 0 while there is a connection. */
   #droppedAt = 0;
   /** The connection is being replaced by ourselves. */
   #renewing = false;
-  #strikes = 0;
+  /** How often the stream was damaged: once is resumed, twice is the end. */
+  #damages = 0;
   #ticker: ReturnType<typeof setInterval> | undefined;
-  #closeTimer: ReturnType<typeof setTimeout> | undefined;
+  /** Of whatever is waited for: the first events, or the end of a close. */
+  #deadline: ReturnType<typeof setTimeout> | undefined;
   /** Ends the pauses before retries. */
   readonly #pauses: Set<() => void> = new Set();
   /** Resumptions since something last came of a connection. */
   #retries = 0;
-  /** Set by the server's close: what to do once ours has been answered. */
-  #answered: (() => void) | undefined;
+  /** Set by the server's close: ends the socket, once ours has been answered. */
+  #finishClose: (() => void) | undefined;
 
   // Down: counted as parsed, dispatched one task each
   #received = 0;
@@ -259,6 +270,7 @@ export class WebSocketSSE extends EventTarget {
   #ackDue = false;
   #unacknowledgedBytes = 0;
   readonly #inbox: (() => void)[] = [];
+  /** Something has been dispatched in the current task, as far as we know when one ends. */
   #dispatchedInTask = false;
 
   // Up: numbered as queued, kept until acknowledged
@@ -412,7 +424,7 @@ export class WebSocketSSE extends EventTarget {
     if (this.#readyState >= CLOSING) return;
     const connecting = this.#readyState === CONNECTING;
     this.#readyState = CLOSING;
-    if (this.#ended || this.#answered) return; // `close` is on its way
+    if (this.#ended || this.#finishClose) return; // `close` is on its way
     if (connecting || !this.#full) return this.#fail(!connecting);
     this.#enqueueClose(code ?? (text.length ? 1000 : undefined), text);
     this.#awaitClose();
@@ -425,15 +437,22 @@ export class WebSocketSSE extends EventTarget {
       Object.defineProperty(this, name, { value, enumerable: true });
       Object.defineProperty(this.prototype, name, { value, enumerable: true });
     }
-    for (
-      const name of "url readyState bufferedAmount extensions protocol binaryType send close"
-        .split(" ")
-    ) Object.defineProperty(this.prototype, name, { enumerable: true });
+    const members = [
+      "url",
+      "readyState",
+      "bufferedAmount",
+      "extensions",
+      "protocol",
+      "binaryType",
+      "send",
+      "close",
+    ];
+    for (const name of members) Object.defineProperty(this.prototype, name, { enumerable: true });
     Object.defineProperty(this.prototype, Symbol.toStringTag, {
       value: "WebSocket",
       configurable: true,
     });
-    for (const type of "open message error close".split(" ")) {
+    for (const type of ["open", "message", "error", "close"]) {
       Object.defineProperty(this.prototype, `on${type}`, {
         configurable: true,
         enumerable: true,
@@ -463,7 +482,7 @@ export class WebSocketSSE extends EventTarget {
       let connection = await this.#open();
       while (!this.#ended) {
         await this.#read(connection);
-        if (this.#ended || this.#answered) return;
+        if (this.#ended || this.#finishClose) return;
         if (!this.#terms) return this.#fail();
         connection = await this.#resume();
       }
@@ -506,7 +525,7 @@ export class WebSocketSSE extends EventTarget {
     const connection = this.#connection = this.#transport === "duplex"
       ? new Exchange(this.#first, (body) => this.#fill(body))
       : new Exchange();
-    await this.#ask(connection, { accept: STREAM_TYPE, ...headers }, undefined, timeout);
+    await this.#ask(connection, { extra: { accept: STREAM_TYPE, ...headers }, timeout });
     // No answer at all: the request is held until its body ends, as any streaming one would be.
     // (Whatever else ends it lets go of it first.)
     if (this.#connection?.stream && connection.abort.signal.aborted) this.#leaveTransport("post");
@@ -519,22 +538,24 @@ export class WebSocketSSE extends EventTarget {
       connection.end();
       throw new Error(`Refused: ${connection.status}`);
     }
-    this.#closeTimer = setTimeout(() => this.#fail(), OPEN_TIMEOUT);
+    this.#deadline = setTimeout(() => this.#fail(), OPEN_TIMEOUT);
     this.#full = connection.isFull;
     this.#token = connection.response!.headers.get(TOKEN_HEADER) ?? "";
     if (!this.#full) {
       connection.finish();
       this.#transport = "post";
       learn(this.#url.host, "post");
-      if (this.#token || !this.#sends) this.#opened();
+      if (this.#token || !this.#sends) this.#openedPlain();
     }
     return connection;
   }
 
-  #opened(
-    protocol = this.#connection!.response!.headers.get("sec-websocket-protocol") ?? "",
-  ): void {
-    clearTimeout(this.#closeTimer);
+  #openedPlain(): void {
+    this.#opened(this.#connection!.response!.headers.get("sec-websocket-protocol") ?? "");
+  }
+
+  #opened(protocol: string): void {
+    clearTimeout(this.#deadline);
     if (protocol && !this.#protocols.includes(protocol)) return this.#fail();
     this.#deliver(() => {
       if (this.#readyState !== CONNECTING) return;
@@ -547,12 +568,14 @@ export class WebSocketSSE extends EventTarget {
   /** Waits for the answer, and not for ever. Every request of this socket goes by here. */
   async #ask(
     exchange: Exchange,
-    extra: Record<string, string>,
-    bytes?: Bytes,
-    timeout?: number,
-    keepalive?: true,
+    { bytes, timeout, keepalive, extra }: {
+      bytes?: Bytes | undefined;
+      timeout?: number | undefined;
+      keepalive?: boolean;
+      extra?: Record<string, string>;
+    },
   ): Promise<void> {
-    const { stream, first, abort: { signal } } = exchange;
+    const { stream, abort: { signal } } = exchange;
     const { headers: given, credentials, fetch: send = fetch } = this.#options;
     const body = stream ?? bytes;
     const timer = timeout && setTimeout(() => exchange.end(), timeout);
@@ -566,13 +589,7 @@ export class WebSocketSSE extends EventTarget {
       const headers = new Headers(
         typeof given === "function" ? await Promise.race([given(), end]) : given,
       );
-      if (this.#authorization && !headers.has("authorization")) {
-        headers.set("authorization", this.#authorization);
-      }
-      if (this.#full || !this.#token) headers.set(VERSION_HEADER, VERSION);
-      if (this.#token) headers.set(TOKEN_HEADER, this.#token);
-      if (stream || body && this.#full) headers.set("content-type", UPLINK_TYPE);
-      if (first && (stream || this.#full)) headers.set(SEQ_HEADER, `${first}`);
+      this.#setHeaders(headers, exchange, !!body);
       for (const name in extra) headers.set(name, extra[name]!);
       signal.throwIfAborted();
       const asked = send(this.#target, {
@@ -593,6 +610,16 @@ export class WebSocketSSE extends EventTarget {
       clearTimeout(timer);
       clearTimeout(warning || undefined);
     }
+  }
+
+  #setHeaders(headers: Headers, { stream, first }: Exchange, hasBody: boolean): void {
+    if (this.#authorization && !headers.has("authorization")) {
+      headers.set("authorization", this.#authorization);
+    }
+    if (this.#full || !this.#token) headers.set(VERSION_HEADER, VERSION);
+    if (this.#token) headers.set(TOKEN_HEADER, this.#token);
+    if (stream || hasBody && this.#full) headers.set("content-type", UPLINK_TYPE);
+    if (first && (stream || this.#full)) headers.set(SEQ_HEADER, `${first}`);
   }
 
   /** Six event streams take all that a browser has for an origin; whatever comes then waits. */
@@ -626,7 +653,7 @@ export class WebSocketSSE extends EventTarget {
         const { done, value } = await reading;
         // What was there already may come in the task of what was before it.
         if (waited) this.#dispatchedInTask = false;
-        // "A client detaches its old reader before it reads its count."
+        // An old reader must not go on counting once a resumption has told the count.
         if (done || connection !== this.#connection) break;
         connection.quietTicks = 0;
         const decoded = text.decode(value, { stream: true });
@@ -636,7 +663,7 @@ export class WebSocketSSE extends EventTarget {
         // After, since what came with duplex-open is yet to be acknowledged.
         this.#unacknowledgedBytes += value.length;
         this.#acknowledgeWindow(parser.partial);
-        await this.#drain(); // the next chunk waits until this one is dispatched
+        await this.#dispatchInbox(); // the next chunk waits until this one is dispatched
       }
     } catch {
       // the connection broke: as good as its end
@@ -653,16 +680,17 @@ export class WebSocketSSE extends EventTarget {
       case "":
       case "message":
         return this.#receive(data);
-      case JSON_EVENT:
-        data = JSON.parse(data);
-        if (typeof data !== "string") return this.#distrust(); // as bad as what is no JSON
-        return this.#receive(data);
+      case JSON_EVENT: {
+        const text: unknown = JSON.parse(data);
+        // What is no string is as bad as what is no JSON.
+        return typeof text === "string" ? this.#receive(text) : this.#distrust();
+      }
       case BINARY_EVENT:
         return this.#receive(fromBase64(data));
       case TOKEN_EVENT:
         if (!this.#full && !this.#token) {
           this.#token = data; // the header could not be read
-          this.#opened();
+          this.#openedPlain();
         }
         return this.#pump();
       case OPEN_EVENT:
@@ -674,7 +702,7 @@ export class WebSocketSSE extends EventTarget {
       }
       case PING_EVENT: {
         const [sent, payload] = data.split(" ");
-        // "A count that silently shifted would confirm the wrong messages."
+        // "The number of a duplex-ping, that does not fit the client's own count means damage."
         if (Number(sent) !== this.#received) return this.#distrust();
         this.#pongs.push(frame("PONG", fromBase64(payload ?? "")));
         if (this.#pongs.length > MAX_PONGS) this.#pongs.shift();
@@ -714,7 +742,7 @@ export class WebSocketSSE extends EventTarget {
     this.#confirm(terms.received);
   }
 
-  /** "The count advances when the event's blank line is parsed, not when it is dispatched." */
+  /** "The client's count advances when the event's blank line is parsed, whatever becomes of the event then." */
   #receive(data: string | Bytes): void {
     this.#received++;
     this.#retries = 0;
@@ -730,13 +758,13 @@ export class WebSocketSSE extends EventTarget {
     });
   }
 
-  #deliver(event: () => void): void {
-    this.#inbox.push(event);
-    if (!this.#connection?.reader) this.#drain(); // else the reader's loop does it
+  #deliver(task: () => void): void {
+    this.#inbox.push(task);
+    if (!this.#connection?.reader) this.#dispatchInbox(); // else the reader's loop does it
   }
 
   /** Each event in a task of its own, so that promises settle in between. */
-  async #drain(): Promise<void> {
+  async #dispatchInbox(): Promise<void> {
     while (this.#inbox.length) {
       // Where nothing was dispatched in this task there is no need to wait for another.
       if (this.#mayBePageTask || !this.#connection?.reader) await new Promise<void>(nextTask);
@@ -750,21 +778,21 @@ export class WebSocketSSE extends EventTarget {
     return this.#dispatchedInTask || !!this.#options.fetch;
   }
 
-  /** "bufferedAmount never falls within a task." */
-  #release(size: number): void {
+  /** `bufferedAmount` never falls within a task of the page. */
+  #lowerBufferedAmount(size: number): void {
     const fall = () => this.#bufferedAmount -= size;
     if (this.#mayBePageTask) nextTask(fall);
     else fall();
   }
 
-  /** "The client acknowledges at half a window." A part of an event counts for the next time. */
+  /** "The client acknowledges with ACK at half a window." A part of an event counts for the next time. */
   #acknowledgeWindow(partial: number): void {
     if (!this.#terms || this.#received === this.#acknowledged) return;
     if (this.#unacknowledgedBytes >= this.#terms.window / 2) {
       this.#unacknowledgedBytes = 3 * partial; // characters have up to 3 bytes
       this.#acknowledge();
     } else if (this.#body) {
-      // "On an open uplink stream also 1 s after the first unacknowledged message": free there.
+      // "On an open uplink stream 1 s after the first message that it has not acknowledged": free there.
       this.#ackTimer ??= setTimeout(() => {
         this.#ackTimer = undefined;
         if (this.#body) this.#acknowledge();
@@ -780,9 +808,9 @@ export class WebSocketSSE extends EventTarget {
     this.#ticker = setInterval(() => {
       const connection = this.#connection;
       if (connection?.reader) this.#retries = 0;
-      // "The client treats 2 heartbeats without a byte as a drop." Ticks, not clocks: after a
+      // "The client takes two intervals without a byte for a drop." Ticks, not clocks: after a
       // long pause of this process they say nothing of the network.
-      if (connection?.reader && ++connection.quietTicks > 4) this.#hangUp();
+      if (connection?.reader && ++connection.quietTicks > QUIET_TICKS) this.#hangUp();
       if (this.#body?.open && this.#body.asked && !this.#body.wroteSinceTick) {
         this.#body.write([frame("PING", EMPTY)]);
       }
@@ -798,7 +826,7 @@ export class WebSocketSSE extends EventTarget {
   }
 
   #distrust(): void {
-    if (++this.#strikes > 1) this.#fail();
+    if (++this.#damages > 1) this.#fail();
     else this.#hangUp();
   }
 
@@ -809,7 +837,7 @@ export class WebSocketSSE extends EventTarget {
       this.#transport = "post";
     }
     if (!this.#droppedAt) {
-      this.#droppedAt = Date.now();
+      this.#droppedAt = clock();
       this.#dropped();
     }
     const { resumeTimeout, heartbeatInterval } = this.#terms!;
@@ -819,10 +847,10 @@ export class WebSocketSSE extends EventTarget {
       const connection = await this.#connect({
         [ATTEMPT_HEADER]: `${++this.#attempt}`,
         "last-event-id": `${this.#received}`,
-      }, Math.min(deadline - Date.now(), patience) || 1);
+      }, Math.min(deadline - clock(), patience) || 1);
       if (connection.isFull) return connection;
       connection.end();
-      // "An instance that is not the session's own takes no streaming body." For this socket only.
+      // "A streaming body at an instance that is not the session's." For this socket only.
       if (connection.status === 411) this.#transport = "post";
       else if (!isTransient(connection.status)) break;
       else if (this.#renewing) {
@@ -839,7 +867,7 @@ export class WebSocketSSE extends EventTarget {
 
   /** Waits longer each time, and never in step with other clients. False: it is too late to try again. */
   async #pause(retries: number, deadline = Infinity): Promise<boolean> {
-    const delay = Math.min(MAX_RETRY_DELAY, 50 * 2 ** retries, deadline - Date.now());
+    const delay = Math.min(MAX_RETRY_DELAY, 50 * 2 ** retries, deadline - clock());
     if (retries && delay > 0 && !this.#ended) {
       await new Promise<void>((resolve) => {
         const wake = () => {
@@ -895,21 +923,23 @@ export class WebSocketSSE extends EventTarget {
   /** Message `number`, if it may be written now. */
   #due(number: number): Outgoing | undefined {
     const entry = this.#out[number - this.#first];
-    // "window counts encoded bytes of counted messages. A sender below it may begin one message of any size."
+    // "The client's window counts the bytes begun less the bytes handled." And "a sender below its
+    // window may begin one message of any size; at it, only control frames and CLOSE."
     const allowed = number < this.#fresh || entry?.isClose || !this.#terms ||
       this.#writtenBytes - this.#handledBytes < this.#terms.window;
     return entry?.frame && allowed ? entry : undefined;
   }
 
-  /** What may be written now, as far as it fits in the body. */
-  #take(body: Exchange, most: number): Bytes[] {
+  /** What may be written now, as far as it fits in the body; mostly one message of any size does. */
+  #take(body: Exchange, most: number, atLeastOne = true): Bytes[] {
     const parts: Bytes[] = [];
     for (;;) {
       const number = Math.max(body.next, this.#first);
       const entry = this.#due(number);
       const size = entry?.frame?.length ?? 0;
-      if (!entry || body.used && body.used + size > most) return parts;
-      // "SEQ names the next message": those before it have been acknowledged meanwhile.
+      const fits = body.used + size <= most || atLeastOne && !body.used;
+      if (!entry || !fits) return parts;
+      // SEQ is "the number of the next message in this body": those before have been acknowledged.
       if (number !== body.next) parts.push(frame("SEQ", encoder.encode(`${number}`)));
       parts.push(entry.frame!);
       body.used += size || 1; // crossws's wire has empty ones
@@ -929,7 +959,7 @@ export class WebSocketSSE extends EventTarget {
     if (!(received < this.#first + this.#out.length)) return this.#distrust();
     let size = 0;
     for (const entry of this.#out.splice(0, received - this.#first + 1)) size += entry.size;
-    this.#release(size);
+    this.#lowerBufferedAmount(size);
     this.#first = received + 1;
     this.#retries = 0;
     this.#quietWatches = 0;
@@ -937,8 +967,8 @@ export class WebSocketSSE extends EventTarget {
     if (this.#unlearned) learn(this.#url.host, this.#unlearned);
     this.#unlearned = undefined;
     if (this.#body) this.#body.confirmed = this.#streamWorked = true;
-    if (this.#readyState === CLOSING && !this.#answered) this.#awaitClose();
-    if (!this.#out.length) this.#answered?.();
+    if (this.#readyState === CLOSING && !this.#finishClose) this.#awaitClose();
+    if (!this.#out.length) this.#finishClose?.();
     this.#pump();
   }
 
@@ -953,7 +983,7 @@ export class WebSocketSSE extends EventTarget {
     if (this.#due(this.#first) && !this.#body && !this.#posted) {
       return void (this.#transport === "post" ? this.#post() : this.#stream());
     }
-    // "A control-only POST may run beside the one message POST."
+    // "A POST with control frames alone may run beside it."
     if (this.#owesControl && !this.#postedControl) this.#postControl();
   }
 
@@ -984,14 +1014,14 @@ export class WebSocketSSE extends EventTarget {
 
   // Streaming
 
-  /** "The uplink as long streaming POSTs", each renewed before it reaches what proxies cap. */
+  /** "The uplink as long streaming POSTs", one after the other. */
   async #stream(): Promise<void> {
     const body = this.#body = new Exchange(this.#first, (body) => this.#fill(body));
     const { status } = await this.#send(body);
     if (this.#ended || this.#body !== body) return; // confirmed, or ended by ourselves
     this.#endBody();
     // One that has worked was cut; one that has not may never work, or the network is down.
-    const most = this.#streamWorked ? 5 : 2;
+    const most = this.#streamWorked ? MAX_FAILURES : FIRST_FAILURES;
     if (status === 411 || status === 413 || !body.confirmed && ++this.#streamFailures > most) {
       this.#leaveTransport("post");
     } else if (isFinal(status)) return this.#fail();
@@ -1022,7 +1052,7 @@ export class WebSocketSSE extends EventTarget {
   #replaceBody(body: Exchange): void {
     this.#body = undefined;
     if (body !== this.#connection || !this.#terms!.resumeTimeout) return;
-    this.#droppedAt = Date.now();
+    this.#droppedAt = clock();
     this.#renewing = true;
     body.end();
   }
@@ -1033,12 +1063,12 @@ export class WebSocketSSE extends EventTarget {
     this.#stopWatch();
   }
 
-  /** "A stream counts as working only while every frame is confirmed as received within 3 s, the first within 1 to 2 s." */
+  /** "A stream counts as working only while every message is confirmed within 3 s, the first within 1.5 s." */
   #startWatch(): void {
     this.#watch ??= setInterval(() => {
       const body = this.#body;
       if (!body || body.next <= this.#first) return this.#stopWatch();
-      if (++this.#quietWatches < (body.confirmed ? 12 : 6)) return;
+      if (++this.#quietWatches < (body.confirmed ? PATIENCE : FIRST_PATIENCE)) return;
       this.#leaveTransport(this.#transport === "duplex" ? "stream" : "post");
       if (body === this.#connection) { // its other half is our event stream
         body.open = false;
@@ -1055,7 +1085,7 @@ export class WebSocketSSE extends EventTarget {
     this.#quietWatches = 0;
   }
 
-  /** "Each falling back to the next": for this socket, and for the origin's next ones. */
+  /** "Else it is abandoned for the next transport …. The client remembers that for the origin." */
   #leaveTransport(next: Transport): void {
     this.#transport = next;
     if ((this.#options.transport ?? "auto") === "auto") this.#unlearned = next;
@@ -1064,7 +1094,7 @@ export class WebSocketSSE extends EventTarget {
   // Posting
 
   /**
-   * "Everything queued goes in one POST, one message POST in flight, the next batch collects
+   * "All that is queued goes in one POST …. One message POST is in flight, the next batch collects
    * meanwhile." On crossws's wire one message a request.
    */
   async #post(): Promise<void> {
@@ -1075,14 +1105,14 @@ export class WebSocketSSE extends EventTarget {
       const body = concat(parts);
       const { status } = await this.#send(batch, body, POST_TIMEOUT + body.length / 8);
       if (this.#first > batch.first) since = retries = 0; // as told by the answer, or by the event stream
-      // "A 413 that is not ours (a proxy's) on a lone message is 1009 too."
+      // Whoever says 413, a proxy, too: a message that is too large alone is "also 413".
       else if (status === 413 && batch.next === batch.first + 1) {
         return this.#end(1009, "Message too large", false);
       } else if (status === 413) this.#maxBatch = batch.used >> 1;
       else if (isFinal(status) || !this.#full) return this.#fail();
       else {
         this.#ackDue = true; // what it carried may be lost
-        since ||= Date.now();
+        since ||= clock();
         const patience = this.#terms!.resumeTimeout || OPEN_TIMEOUT;
         if (!await this.#pause(++retries, since + patience)) return this.#fail();
       }
@@ -1107,7 +1137,7 @@ export class WebSocketSSE extends EventTarget {
 
   /** Sends one body and takes what its answer confirms. */
   async #send(exchange: Exchange, bytes?: Bytes, timeout?: number): Promise<Exchange> {
-    await this.#ask(exchange, {}, bytes, timeout);
+    await this.#ask(exchange, { bytes, timeout });
     const { response, first } = exchange;
     if (response) exchange.finish(); // before another is begun
     response?.body?.cancel().catch(() => {});
@@ -1121,7 +1151,7 @@ export class WebSocketSSE extends EventTarget {
 
   /** The server's close: its own, or the answer to ours. Ours goes out, then the socket is closed. */
   #onClose({ code, reason, sent }: { code: number; reason: string; sent: number }): void {
-    if (this.#ended || this.#answered) return;
+    if (this.#ended || this.#finishClose) return;
     if (!Number.isInteger(code) || typeof reason !== "string") return this.#distrust();
     const ours = this.#readyState === CLOSING;
     const wasClean = ours || this.#received === sent;
@@ -1130,24 +1160,24 @@ export class WebSocketSSE extends EventTarget {
     });
     this.#endBody();
     this.#transport = "post";
-    this.#answered = () => this.#end(code, reason, wasClean);
-    clearTimeout(this.#closeTimer);
+    this.#finishClose = () => this.#end(code, reason, wasClean);
+    clearTimeout(this.#deadline);
     // If the server cannot be told, that is no reason to keep the page waiting.
-    this.#closeTimer = setTimeout(this.#answered, CLOSE_ANSWER_TIMEOUT);
+    this.#deadline = setTimeout(this.#finishClose, CLOSE_ANSWER_TIMEOUT);
     if (!ours) this.#enqueueClose(code === 1005 ? undefined : code, encoder.encode(reason));
-    else if (!this.#out.length) this.#answered();
+    else if (!this.#out.length) this.#finishClose();
     else this.#pump();
   }
 
   /** A server that answers nothing must not hold us; one that takes what is queued has its time. */
   #awaitClose(): void {
-    clearTimeout(this.#closeTimer);
-    this.#closeTimer = setTimeout(() => this.#fail(), this.#terms!.resumeTimeout || OPEN_TIMEOUT);
+    clearTimeout(this.#deadline);
+    this.#deadline = setTimeout(() => this.#fail(), this.#terms!.resumeTimeout || OPEN_TIMEOUT);
   }
 
-  /** "Failures give error, then close 1006." */
+  /** As a WebSocket fails: `error`, then `close` with 1006; "quietly" without the former. */
   #fail(quietly = false): void {
-    if (this.#answered) this.#answered();
+    if (this.#finishClose) this.#finishClose();
     else this.#end(1006, "", false, !quietly);
   }
 
@@ -1156,7 +1186,7 @@ export class WebSocketSSE extends EventTarget {
     if (this.#ended) return;
     this.#ended = true;
     clearInterval(this.#ticker);
-    clearTimeout(this.#closeTimer);
+    clearTimeout(this.#deadline);
     clearTimeout(this.#ackTimer);
     this.#hangUp();
     for (const wake of this.#pauses) wake();
@@ -1169,14 +1199,14 @@ export class WebSocketSSE extends EventTarget {
     });
   }
 
-  /** "pagehide sends CLOSE with what is unacknowledged, keepalive, as far as its 64 KiB go." */
+  /** A page that is left sends what is unacknowledged and CLOSE, as far as 64 KiB of keepalive go. */
   #pageHides(): void {
     if (this.#ended) return;
     if (this.#terms) {
       if (this.#readyState === OPEN) this.#enqueueClose(1001, EMPTY);
       const last = new Exchange(this.#first);
-      last.used = 1; // so that the first message, too, must fit
-      this.#ask(last, {}, concat(this.#take(last, MAX_KEEPALIVE)), undefined, true);
+      const bytes = concat(this.#take(last, MAX_KEEPALIVE, false));
+      this.#ask(last, { bytes, keepalive: true });
     }
     this.#end(1001, "", false);
   }
@@ -1298,7 +1328,7 @@ class Exchange {
   end(): void {
     // Deno reports the error of a body that it has not begun to read as uncaught.
     if (!this.total) this.abort.abort();
-    // "End the body with controller.error(): an abort would deliver the part."
+    // By an error: an abort looks like the body's end to some, and would deliver a part.
     if (this.open) this.#controller.error(new Error("Abandoned"));
     this.open = false;
     this.reader?.cancel().catch(() => {});
@@ -1334,26 +1364,25 @@ class EventParser {
     }
     let at = 0;
     for (let end; (end = chunk.indexOf("\n", at)) >= 0; at = end + 1) {
-      // Most events are one line of data and an empty one, in one chunk.
-      if (
-        chunk[end + 1] === "\n" && chunk.startsWith("data: ", at) &&
-        !this.#line && this.#data === undefined
-      ) this.#emit(chunk.slice(at + 6, end++));
-      else {
-        this.#onLine(this.#line + chunk.slice(at, end));
+      if (this.#line) {
+        const line = this.#line + chunk.slice(at, end);
         this.#line = "";
-      }
+        this.#onLine(line, 0, line.length);
+      } // Most events are one line of data and an empty one, in one chunk.
+      else if (
+        chunk[end + 1] === "\n" && this.#data === undefined && chunk.startsWith("data: ", at)
+      ) this.#emit(chunk.slice(at + 6, end++));
+      else this.#onLine(chunk, at, end);
     }
     this.#line += chunk.slice(at);
   }
 
-  #onLine(line: string): void {
-    if (line === "data" || line === "event") line += ":"; // empty either way
-    if (!line) this.#emit(this.#data);
-    else if (line.startsWith("data:")) {
-      const value = line.slice(line[5] === " " ? 6 : 5);
-      this.#data = this.#data === undefined ? value : `${this.#data}\n${value}`;
-    } else if (line.startsWith("event:")) this.#type = line.slice(line[6] === " " ? 7 : 6);
+  /** Comments, and the fields `id` and `retry`, mean nothing to us. */
+  #onLine(text: string, at: number, end: number): void {
+    if (at === end) return this.#emit(this.#data);
+    const data = field("data", text, at, end);
+    if (data === undefined) this.#type = field("event", text, at, end) ?? this.#type;
+    else this.#data = this.#data === undefined ? data : `${this.#data}\n${data}`;
   }
 
   #emit(data: string | undefined): void {
@@ -1362,6 +1391,14 @@ class EventParser {
     this.#data = undefined;
     if (data !== undefined) this.#onEvent(type, data);
   }
+}
+
+/** The value of the field, where the line from `at` to `end` is one of that name. */
+function field(name: string, text: string, at: number, end: number): string | undefined {
+  if (!text.startsWith(name, at)) return;
+  at += name.length;
+  if (at === end) return "";
+  if (text[at] === ":") return text.slice(text[at + 1] === " " ? at + 2 : at + 1, end);
 }
 
 /** What we need of a stream's reader. */
@@ -1437,6 +1474,7 @@ function checkProtocols(value: string | string[]): string[] {
 }
 
 function learn(host: string, transport: Transport): void {
+  learned.delete(host); // the oldest stand first
   if (learned.size >= MAX_LEARNED) learned.delete(learned.keys().next().value!);
   learned.set(host, transport);
 }
@@ -1449,7 +1487,7 @@ function closeEvent(code: number, reason: string, wasClean: boolean): Event {
     : Object.assign(new Event("close"), init);
 }
 
-/** "The client retries on network errors, 408, 411, 425, 429 and 5xx; other statuses are final." */
+/** "The client retries on network errors, 408, 411, 425, 429 and 5xx …; any other status is final." */
 function isTransient(status: number): boolean {
   return [0, 408, 411, 425, 429].includes(status) || status >= 500;
 }
@@ -1474,6 +1512,11 @@ function speaksHTTP2(target: string): boolean {
     entry.name.startsWith(origin) &&
     /^h[23]/.test((entry as { nextHopProtocol?: string }).nextHopProtocol ?? "")
   );
+}
+
+/** Milliseconds by a clock that nobody sets. */
+function clock(): number {
+  return performance.now();
 }
 
 /** After more microtasks than a read takes that need not wait for the network. */

@@ -592,7 +592,7 @@ class Relay {
     this.response = new Promise((resolve) => this.#respond = resolve);
   }
 
-  /** "Somebody says there is no such session": anyone can, so the owner may yet contradict. */
+  /** "Anyone on the backplane can say unknown", so the owner may yet contradict. */
   doubt(): void {
     if (this.#doubt !== undefined || this.#next > 0) return;
     this.#doubt = setTimeout(() => {
@@ -677,7 +677,7 @@ class Relay {
     this.#askedOwner = false;
   }
 
-  /** "A gap or silence ends the stream, which the client resumes." */
+  /** "One that is missing for 1 s, or two timeouts of silence, ends the relayed stream." */
   tick(period: number): void {
     if (!this.#controller) return;
     this.#quiet += period;
@@ -843,7 +843,7 @@ async function digest(text: string): Promise<Bytes> {
   return new Uint8Array(await crypto.subtle.digest("SHA-256", encoder.encode(text)));
 }
 
-/** "A session is named by a hash of its token." */
+/** "A session's name is the first 16 bytes, in hex, of SHA-256." */
 async function nameOf(token: string): Promise<string> {
   return hex((await digest(`duplex-sse name ${token}`)).subarray(0, 16));
 }
@@ -898,7 +898,7 @@ class Bus {
     this.#maxMessage = Math.max(this.#maxMessage, size);
   }
 
-  /** "Pending driver publishes are bounded." */
+  /** "1024 publishes or 32 MiB that the driver has not settled." */
   get behind(): boolean {
     return this.#pending >= MAX_PENDING || this.#pendingBytes >= MAX_PENDING_BYTES;
   }
@@ -1069,7 +1069,7 @@ function isHead(head: unknown): head is Head {
 
 // --- Requests and responses ---
 
-/** The body, whole: "a body that streams is 411, so that the client falls to post". */
+/** The body, whole: one "that streams cannot be routed", but is 411. */
 async function readBody(request: Request, most: number): Promise<Bytes | Response> {
   const { body, headers, method } = request;
   if (!body || method === "GET") return EMPTY;
@@ -1123,7 +1123,7 @@ function refuse(status: number, reason: string, headers: Record<string, string> 
   });
 }
 
-/** "No answer is 503, and the client retries." */
+/** "Without an answer within 5 s the client is told 503 and tries again." */
 function unavailable(): Response {
   return refuse(503, "The session's instance does not answer", { "retry-after": "1" });
 }

@@ -109,3 +109,31 @@ test("what a cluster needs of server.ts is at most 60 lines", async () => {
   assertLessOrEqual(seam.size, 60);
   assertGreater(seam.size, 40, "the seam is somewhere else");
 });
+
+for (const file of [...files, "cluster.ts"]) {
+  test(`what ${file} quotes stands in PROTOCOL.md`, async () => {
+    const spec = normal(await read("PROTOCOL.md"));
+    const quoted = quotations(await read(file));
+    assertGreater(quoted.length, 5);
+    assertEquals(quoted.filter((part) => !spec.includes(normal(part))), []);
+  });
+}
+
+/** Sentences, and parts of some, that comments quote. */
+function quotations(code: string): string[] {
+  const comments = code.match(/\/\*\*?[^]*?\*\/|(^[ \t]*\/\/.*\n)+|\/\/.*$/gm)!
+    .filter((comment) => !comment.includes("@example"))
+    .map((comment) =>
+      comment.replace(/^\s*(\/\*\*|\*\/|\*|\/\/)\s?|\s*\*\/$/gm, "").replace(/\s+/g, " ")
+    );
+  return comments.flatMap((comment) => [...comment.matchAll(/"([^"]*)"/g)])
+    .flatMap(([, text]) => text!.split(/…|(?<=\.) /))
+    .filter((part) => part.trim().includes(" ")); // one word is a name or a value
+}
+
+function normal(text: string): string {
+  return text.replace(/\s+/g, " ").replace(/[`*_]/g, "").toLowerCase().replace(
+    /^[\s.,]+|[\s.,]+$/g,
+    "",
+  );
+}
