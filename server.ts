@@ -585,7 +585,7 @@ class Hub {
     let response: Response;
     try {
       // "Deadlines are also checked on every request": some runtimes stop timers between requests.
-      if (Date.now() >= this.#nextSweep) this.#sweep();
+      if (clock() >= this.#nextSweep) this.#sweep();
       permission = checkOrigin(request, cors);
       response = isPreflight(request, cors)
         ? preflight(request)
@@ -969,7 +969,7 @@ class Hub {
 
   #startTimer(): void {
     if (this.#nextSweep < Infinity) return;
-    this.#nextSweep = Date.now() + this.#period;
+    this.#nextSweep = clock() + this.#period;
     this.#sweepTimer = setTimeout(() => this.#sweep(), this.#period);
     // Where timers can do so, this one does not keep a process alive.
     (this.#sweepTimer as { unref?(): void }).unref?.();
@@ -978,7 +978,7 @@ class Hub {
   #sweep(): void {
     clearTimeout(this.#sweepTimer);
     this.#nextSweep = Infinity;
-    const now = Date.now();
+    const now = clock();
     for (const session of this.sessions.values()) session.tick(now);
     for (const session of this.lingering) if (now >= session.deadline) session.release();
     for (const [name, tombstone] of this.#tombstones) {
@@ -1075,7 +1075,7 @@ class Flusher {
 
   /** Publications are to be held. */
   get resting(): boolean {
-    return !!this.#held && Date.now() < this.#holdUntil;
+    return !!this.#held && clock() < this.#holdUntil;
   }
 
   /** Flushes the session once the current job has done all its sends. */
@@ -1098,14 +1098,14 @@ class Flusher {
    */
   #rest(): void {
     const held: Session[] = this.#held = [];
-    const started = Date.now();
+    const started = clock();
     this.#holdUntil = started + STALLED;
     const end = () => {
       this.#held = undefined;
       for (const session of held) session.schedule();
     };
     this.#restTimer = setTimeout(() => { // fires when the event loop is free again
-      this.#restTimer = setTimeout(end, Math.min(Date.now() - started, MAX_REST));
+      this.#restTimer = setTimeout(end, Math.min(clock() - started, MAX_REST));
     });
   }
 
@@ -1192,7 +1192,7 @@ class Session implements Receiver {
   #waiters: Set<Waiter> | undefined;
   /** Request bodies that are being read. */
   #bodies: Reader[] | undefined;
-  #lastHeard: number = Date.now();
+  #lastHeard: number = clock();
   #lastWrite = 0;
   /** The client was asked for a sign of life, and has not been heard since. */
   #pinged = false;
@@ -1243,7 +1243,7 @@ class Session implements Receiver {
       ? this.#hub.preface(this)
       : `retry: 1000\nid: ${this.key}.${received}\n` +
         (this.#hub.bidir ? `event: ${TOKEN_EVENT}\ndata: ${this.token}\n\n` : "\n");
-    this.#lastWrite = Date.now();
+    this.#lastWrite = clock();
     this.#connection = new Connection(this, encoder.encode(preface));
     return this.#connection.stream;
   }
@@ -1253,7 +1253,7 @@ class Session implements Receiver {
     if (connection !== this.#connection) return; // a newer one has taken over
     this.#connection = undefined;
     if (this.readyState === CLOSED) return this.release();
-    this.deadline = Math.min(this.deadline, Date.now() + this.#hub.resumeTimeout);
+    this.deadline = Math.min(this.deadline, clock() + this.#hub.resumeTimeout);
     if (!this.full) this.#keepHistory();
     if (this.#hub.resumeTimeout === 0) this.#finish(LOST);
     else if (!this.full && this.readyState === CLOSING) this.#finish();
@@ -1350,7 +1350,7 @@ class Session implements Receiver {
   }
 
   #write(connection: Connection, chunk: Bytes): void {
-    this.#lastWrite = Date.now();
+    this.#lastWrite = clock();
     connection.write(chunk);
   }
 
@@ -1467,7 +1467,7 @@ class Session implements Receiver {
 
   /** Any byte from the client shows that it lives. */
   heard(): void {
-    this.#lastHeard = Date.now();
+    this.#lastHeard = clock();
     this.#pinged = false;
   }
 
@@ -1619,7 +1619,7 @@ class Session implements Receiver {
   close(code: number, reason: string): void {
     if (this.readyState !== OPEN) return;
     this.#beginClose(code, reason);
-    this.deadline = Date.now() + this.#hub.closeTimeout;
+    this.deadline = clock() + this.#hub.closeTimeout;
     if (!this.full && !this.#connection) this.#finish();
   }
 
@@ -1670,7 +1670,7 @@ class Session implements Receiver {
     this.#wake();
     this.#hub.bury(this, code === LOST.code ? undefined : this.#closing);
     if (this.#connection && this.#closing) { // its last bytes are still to be taken
-      this.deadline = Date.now() + this.#hub.closeTimeout;
+      this.deadline = clock() + this.#hub.closeTimeout;
       this.#hub.linger(this);
     } else this.release();
     this.#hub.inTurn(() => {
@@ -1732,7 +1732,7 @@ class Tombstone implements Receiver {
   constructor(session: Session, ending: Ending, resumeTimeout: number) {
     this.namespace = session.namespace;
     this.ending = ending;
-    this.expires = Date.now() + resumeTimeout;
+    this.expires = clock() + resumeTimeout;
     this.received = session.received;
   }
 
@@ -2577,6 +2577,11 @@ function checkClose(code: number, reason: string): void {
   if (encoder.encode(reason).length > 123) {
     throw new RangeError("A close reason is at most 123 bytes");
   }
+}
+
+/** Milliseconds by a clock that nobody sets: time that is set must neither end sessions nor keep them. */
+function clock(): number {
+  return performance.now();
 }
 
 function numberOf(options: SSEOptions, name: keyof typeof NUMBERS): number {

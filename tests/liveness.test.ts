@@ -481,6 +481,37 @@ test("there is one timer per adapter, however many peers", async (t) => {
   assertLess(result.started, 20);
 }, { timeout: 20_000 });
 
+for (const [how, by] of Object.entries({ ahead: 3_600_000, back: -3_600_000 })) {
+  test(`a system clock that is set ${how} ends no session, and keeps none`, async (t) => {
+    const closes = new Queue<number>();
+    const { port } = await listen(t, {
+      heartbeatInterval: 200,
+      idleTimeout: 1,
+      resumeTimeout: 1_500,
+      hooks: { close: (_, { code }) => closes.push(code!) },
+    });
+    const network = t.use(await chaos(port, { seed: 1 }));
+    const { events, opened } = connect(t, `${network.url}/`, { transport: "post" });
+    await opened;
+    const { now } = Date;
+    const set = () => Date.now = () => now() + by;
+    t.defer(() => Date.now = now);
+    network.refuse(300);
+    network.cutAll("rst");
+    await until(() => events.includes("drop"));
+    set(); // while both count on its coming back
+    await until(() => events.includes("resume"));
+    Date.now = now;
+    await sleep(300, t.signal);
+    set(); // while nobody says anything
+    await sleep(1_500, t.signal);
+    assertEquals(events, ["open", "drop", "resume"]);
+    network.refuse(60_000);
+    network.cutAll("rst");
+    assertEquals(await closes.next(), 1006);
+  });
+}
+
 // ---------------------------------------------------------------- a page that is left
 
 for (
