@@ -1135,7 +1135,7 @@ class Flusher {
 /** Who takes the messages of an uplink body: a session, or what is left of one. */
 interface Receiver {
   /** The number of the last message taken. */
-  received: number;
+  readonly received: number;
   /** A body is about to be read, and has been. */
   beginBody(reader: Reader): void;
   endBody(reader: Reader): void;
@@ -1165,8 +1165,8 @@ class Session implements Receiver {
   attempt = 0;
   /** The number of the next message for the current connection. */
   next = 1;
-  /** Uplink: the number of the last message received. */
-  received = 0;
+  /** The number of the last message received. Its tombstone counts on, along with bodies that end later. */
+  readonly uplink = { received: 0 };
   /** When a session that is closing, or without a connection, ends for good. */
   deadline = Infinity;
   /** Encoded bytes of messages that no connection has been given yet. */
@@ -1220,6 +1220,10 @@ class Session implements Receiver {
     this.context = admission.context;
     this.remoteAddress = remoteAddressOf(request, runtime);
     this.peer = new ServerPeer(this, hub);
+  }
+
+  get received(): number {
+    return this.uplink.received;
   }
 
   // --- Connections ---
@@ -1485,7 +1489,7 @@ class Session implements Receiver {
   receive(type: string, payload: Bytes, size: number): void {
     if (type === "CLOSE") return this.#receiveClose(payload);
     if (this.readyState !== OPEN) { // closing: counted, so that the client can finish
-      this.received++;
+      this.uplink.received++;
       return this.#handled(size);
     }
     if (!this.#hub.bidir) throw new Refusal(403, "This server only sends", { closeCode: 1003 });
@@ -1498,7 +1502,7 @@ class Session implements Receiver {
 
   /** Gives a message to the hooks, and a promise until they have settled. */
   #deliver(data: string | Bytes, size: number): Promise<void> | undefined {
-    this.received++;
+    this.uplink.received++;
     const pending = this.callHooks("message", new ServerMessage(this.peer, data));
     if (!pending) return void this.#handled(size);
     this.#unhandledBytes += size;
@@ -1645,7 +1649,7 @@ class Session implements Receiver {
     if (payload.length && !isCloseCode(code)) {
       throw new Refusal(400, "Invalid close code", { closeCode: 1002 });
     }
-    this.received++;
+    this.uplink.received++;
     this.#acknowledge();
     // The client takes no more messages, so none that it has not got is missing.
     if (this.readyState === OPEN) this.#beginClose(code, reason, this.#written);
@@ -1727,13 +1731,17 @@ class Tombstone implements Receiver {
   readonly namespace: string;
   readonly ending: Ending;
   readonly expires: number;
-  received: number;
+  readonly #uplink: { received: number };
 
   constructor(session: Session, ending: Ending, resumeTimeout: number) {
     this.namespace = session.namespace;
     this.ending = ending;
     this.expires = clock() + resumeTimeout;
-    this.received = session.received;
+    this.#uplink = session.uplink;
+  }
+
+  get received(): number {
+    return this.#uplink.received;
   }
 
   beginBody(): void {}
@@ -1743,7 +1751,7 @@ class Tombstone implements Receiver {
   heard(): void {}
 
   receive(): void {
-    this.received++;
+    this.#uplink.received++;
   }
 
   control(): void {}

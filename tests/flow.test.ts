@@ -706,6 +706,33 @@ for (const full of [true, false]) {
   });
 }
 
+test("what comes in one body with the message that ends a session by 1013 counts, so that CLOSE follows it", async (t) => {
+  const ws = adapter(t, {
+    bidir: true,
+    maxBufferedAmount: 10,
+    hooks: { message: (peer) => void peer.send("x".repeat(20)) },
+  });
+  const url = "http://localhost/";
+  const headers = { accept: "text/event-stream", "x-duplex-version": "1" };
+  const response = await ws.fetch(new Request(url, { headers })); // and nobody reads
+  const post = (seq: number, body: string) =>
+    ws.fetch(
+      new Request(url, {
+        method: "POST",
+        headers: {
+          "content-type": "application/websocket-events",
+          "x-crossws-id": response.headers.get("x-crossws-id")!,
+          "x-duplex-seq": `${seq}`,
+        },
+        body,
+      }),
+    );
+  const { status, headers: answer } = await post(1, "TEXT 2\r\nhi\r\n".repeat(5));
+  assertEquals([status, answer.get("x-duplex-received")], [204, "5"]);
+  assertEquals((await post(6, "CLOSE\r\n")).status, 204);
+  assert((await response.text()).includes(`"code":1013`));
+});
+
 test("a plain body is paused while hooks are behind by a window, and goes on once they are not", async (t) => {
   const held = deferred();
   const taken: string[] = [];
