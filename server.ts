@@ -252,7 +252,7 @@ export interface Peer<Context = PeerContext> {
   readonly websocket: PeerWebSocket;
   /** All open peers of the namespace. */
   readonly peers: Set<Peer>;
-  /** The topics that this peer is subscribed to. */
+  /** The topics that this peer is subscribed to: a copy, of which changes are no subscriptions. */
   readonly topics: Set<string>;
   /** Encoded bytes not yet given to the connection. */
   readonly bufferedAmount: number;
@@ -1796,7 +1796,7 @@ class ServerPeer implements Peer {
   }
 
   get topics(): Set<string> {
-    return this.#session.topics;
+    return new Set(this.#session.topics); // one that is changed would hide a subscription from its end
   }
 
   get bufferedAmount(): number {

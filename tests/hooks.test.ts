@@ -837,6 +837,28 @@ test("subscribe, unsubscribe and publish: everyone else in the namespace who lis
   assertEquals(ws.peers.get("/a"), new Set([one, two, three]));
 });
 
+test("who changes the set of topics ends no subscription behind the server's back", async (t) => {
+  const peers: Peer[] = [];
+  const ws = sseAdapter({
+    hooks: {
+      open(peer) {
+        peers.push(peer);
+        peer.subscribe("news");
+      },
+    },
+  });
+  t.defer(() => ws.close());
+  t.use(await WirePeer.open(ws.fetch, "http://localhost/"));
+  const [peer] = peers as [Peer];
+  peer.topics.clear();
+  assertEquals([...peer.topics], ["news"]);
+  ws.publish("news", "still subscribed");
+  assertGreater(peer.bufferedAmount, 0);
+  peer.unsubscribe("news");
+  assertEquals(peer.topics, new Set());
+  peer.terminate();
+});
+
 test("adapter.publish reaches one namespace, or all of them", async (t) => {
   const { url, ws } = await listen(t, {
     hooks: {
