@@ -782,7 +782,8 @@ class Hub {
     for (const hooks of admission.hooks) {
       try {
         const result = await hooks.upgrade?.(request);
-        if (!result) continue;
+        // An arrow function may give anything, as `(request) => seen.push(request.url)` does.
+        if (!result || typeof result !== "object") continue;
         if (result instanceof Response || "response" in result) throw result;
         if (result.namespace) admission.namespace = result.namespace;
         if (result.context) Object.assign(admission.context, result.context);

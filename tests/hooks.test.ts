@@ -243,6 +243,13 @@ test("an upgrade hook's answer { handled: true } is ignored, as there is no sock
 
 // ---------------------------------------------------------------- namespaces
 
+test("an upgrade hook that answers with what says nothing lets the peer in, as in crossws", async (t) => {
+  for (const answer of [true, false, 1, "yes", null]) {
+    const { url } = await listen(t, { hooks: { upgrade: () => answer as never } });
+    await connect(t, url).opened;
+  }
+});
+
 test("the namespace is the URL's path, or getNamespace's, or upgrade's: the last wins", async (t) => {
   const seen = new Queue<string>();
   const plain = await listen(t, { hooks: { open: (peer) => seen.push(peer.namespace) } });
