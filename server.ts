@@ -684,7 +684,7 @@ class Hub {
     const preface = this.preface({
       token: wire.token!,
       protocol: "",
-      received: tombstone.received,
+      received: tombstone.uplink.received,
       next: wire.lastEventId! + 1,
       attempt: wire.attempt!,
       heartbeatInterval: this.heartbeatInterval,
@@ -727,7 +727,7 @@ class Hub {
       session?.close(refusal.closeCode, refusal.message);
     }
     const response = refusal?.response() ?? new Response(null, { status: 204 });
-    response.headers.set(RECEIVED_HEADER, String(receiver.received));
+    response.headers.set(RECEIVED_HEADER, String(receiver.uplink.received));
     return response;
   }
 
@@ -985,6 +985,7 @@ class Hub {
     for (const [name, tombstone] of this.#tombstones) {
       if (now < tombstone.expires) break; // they were laid in the order of their expiry
       this.#tombstones.delete(name);
+      tombstone.uplink.release();
     }
     if (this.sessions.size || this.lingering.size || this.#tombstones.size) this.#startTimer();
   }
@@ -1135,17 +1136,36 @@ class Flusher {
 
 /** Who takes the messages of an uplink body: a session, or what is left of one. */
 interface Receiver {
-  /** The number of the last message taken. */
-  readonly received: number;
-  /** A body is about to be read, and has been. */
-  beginBody(reader: Reader): void;
-  endBody(reader: Reader): void;
+  readonly uplink: Uplink;
   /** A body has brought bytes. */
   heard(): void;
   /** Takes message `received + 1`; `size` is that of its encoded frame. The payload is lent for the call. */
   receive(type: string, payload: Bytes, size: number): void;
   /** Takes a frame that has no number; its payload is lent, too. */
   control(type: string, payload: Bytes): void;
+}
+
+/** What a session has been sent. Its tombstone goes on with it, as bodies do that end later. */
+class Uplink {
+  /** The number of the last message taken. */
+  received = 0;
+  /** Request bodies that are being read. */
+  #bodies: Reader[] | undefined;
+
+  /** "At most two bodies of a session are read at once; a third ends the oldest." */
+  begin(reader: Reader): void {
+    const bodies = this.#bodies ??= [];
+    if (bodies.push(reader) > MAX_BODIES) bodies.shift()!.cancel().catch(() => {});
+  }
+
+  end(reader: Reader): void {
+    const at = this.#bodies!.indexOf(reader);
+    if (at >= 0) this.#bodies!.splice(at, 1);
+  }
+
+  release(): void {
+    for (const reader of this.#bodies?.splice(0) ?? []) reader.cancel().catch(() => {});
+  }
 }
 
 /** A client's state, which outlives its connections. */
@@ -1166,8 +1186,7 @@ class Session implements Receiver {
   attempt = 0;
   /** The number of the next message for the current connection. */
   next = 1;
-  /** The number of the last message received. Its tombstone counts on, along with bodies that end later. */
-  readonly uplink = { received: 0 };
+  readonly uplink: Uplink = new Uplink();
   /** When a session that is closing, or without a connection, ends for good. */
   deadline = Infinity;
   /** Encoded bytes of messages that no connection has been given yet. */
@@ -1191,8 +1210,6 @@ class Session implements Receiver {
   /** Something had to wait, and `drain` is yet to be called. */
   #clogged = false;
   #waiters: Set<Waiter> | undefined;
-  /** Request bodies that are being read. */
-  #bodies: Reader[] | undefined;
   #lastHeard: number = clock();
   #lastWrite = 0;
   /** The client was asked for a sign of life, and has not been heard since. */
@@ -1280,7 +1297,7 @@ class Session implements Receiver {
   release(): void {
     this.#disconnect();
     this.#hub.lingering.delete(this);
-    for (const reader of this.#bodies?.splice(0) ?? []) reader.cancel().catch(() => {});
+    this.uplink.release();
   }
 
   // --- Sending ---
@@ -1458,17 +1475,6 @@ class Session implements Receiver {
   }
 
   // --- Receiving ---
-
-  /** "At most two bodies of a session are read at once; a third ends the oldest." */
-  beginBody(reader: Reader): void {
-    const bodies = this.#bodies ??= [];
-    if (bodies.push(reader) > MAX_BODIES) bodies.shift()!.cancel().catch(() => {});
-  }
-
-  endBody(reader: Reader): void {
-    const at = this.#bodies!.indexOf(reader);
-    if (at >= 0) this.#bodies!.splice(at, 1);
-  }
 
   /** Any byte from the client shows that it lives. */
   heard(): void {
@@ -1732,27 +1738,19 @@ class Tombstone implements Receiver {
   readonly namespace: string;
   readonly ending: Ending;
   readonly expires: number;
-  readonly #uplink: { received: number };
+  readonly uplink: Uplink;
 
   constructor(session: Session, ending: Ending, resumeTimeout: number) {
     this.namespace = session.namespace;
     this.ending = ending;
     this.expires = clock() + resumeTimeout;
-    this.#uplink = session.uplink;
+    this.uplink = session.uplink;
   }
-
-  get received(): number {
-    return this.#uplink.received;
-  }
-
-  beginBody(): void {}
-
-  endBody(): void {}
 
   heard(): void {}
 
   receive(): void {
-    this.#uplink.received++;
+    this.uplink.received++;
   }
 
   control(): void {}
@@ -2126,6 +2124,7 @@ async function readUplink(
   receiver: Receiver,
   maxMessageSize: number,
 ): Promise<unknown> {
+  const { uplink } = receiver;
   let number = seq;
   const parser = new UplinkParser(maxMessageSize, (type, payload, size) => {
     // "The number of the next message in this body, forward only": the client need not repeat
@@ -2142,8 +2141,8 @@ async function readUplink(
     if (number === undefined) throw new Refusal(400, `Missing ${SEQ_HEADER}`, { closeCode: 1002 });
     // "Overlap is normal: the server skips what it has, decided at the moment a frame is complete.
     // A gap means damage."
-    if (number > receiver.received + 1) throw new Refusal(409, "Messages are missing");
-    if (number++ === receiver.received + 1) receiver.receive(type, payload, size);
+    if (number > uplink.received + 1) throw new Refusal(409, "Messages are missing");
+    if (number++ === uplink.received + 1) receiver.receive(type, payload, size);
   });
   return await readBody(readerOf(body), receiver, (chunk) => parser.push(chunk))
     .catch((error: unknown) => error);
@@ -2155,7 +2154,8 @@ async function readBody(
   receiver: Receiver,
   take: (chunk: Bytes) => Promise<void> | void,
 ): Promise<void> {
-  receiver.beginBody(reader);
+  const { uplink } = receiver;
+  uplink.begin(reader);
   try {
     for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
       receiver.heard();
@@ -2166,7 +2166,7 @@ async function readBody(
     reader.cancel().catch(() => {}); // nobody will read the rest
     throw error;
   } finally {
-    receiver.endBody(reader);
+    uplink.end(reader);
   }
 }
 

@@ -2,7 +2,7 @@
  * What a server says to bytes, headers and hooks that are wrong: the status or
  * close code, that the server goes on serving others, and that no peer is left.
  */
-import { assert, assertEquals, deferred, rawRequest, test } from "./harness.ts";
+import { assert, assertEquals, deferred, rawRequest, test, until } from "./harness.ts";
 import {
   closePayload,
   frame,
@@ -278,6 +278,26 @@ test("a third body of a session ends the oldest", (t) =>
     peer.seq = 4;
     assertEquals(await peer.close(), 204); // ends the other two with the session
     for (const rest of [second, third]) assertEquals((await rest).status, 204);
+  }));
+
+test("of a session that has closed no more bodies are read at once, and none beyond its tombstone", (t) =>
+  misuse(t, async (scene) => {
+    const peer = await scene.open();
+    assertEquals(await peer.close(), 204);
+    const headers = { ...UPLINK, "x-crossws-id": peer.token, "x-duplex-seq": "2" };
+    let cancelled = 0;
+    const answers: Promise<Response>[] = [];
+    for (let i = 0; i < 5; i++) {
+      const body = streamOf(["BINARY 10\r\n", "part"], {
+        open: true,
+        cancelled: () => cancelled++,
+      });
+      answers.push(scene.ws.fetch(post(scene.url, headers, body)));
+    }
+    await until(() => cancelled >= 3);
+    assertEquals(cancelled, 3);
+    const statuses = (await Promise.all(answers)).map(({ status }) => status); // the tombstone ends
+    assertEquals([statuses, cancelled], [Array(5).fill(204), 5]);
   }));
 
 test("a client that overruns the window by more than one message is closed with 1008", (t) =>
