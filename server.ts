@@ -251,7 +251,7 @@ export interface Peer<Context = PeerContext> {
   /** The WebSocket's face of this peer. */
   readonly websocket: PeerWebSocket;
   /** All open peers of the namespace. */
-  readonly peers: Set<Peer>;
+  readonly peers: Set<Peer<Context>>;
   /** The topics that this peer is subscribed to: a copy, of which changes are no subscriptions. */
   readonly topics: Set<string>;
   /** Encoded bytes not yet given to the connection. */

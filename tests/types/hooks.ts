@@ -87,6 +87,7 @@ sseAdapter({
       const level: number = peer.context.level;
       // @ts-expect-error: upgrade returns no such thing
       void [user, level, peer.context.admin];
+      for (const other of peer.peers) other.context.user.toUpperCase();
     },
     message(peer, message) {
       peer.send(`${peer.context.user.toUpperCase()}: ${message.text()}`);
