@@ -62,6 +62,8 @@ const ANSWER_TIMEOUT = 5_000;
 /** Besides 1 s for every 8 KiB. */
 const POST_TIMEOUT = 15_000;
 const CLOSE_ANSWER_TIMEOUT = 3_000;
+/** The most of any term: timers cannot wait longer, in ms. */
+const MAX_TERM = 2 ** 31 - 1;
 const ACK_DELAY = 1_000;
 /** Messages that an open uplink stream leaves unacknowledged, short of half a window or that time. */
 const ACK_EVERY = 32;
@@ -70,7 +72,11 @@ const MAX_PONGS = 16;
 /** Half heartbeats without a byte, after which a stream is taken for dropped. */
 const QUIET_TICKS = 4;
 const WATCH_PERIOD = 250;
-/** Watches without a confirmation, after which a stream is left: at first, and once it has worked. */
+/**
+ * Watches without a confirmation, after which a stream is left: while it is not even read (it may
+ * wait for the page's `headers`), at first, and once it has worked.
+ */
+const UNREAD_PATIENCE = 60;
 const FIRST_PATIENCE = 6;
 const PATIENCE = 12;
 /** Streams in a row that end unconfirmed, after which another transport is taken, likewise. */
@@ -315,7 +321,7 @@ export class WebSocketSSE extends EventTarget {
       typeof init === "object" && init && !(Symbol.iterator in init)
         ? init
         : { protocols: init as string };
-    this.#url = parseURL(String(url));
+    this.#url = parseURL(`${url}`); // as Web IDL has it, no symbol
     this.#protocols = checkProtocols(options.protocols ?? []);
     this.#options = options;
     const target = new URL(this.#url);
@@ -419,13 +425,18 @@ export class WebSocketSSE extends EventTarget {
         throw new DOMException(`Close code ${code} may not be used`, "InvalidAccessError");
       }
     }
-    const text = encoder.encode(String(reason));
+    const text = encoder.encode(`${reason}`);
     if (text.length > 123) throw new DOMException("The reason is over 123 bytes", "SyntaxError");
     if (this.#readyState >= CLOSING) return;
     const connecting = this.#readyState === CONNECTING;
     this.#readyState = CLOSING;
     if (this.#ended || this.#finishClose) return; // `close` is on its way
-    if (connecting || !this.#full) return this.#fail(!connecting);
+    if (connecting || !this.#full && !this.#out.length) return this.#fail(!connecting);
+    if (!this.#full) { // crossws's wire has no close: what was sent before is all that can go
+      this.#finishClose = () => this.#end(1006, "", false, false);
+      this.#deadline = setTimeout(this.#finishClose, OPEN_TIMEOUT);
+      return;
+    }
     this.#enqueueClose(code ?? (text.length ? 1000 : undefined), text);
     this.#awaitClose();
   }
@@ -718,8 +729,8 @@ export class WebSocketSSE extends EventTarget {
     const { next, attempt, received, window, heartbeatInterval, resumeTimeout } = terms;
     if (
       next !== this.#received + 1 || attempt !== this.#attempt ||
-      [received, window, heartbeatInterval, resumeTimeout]
-        .some((number) => !Number.isFinite(number) || number < 0)
+      !(received >= 0 && heartbeatInterval >= 1) ||
+      [window, heartbeatInterval, resumeTimeout].some((term) => !(term >= 0 && term <= MAX_TERM))
     ) return this.#distrust();
     const opening = !this.#terms;
     this.#terms = terms;
@@ -810,7 +821,9 @@ export class WebSocketSSE extends EventTarget {
       if (connection?.reader) this.#retries = 0;
       // "The client takes two intervals without a byte for a drop." Ticks, not clocks: after a
       // long pause of this process they say nothing of the network.
-      if (connection?.reader && ++connection.quietTicks > QUIET_TICKS) this.#hangUp();
+      // Nor while the page is behind: then nothing is read.
+      const reads = connection?.reader && !this.#inbox.length;
+      if (reads && ++connection.quietTicks > QUIET_TICKS) this.#hangUp();
       if (this.#body?.open && this.#body.asked && !this.#body.wroteSinceTick) {
         this.#body.write([frame("PING", EMPTY)]);
       }
@@ -956,7 +969,7 @@ export class WebSocketSSE extends EventTarget {
   #confirm(received: number): void {
     if (this.#ended) return; // an answer that was on its way
     if (received < this.#first) return this.#pump();
-    if (!(received < this.#first + this.#out.length)) return this.#distrust();
+    if (!(received < this.#fresh)) return this.#distrust(); // it was never sent
     let size = 0;
     for (const entry of this.#out.splice(0, received - this.#first + 1)) size += entry.size;
     this.#lowerBufferedAmount(size);
@@ -1017,6 +1030,7 @@ export class WebSocketSSE extends EventTarget {
   /** "The uplink as long streaming POSTs", one after the other. */
   async #stream(): Promise<void> {
     const body = this.#body = new Exchange(this.#first, (body) => this.#fill(body));
+    this.#startWatch(); // it may never be read
     const { status } = await this.#send(body);
     if (this.#ended || this.#body !== body) return; // confirmed, or ended by ourselves
     this.#endBody();
@@ -1035,7 +1049,9 @@ export class WebSocketSSE extends EventTarget {
 
   /** Gives a streaming body what is due, when its reader has asked. */
   #fill(body: Exchange): void {
-    if (!body.open || !body.asked) return;
+    if (!body.open) return;
+    if (body === this.#body && this.#due(this.#first)) this.#startWatch();
+    if (!body.asked) return;
     if (body !== this.#body) { // a duplex request whose answer is still to come
       if (!body.total) body.write([frame("PING", EMPTY)]); // some fetches send no header before a byte
       return;
@@ -1044,8 +1060,7 @@ export class WebSocketSSE extends EventTarget {
     if (parts.length) body.write(parts);
     // The body has had its share: what follows goes in another, once this one is confirmed.
     if (this.#due(Math.max(body.next, this.#first))) body.finish();
-    if (body.next > this.#first) this.#startWatch();
-    else if (!body.open) this.#pump();
+    if (!body.open && body.next <= this.#first) this.#pump();
   }
 
   /** A duplex request is replaced as a whole: its resumption, which nobody notices, brings another. */
@@ -1067,8 +1082,9 @@ export class WebSocketSSE extends EventTarget {
   #startWatch(): void {
     this.#watch ??= setInterval(() => {
       const body = this.#body;
-      if (!body || body.next <= this.#first) return this.#stopWatch();
-      if (++this.#quietWatches < (body.confirmed ? PATIENCE : FIRST_PATIENCE)) return;
+      if (!body || !this.#due(this.#first)) return this.#stopWatch();
+      const patience = body.confirmed ? PATIENCE : body.total ? FIRST_PATIENCE : UNREAD_PATIENCE;
+      if (++this.#quietWatches < patience) return;
       this.#leaveTransport(this.#transport === "duplex" ? "stream" : "post");
       if (body === this.#connection) { // its other half is our event stream
         body.open = false;
@@ -1108,10 +1124,13 @@ export class WebSocketSSE extends EventTarget {
       // Whoever says 413, a proxy, too: a message that is too large alone is "also 413".
       else if (status === 413 && batch.next === batch.first + 1) {
         return this.#end(1009, "Message too large", false);
-      } else if (status === 413) this.#maxBatch = batch.used >> 1;
-      else if (isFinal(status) || !this.#full) return this.#fail();
+      } else if (isFinal(status) && status !== 413 || !this.#full) return this.#fail();
       else {
         this.#ackDue = true; // what it carried may be lost
+        if (status === 413) {
+          this.#maxBatch = batch.used >> 1;
+          continue;
+        }
         since ||= clock();
         const patience = this.#terms!.resumeTimeout || OPEN_TIMEOUT;
         if (!await this.#pause(++retries, since + patience)) return this.#fail();
@@ -1445,16 +1464,22 @@ function frame(type: string, payload: Bytes): Bytes {
 function toMessage(data: unknown): string | Bytes | Blob {
   if (data instanceof Blob) return data;
   if (ArrayBuffer.isView(data)) {
+    if (!data.byteLength) return EMPTY; // the buffer may have gone elsewhere, which is no error
     return new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
   }
   // Shared ones are not everywhere, and those of another realm are of another class.
   const isBuffer = Object.prototype.toString.call(data).endsWith("ArrayBuffer]");
-  return isBuffer ? new Uint8Array(data as ArrayBuffer) : String(data);
+  if (!isBuffer) return `${data}`;
+  return (data as ArrayBuffer).byteLength ? new Uint8Array(data as ArrayBuffer) : EMPTY;
 }
 
 function parseURL(value: string): URL {
   try {
-    const url = new URL(value, (globalThis as { location?: { href: string } }).location?.href);
+    const { document, location } = globalThis as {
+      document?: { baseURI?: string };
+      location?: { href: string };
+    };
+    const url = new URL(value, document?.baseURI ?? location?.href);
     if (/^(http|ws)s?:[^#]*$/.test(url.href)) return url;
   } catch {
     // told below
@@ -1463,7 +1488,7 @@ function parseURL(value: string): URL {
 }
 
 function checkProtocols(value: string | string[]): string[] {
-  const protocols = typeof value === "object" ? [...value].map(String) : [String(value)];
+  const protocols = typeof value === "object" ? [...value].map((name) => `${name}`) : [`${value}`];
   if (
     new Set(protocols.map((name) => name.toLowerCase())).size < protocols.length ||
     protocols.some((name) => !/^[\w!#-'*+.^`|~-]+$/.test(name))

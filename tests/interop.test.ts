@@ -131,6 +131,7 @@ test(
 /** Serves crossws's adapter, and counts what its hooks are told. */
 async function listenCrossws(t: TestContext, bidir: boolean) {
   const calls: string[] = [];
+  const heard: string[] = [];
   const adapter = crosswsAdapter({
     bidir,
     hooks: {
@@ -138,12 +139,15 @@ async function listenCrossws(t: TestContext, bidir: boolean) {
         calls.push("open");
         peer.send("Welcome");
       },
-      message: (peer, message) => void peer.send(`echo ${message.text()}`),
+      message(peer, message) {
+        heard.push(message.text());
+        peer.send(`echo ${message.text()}`);
+      },
       close: () => void calls.push("close"),
     },
   });
   const { url } = await t.serve((request) => adapter.fetch(request));
-  return { url, adapter, calls };
+  return { url, adapter, calls, heard };
 }
 
 for (const transport of ["auto", "duplex", "stream", "post"] as const) {
@@ -183,6 +187,18 @@ test("empty messages go by requests of their own on the plain level, too", async
   assertEquals(await bodies.take(5), sent);
   await until(() => socket.bufferedAmount === 0);
   assertEquals(bodies.left, 0);
+});
+
+test("what was sent before close goes out before it, on the plain level, too", async (t) => {
+  const { url, heard } = await listenCrossws(t, true);
+  const { socket, opened, closed, events } = connect(t, url, { transport: "post" });
+  await opened;
+  for (const text of ["one", "two", "three"]) socket.send(text);
+  socket.close();
+  assertEquals(socket.readyState, 2);
+  assertEquals((await closed).code, 1006);
+  assertEquals(heard, ["one", "two", "three"]);
+  assertEquals(events, ["open", "close"]);
 });
 
 test("our client is closed while crossws's adapter answers: the answer does no harm", async (t) => {

@@ -436,6 +436,85 @@ for (const [what, { wrong }] of Object.entries(DAMAGE)) {
   });
 }
 
+test("an acknowledgement of what still waits for the window is damage, and loses nothing", async (t) => {
+  const { server, socket, events } = await scriptedClient(t, { window: 10 });
+  socket.send("longer than the window");
+  socket.send("not sent yet");
+  const asked = await server.next();
+  assertEquals(asked.body, text("longer than the window"));
+  asked.respond(204, { "x-duplex-received": "2" });
+  const again = (await server.next()).stream({ received: 1, window: 10 });
+  t.defer(() => again.end());
+  again.write("event: duplex-ack\ndata: 1 100\n\n");
+  const control = await server.next();
+  assertEquals(control.body, ack(0));
+  control.respond(204, { "x-duplex-received": "1" });
+  const second = await server.next();
+  assertEquals([second.headers.get("x-duplex-seq"), second.body], ["2", text("not sent yet")]);
+  second.respond(204, { "x-duplex-received": "2" });
+  await until(() => socket.bufferedAmount === 0);
+  assertEquals(events, ["open", "drop", "resume"]);
+});
+
+test("an acknowledgement that went with a batch that was too large goes again", async (t) => {
+  const { server, socket, stream } = await scriptedClient(t);
+  stream.write("data: 1\n\n");
+  await once(socket, "message");
+  socket.send("one");
+  socket.send("two");
+  const asked = await server.next();
+  assertEquals(asked.body, ack(1) + text("one") + text("two"));
+  asked.respond(413);
+  const again = await server.next();
+  assertEquals(again.body, ack(1) + text("one"));
+  again.respond(204, { "x-duplex-received": "1" });
+  (await server.next()).respond(204, { "x-duplex-received": "2" });
+  await until(() => socket.bufferedAmount === 0);
+});
+
+test("a page that is slow with its messages is no silence of the network", async (t) => {
+  const { server, socket, stream, events } = await scriptedClient(t, { heartbeatInterval: 40 });
+  let got = 0;
+  socket.onmessage = () => {
+    for (const end = performance.now() + 10; performance.now() < end;);
+    got++;
+  };
+  const beats = setInterval(() => stream.write(":\n\n"), 10);
+  t.defer(() => clearInterval(beats));
+  stream.write("data: x\n\n".repeat(40));
+  await until(() => got === 40);
+  await sleep(50);
+  assertEquals([events.filter((event) => event !== "x"), server.asked], [["open"], []]);
+});
+
+test("a stream that is never read is left for post", async (t) => {
+  const { setInterval } = globalThis;
+  t.defer(() => globalThis.setInterval = setInterval);
+  globalThis.setInterval = ((task: () => void, ms: number) => setInterval(task, ms / 20)) as never;
+  const server = new ScriptedServer();
+  const { socket } = connect(
+    t,
+    "http://scripted.test/",
+    "stream",
+    ((url, init) => {
+      if (!(init!.body instanceof ReadableStream)) return server.fetch(String(url), init);
+      return new Promise((_, reject) => {
+        init!.signal!.addEventListener("abort", () => reject(new Error("Aborted")));
+      });
+    }) as typeof fetch,
+  );
+  const stream = (await server.next()).stream();
+  t.defer(() => stream.end());
+  const beats = setInterval(() => stream.write(":\n\n"), 20);
+  t.defer(() => clearInterval(beats));
+  await once(socket, "open");
+  socket.send("hello");
+  const asked = await server.next();
+  assertEquals([asked.body, socket.transport], [ack(0) + text("hello"), "post"]);
+  asked.respond(204, { "x-duplex-received": "1" });
+  await until(() => socket.bufferedAmount === 0);
+});
+
 for (const name of ["next", "attempt"] as const) {
   test(`a resumed stream with another \`${name}\` is resumed once more, then closed with 1006`, async (t) => {
     const { server, stream, events, closed } = await scriptedClient(t);

@@ -345,6 +345,12 @@ const refusals: [string, () => Response][] = [
   ["a message before duplex-open", () => new Response("data: x\n\n" + opening({}), full)],
   ["garbage in duplex-open", () => new Response("event: duplex-open\ndata: {\n\n", full)],
   ["numbers that do not fit", () => new Response(opening({ next: 2 }), full)],
+  ["a heartbeat of no time", () => new Response(opening({ heartbeatInterval: 0 }), full)],
+  [
+    "a heartbeat that no timer waits for",
+    () => new Response(opening({ heartbeatInterval: 1e12 }), full),
+  ],
+  ["a patience that no timer has", () => new Response(opening({ resumeTimeout: 1e12 }), full)],
   ["a subprotocol that was not offered", () => new Response(opening({ protocol: "b" }), full)],
 ];
 

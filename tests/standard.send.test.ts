@@ -138,6 +138,26 @@ contract("bytes are copied by send: later changes do not show", async (t, target
   assertEquals(got, [[1, 2, 3], [9, 9, 9], [7, 7]]);
 });
 
+contract("buffers that have gone elsewhere are no error, and empty", async (t, target) => {
+  const connecting = target.socket(t, "ws://127.0.0.1:1/");
+  const gone = () => {
+    const bytes = new Uint8Array([1, 2, 3]);
+    structuredClone(bytes.buffer, { transfer: [bytes.buffer] });
+    return bytes;
+  };
+  for (const data of [gone(), gone().buffer]) {
+    assertThrows(() => connecting.send(data), DOMException, "", "InvalidStateError");
+  }
+  const socket = await open(t, target);
+  socket.binaryType = "arraybuffer";
+  const received = messages(socket, 3);
+  for (const data of [gone(), gone().buffer, "last"]) socket.send(data);
+  const got = (await received).map((data) =>
+    typeof data === "string" ? data : (data as ArrayBuffer).byteLength
+  );
+  assertEquals(got, [0, 0, "last"]);
+});
+
 contract("a Blob keeps its place between the messages around it", async (t, target) => {
   const socket = await open(t, target);
   socket.binaryType = "arraybuffer";

@@ -325,6 +325,23 @@ test("a relative URL is relative to the page, where there is one", async (t) => 
   await once(socket, "open");
 });
 
+test("in a page, a relative URL is relative to what the document says", async (t) => {
+  const url = await serveSSE(t);
+  const page = globalThis as { document?: unknown };
+  page.document = { baseURI: `${url}/based/` };
+  t.defer(() => void delete page.document);
+  assertEquals(connect(t, "room", { stream: false }).url, `${url}/based/room`);
+});
+
+contract("a symbol is no URL, subprotocol or reason", (t, target) => {
+  const symbol = Symbol("x") as unknown as string;
+  assertThrows(() => target.socket(t, symbol), TypeError);
+  assertThrows(() => target.socket(t, NOWHERE, [symbol]), TypeError);
+  const socket = target.socket(t, NOWHERE);
+  assertThrows(() => socket.close(1000, symbol), TypeError);
+  assertEquals(socket.readyState, 0);
+}, { notNative: { bun: "Bun takes the reason" } });
+
 test("credentials of the URL become Authorization, and leave the URL that is requested", async (t) => {
   const seen: [string, string | null][] = [];
   const url = await serveSSE(t, {
