@@ -52,6 +52,8 @@ const MAX_BODY = 512 * 1024;
 const READ_SIZE = 16 * 1024;
 /** Characters of one event: a stream that never ends its line must not fill the memory. */
 const MAX_EVENT = 128 * 1024 * 1024;
+/** What acknowledgement and answers to pings may take at once. */
+const MAX_CONTROL = 4 * 1024;
 /** What browsers let a page send while it is being left. */
 const MAX_KEEPALIVE = 60 * 1024;
 const OPEN_TIMEOUT = 30_000;
@@ -1056,10 +1058,14 @@ export class WebSocketSSE extends EventTarget {
       if (!body.total) body.write([frame("PING", EMPTY)]); // some fetches send no header before a byte
       return;
     }
-    const parts = [...this.#takeControl(), ...this.#take(body, MAX_BODY)];
+    // Where much is received, what is no message adds up, too.
+    const control = body.total - body.used;
+    const parts = [...this.#takeControl(), ...this.#take(body, MAX_BODY - control)];
     if (parts.length) body.write(parts);
     // The body has had its share: what follows goes in another, once this one is confirmed.
-    if (this.#due(Math.max(body.next, this.#first))) body.finish();
+    if (this.#due(Math.max(body.next, this.#first)) || body.total > MAX_BODY - MAX_CONTROL) {
+      body.finish();
+    }
     if (!body.open && body.next <= this.#first) this.#pump();
   }
 

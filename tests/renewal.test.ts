@@ -3,8 +3,17 @@
  * that nobody is to notice, since the network did nothing wrong.
  */
 import type { SSEOptions } from "../server.ts";
-import { assert, assertEquals, assertLessOrEqual, test, type TestContext } from "./harness.ts";
+import {
+  assert,
+  assertEquals,
+  assertGreater,
+  assertLessOrEqual,
+  test,
+  type TestContext,
+  until,
+} from "./harness.ts";
 import { type Around, connect, type Connected, listen } from "./pair.ts";
+import { ScriptedServer } from "./session.ts";
 
 const SIZE = 20_000;
 const COUNT = 100;
@@ -96,3 +105,47 @@ test("a message over 512 KiB goes alone, in a request that is renewed once for i
   assertEquals(events, ["open"]);
   assertLessOrEqual(requests.length, 3);
 });
+
+for (const transport of ["duplex", "stream"] as const) {
+  test(`answers to pings count in what a request may carry (${transport})`, async (t) => {
+    const server = new ScriptedServer();
+    const sizes: number[] = [];
+    const { socket, events, opened } = connect(t, "http://scripted.test/", {
+      transport,
+      fetch: (url, init) => {
+        if (init!.body instanceof ReadableStream) count(init!.body, sizes);
+        return server.fetch(url, init);
+      },
+    });
+    let stream = (await server.next()).stream();
+    await opened;
+    socket.send("hello"); // opens the uplink, where it is another request
+    await until(() => sizes.length && sizes[0]! > 10);
+    stream.write("event: duplex-ack\ndata: 1 15\n\n");
+    const payload = "a".repeat(164);
+    for (let i = 0; i < 5_000; i++) {
+      stream.write(`event: duplex-ping\ndata: 0 ${payload}\n\n`);
+      await soon();
+      for (const asked of server.asked.splice(0)) {
+        if (asked.headers.has("last-event-id")) stream = asked.stream({ received: 1 });
+        else if (asked.body) asked.respond(204, { "x-duplex-received": "1" });
+      }
+    }
+    assertLessOrEqual(Math.max(...sizes), 2 ** 19);
+    assertGreater(Math.max(...sizes), 2 ** 18);
+    assertEquals(events, ["open"]);
+    t.defer(() => stream.end());
+  });
+}
+
+/** Reads a body to its end, and counts. */
+async function count(body: ReadableStream<Uint8Array>, sizes: number[]): Promise<void> {
+  const i = sizes.push(0) - 1;
+  try {
+    for await (const chunk of body) sizes[i]! += chunk.length;
+  } catch {
+    // abandoned
+  }
+}
+
+const soon = () => new Promise<void>((resolve) => setImmediate(resolve));
