@@ -996,10 +996,11 @@ export class WebSocketSSE extends EventTarget {
     if (body && body.next <= this.#first) this.#replaceBody(body);
     if (this.#transport !== "post" && this.#droppedAt) return; // the resumption brings a new stream
     if (this.#due(this.#first) && !this.#body && !this.#posted) {
-      return void (this.#transport === "post" ? this.#post() : this.#stream());
+      const sending = this.#transport === "post" ? this.#post() : this.#stream();
+      return void sending.catch(() => this.#fail()); // an own fetch may answer with anything
     }
     // "A POST with control frames alone may run beside it."
-    if (this.#owesControl && !this.#postedControl) this.#postControl();
+    if (this.#owesControl && !this.#postedControl) this.#postControl().catch(() => this.#fail());
   }
 
   /** At once, since the server may wait for it; or what carried the last one may be lost. */

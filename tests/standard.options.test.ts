@@ -160,6 +160,22 @@ test("a fetch that throws at once fails the socket, later", async (t) => {
   assertEquals(events, ["error", "close"]);
 });
 
+for (const transport of ["stream", "post"] as const) {
+  test(`a fetch that answers a message with no Response fails the socket (${transport})`, async (t) => {
+    const url = await serveSSE(t);
+    const socket = connect(t, url, {
+      transport,
+      fetch: (input, init) =>
+        init!.body ? Promise.resolve({ ok: true, status: 204 } as Response) : fetch(input, init),
+    });
+    await once(socket, "open");
+    const events = record(socket);
+    socket.send("hello");
+    assertEquals((await once<CloseEvent>(socket, "close")).code, 1006);
+    assertEquals(events, ["error", "close"]);
+  });
+}
+
 test("credentials are left to fetch when none are given", async (t) => {
   const url = await serveSSE(t);
   const seen: boolean[] = [];
