@@ -86,14 +86,16 @@ const FIRST_FAILURES = 2;
 const MAX_FAILURES = 5;
 const MAX_RETRY_DELAY = 2_000;
 const MAX_LEARNED = 100;
+/** It may have been the network, and not what stands in front of the server. */
+const LEARNED_FOR = 600_000;
 
 const encoder: TextEncoder = new TextEncoder();
 const EMPTY: Bytes = new Uint8Array();
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
-/** What was left of the transports for an origin, so that the next socket does not wait again. */
-const learned: Map<string, Transport> = new Map();
+/** What was left of the transports for an origin, and until when the next socket begins with it. */
+const learned: Map<string, { transport: Transport; until: number }> = new Map();
 
 // --- Types ---
 
@@ -510,7 +512,7 @@ export class WebSocketSSE extends EventTarget {
     if (transport !== "auto") return transport;
     if (stream === false) return "post";
     const known = learned.get(this.#url.host);
-    if (known) return known;
+    if (known && clock() < known.until) return known.transport;
     if (isRuntime()) return "duplex";
     // Who has the attribute can stream the body of a request; Firefox and WebKit make text of it.
     return "duplex" in Request.prototype && speaksHTTP2(this.#target) ? "stream" : "post";
@@ -520,7 +522,7 @@ export class WebSocketSSE extends EventTarget {
     const protocols = this.#protocols.join(", ");
     const headers: Record<string, string> = protocols ? { [PROTOCOL_HEADER]: protocols } : {};
     if (this.#transport === "duplex") {
-      const connection = await this.#connect(headers, DUPLEX_TIMEOUT);
+      const connection = await this.#connect(headers, OPEN_TIMEOUT, DUPLEX_TIMEOUT);
       // Anything but our own answer, or a refusal for good, may be the fault of the transport.
       // crossws answers with a plain stream: another request would open another peer there.
       if (connection.isStream || [401, 403, 429, 503].includes(connection.status)) {
@@ -533,12 +535,20 @@ export class WebSocketSSE extends EventTarget {
   }
 
   /** Asks for an event stream; with the duplex transport the request carries the uplink, too. */
-  async #connect(headers: Record<string, string>, timeout: number): Promise<Exchange> {
+  async #connect(
+    headers: Record<string, string>,
+    timeout: number,
+    answerTimeout?: number,
+  ): Promise<Exchange> {
     if (this.#ended) throw new Error("Closed");
     const connection = this.#connection = this.#transport === "duplex"
       ? new Exchange(this.#first, (body) => this.#fill(body))
       : new Exchange();
-    await this.#ask(connection, { extra: { accept: STREAM_TYPE, ...headers }, timeout });
+    await this.#ask(connection, {
+      extra: { accept: STREAM_TYPE, ...headers },
+      timeout,
+      answerTimeout,
+    });
     // No answer at all: the request is held until its body ends, as any streaming one would be.
     // (Whatever else ends it lets go of it first.)
     if (this.#connection?.stream && connection.abort.signal.aborted) this.#leaveTransport("post");
@@ -581,9 +591,11 @@ export class WebSocketSSE extends EventTarget {
   /** Waits for the answer, and not for ever. Every request of this socket goes by here. */
   async #ask(
     exchange: Exchange,
-    { bytes, timeout, keepalive, extra }: {
+    { bytes, timeout, answerTimeout, keepalive, extra }: {
       bytes?: Bytes | undefined;
       timeout?: number | undefined;
+      /** From when the request is made, instead of from now. */
+      answerTimeout?: number | undefined;
       keepalive?: boolean;
       extra?: Record<string, string>;
     },
@@ -591,7 +603,8 @@ export class WebSocketSSE extends EventTarget {
     const { stream, abort: { signal } } = exchange;
     const { headers: given, credentials, fetch: send = fetch } = this.#options;
     const body = stream ?? bytes;
-    const timer = timeout && setTimeout(() => exchange.end(), timeout);
+    const endIn = (ms?: number) => ms && setTimeout(() => exchange.end(), ms);
+    let timer = endIn(timeout);
     const warning = "document" in globalThis && setTimeout(() => this.#warn(), ANSWER_TIMEOUT);
     // What the options give need not settle.
     const end = new Promise<undefined>((resolve) =>
@@ -605,6 +618,10 @@ export class WebSocketSSE extends EventTarget {
       this.#setHeaders(headers, exchange, !!body);
       for (const name in extra) headers.set(name, extra[name]!);
       signal.throwIfAborted();
+      if (answerTimeout) {
+        clearTimeout(timer);
+        timer = endIn(answerTimeout);
+      }
       const asked = send(this.#target, {
         method: body ? "POST" : "GET",
         headers,
@@ -710,7 +727,10 @@ export class WebSocketSSE extends EventTarget {
         return this.#onOpen(JSON.parse(data));
       case ACK_EVENT: {
         const [received, handled] = data.split(" ").map(Number) as [number, number];
-        if (handled > this.#handledBytes) this.#handledBytes = handled;
+        if (handled > this.#handledBytes) {
+          this.#handledBytes = handled;
+          this.#awaitClose(); // that takes something off the queue is progress, too
+        }
         return this.#confirm(received);
       }
       case PING_EVENT: {
@@ -731,7 +751,7 @@ export class WebSocketSSE extends EventTarget {
     const { next, attempt, received, window, heartbeatInterval, resumeTimeout } = terms;
     if (
       next !== this.#received + 1 || attempt !== this.#attempt ||
-      !(received >= 0 && heartbeatInterval >= 1) ||
+      typeof terms.protocol !== "string" || !(received >= 0 && heartbeatInterval >= 1) ||
       [window, heartbeatInterval, resumeTimeout].some((term) => !(term >= 0 && term <= MAX_TERM))
     ) return this.#distrust();
     const opening = !this.#terms;
@@ -982,7 +1002,7 @@ export class WebSocketSSE extends EventTarget {
     if (this.#unlearned) learn(this.#url.host, this.#unlearned);
     this.#unlearned = undefined;
     if (this.#body) this.#body.confirmed = this.#streamWorked = true;
-    if (this.#readyState === CLOSING && !this.#finishClose) this.#awaitClose();
+    this.#awaitClose();
     if (!this.#out.length) this.#finishClose?.();
     this.#pump();
   }
@@ -1108,7 +1128,7 @@ export class WebSocketSSE extends EventTarget {
     this.#quietWatches = 0;
   }
 
-  /** "Else it is abandoned for the next transport …. The client remembers that for the origin." */
+  /** "Else it is abandoned for the next transport …. The client remembers that for the origin for ten minutes." */
   #leaveTransport(next: Transport): void {
     this.#transport = next;
     if ((this.#options.transport ?? "auto") === "auto") this.#unlearned = next;
@@ -1197,6 +1217,7 @@ export class WebSocketSSE extends EventTarget {
 
   /** A server that answers nothing must not hold us; one that takes what is queued has its time. */
   #awaitClose(): void {
+    if (this.#readyState !== CLOSING || this.#finishClose) return;
     clearTimeout(this.#deadline);
     this.#deadline = setTimeout(() => this.#fail(), this.#terms!.resumeTimeout || OPEN_TIMEOUT);
   }
@@ -1508,7 +1529,7 @@ function checkProtocols(value: string | string[]): string[] {
 function learn(host: string, transport: Transport): void {
   learned.delete(host); // the oldest stand first
   if (learned.size >= MAX_LEARNED) learned.delete(learned.keys().next().value!);
-  learned.set(host, transport);
+  learned.set(host, { transport, until: clock() + LEARNED_FOR });
 }
 
 /** Node 20 has no CloseEvent. */

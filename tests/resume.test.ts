@@ -530,6 +530,30 @@ for (const name of ["next", "attempt"] as const) {
   });
 }
 
+test("a close waits as long as the server goes on handling what was sent before it", async (t) => {
+  const { server, socket, stream, closed } = await scriptedClient(t, {
+    resumeTimeout: 300,
+    window: 10,
+  });
+  const first = "longer than the window, and handled bit by bit";
+  socket.send(first);
+  socket.send("second");
+  socket.close();
+  const asked = await server.next();
+  assertEquals(asked.body, text(first));
+  asked.respond(204, { "x-duplex-received": "1" });
+  for (let handled = 1; handled <= 6; handled++) {
+    await sleep(100);
+    stream.write(`event: duplex-ack\ndata: 1 ${handled}\n\n`);
+  }
+  stream.write("event: duplex-ack\ndata: 1 100\n\n");
+  const rest = await server.next();
+  assertEquals(rest.body, text("second") + "CLOSE 0\r\n\r\n");
+  rest.respond(204, { "x-duplex-received": "3" });
+  stream.write(`event: duplex-close\ndata: {"code":1005,"reason":"","sent":0}\n\n`);
+  await closed;
+});
+
 test("an acknowledgement that was lost is said again", async (t) => {
   const { server, stream } = await scriptedClient(t, { window: 1000 });
   stream.write(`data: ${"x".repeat(600)}\n\n`);

@@ -345,6 +345,7 @@ const refusals: [string, () => Response][] = [
   ["a message before duplex-open", () => new Response("data: x\n\n" + opening({}), full)],
   ["garbage in duplex-open", () => new Response("event: duplex-open\ndata: {\n\n", full)],
   ["numbers that do not fit", () => new Response(opening({ next: 2 }), full)],
+  ["no subprotocol in duplex-open", () => new Response(opening({ protocol: null }), full)],
   ["a heartbeat of no time", () => new Response(opening({ heartbeatInterval: 0 }), full)],
   [
     "a heartbeat that no timer waits for",

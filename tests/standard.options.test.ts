@@ -8,6 +8,7 @@ import {
   type Handler,
   once,
   type Runtime,
+  sleep,
   test,
 } from "./harness.ts";
 
@@ -244,6 +245,44 @@ async function echoTwice(socket: WebSocketSSE): Promise<void> {
     assertEquals(await received, [text]);
   }
 }
+
+test("headers that take long are no transport that is held", async (t) => {
+  const url = await serveSSE(t, { hooks: echo });
+  let first = true;
+  const socket = connect(t, url, {
+    headers: async () => {
+      if (first) await sleep(2_200, t.signal); // a request has 2 s to be answered
+      first = false;
+      return {};
+    },
+  });
+  await echoTwice(socket);
+  assertEquals(socket.transport, "duplex");
+});
+
+test("what was learned of an origin is tried again after ten minutes", async (t) => {
+  const url = await serveSSE(t, { hooks: echo });
+  const begin = async (): Promise<[first: string, transport: string]> => {
+    const methods: string[] = [];
+    const socket = connect(t, url, {
+      fetch(input, init) {
+        methods.push(init!.method!);
+        if (init!.body instanceof ReadableStream) {
+          return Promise.reject(new Error("no streams here"));
+        }
+        return fetch(input, init);
+      },
+    });
+    await echoTwice(socket);
+    return [methods[0]!, socket.transport];
+  };
+  assertEquals(await begin(), ["POST", "post"]);
+  assertEquals(await begin(), ["GET", "post"]);
+  const now = performance.now.bind(performance);
+  performance.now = () => now() + 601_000;
+  t.defer(() => performance.now = now);
+  assertEquals(await begin(), ["POST", "post"]);
+});
 
 // ---------------------------------------------------------------- handlers that throw
 
