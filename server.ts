@@ -549,7 +549,7 @@ class Hub {
   #router: RoutingDriver | undefined;
   /** Routed requests: another instance has asked `upgrade`, and this is the namespace. */
   readonly #admitted: WeakMap<Request, string> = new WeakMap();
-  /** While close hooks are called: those that are to follow. */
+  /** While hooks open or close a session: the close hooks that are to follow. */
   #calls: (() => void)[] | undefined;
   #closing = false;
   #whenEmpty: (() => void)[] = [];
@@ -648,7 +648,7 @@ class Hub {
     const stream = session.attach(wire.attempt ?? 0, 0);
     // Before the hook, so that one that ends the session ends its body, too; a read comes after it.
     if (request.method === "POST") session.readDuplex(request.body!, wire.seq);
-    session.callHooks("open");
+    this.inTurn(() => session.callHooks("open"));
     return new Response(stream, { headers: this.#headersOf(session, admission) });
   }
 
@@ -1010,8 +1010,8 @@ class Hub {
   }
 
   /**
-   * Calls the close hooks of one session after those of another, never within them: what they
-   * send may end the next session, and so on through thousands.
+   * Calls close hooks after the hooks that open a session and those that close another, never
+   * within them: what these send may end the next session, and so on through thousands.
    */
   inTurn(call: () => void): void {
     if (this.#calls) return void this.#calls.push(call);

@@ -1011,6 +1011,22 @@ test("terminate says nothing to the client, which sees 1006, and nor does anythi
   assertEquals(closes.left, 0);
 });
 
+test("terminate in the open hook closes after every open hook, also the one that resolve found", async () => {
+  const calls: string[] = [];
+  const named = (name: string): Partial<Hooks> => ({
+    open(peer) {
+      calls.push(`${name} open`);
+      peer.terminate();
+    },
+    close: () => void calls.push(`${name} close`),
+  });
+  const ws = sseAdapter({ hooks: named("first"), resolve: () => named("second") });
+  const response = await ws.fetch(new Request("http://localhost/", { headers: FULL }));
+  await response.body!.cancel();
+  assertEquals(calls, ["first open", "second open", "first close", "second close"]);
+  await ws.close();
+});
+
 test("terminate in the open hook lets go of the request's body, too", async (t) => {
   const calls: string[] = [];
   const ws = sseAdapter({
