@@ -92,8 +92,14 @@ export class TestContext {
   async end(): Promise<void> {
     this.#ended.abort();
     await within(this.#stack.disposeAsync(), 10_000, "cleaning up");
+    // Deno takes what is under way at this moment for left behind: a stream that was just
+    // cancelled, or the signature of the message that tells of it. What leaks is still there after.
+    if (runtime === "deno") await new Promise((resolve) => setTimeout(resolve, SETTLING));
   }
 }
+
+/** In milliseconds. */
+const SETTLING = 10;
 
 type Declare = (
   name: string,
