@@ -1016,8 +1016,11 @@ class Hub {
   inTurn(call: () => void): void {
     if (this.#calls) return void this.#calls.push(call);
     this.#calls = [call];
-    for (const next of this.#calls) next(); // it grows meanwhile
-    this.#calls = undefined;
+    try {
+      for (const next of this.#calls) next(); // it grows meanwhile
+    } finally { // hooks that cannot even be looked up must not silence everybody's
+      this.#calls = undefined;
+    }
   }
 
   linger(session: Session): void {

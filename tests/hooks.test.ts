@@ -1027,6 +1027,30 @@ test("terminate in the open hook closes after every open hook, also the one that
   await ws.close();
 });
 
+test("hooks that throw when they are looked up silence no other session's close hook", async (t) => {
+  const closes: (number | undefined)[] = [];
+  const broken = {
+    get open(): Hooks["open"] {
+      throw new Error("no such hook");
+    },
+  };
+  const logged = console.error;
+  t.defer(() => console.error = logged);
+  console.error = () => {};
+  const ws = sseAdapter({
+    hooks: { close: (_, { code }) => void closes.push(code) },
+    resolve: (request) => request.url.endsWith("/broken") ? broken : {},
+  });
+  const ask = (path: string) => ws.fetch(new Request(`http://localhost${path}`, { headers: FULL }));
+  assertEquals((await ask("/broken")).status, 500);
+  const { body } = await ask("/fine");
+  for (const peer of ws.peers.get("/fine")!) peer.terminate();
+  await body!.cancel();
+  assertEquals(closes, [1006]);
+  for (const peer of ws.peers.get("/broken") ?? []) peer.terminate();
+  await ws.close();
+});
+
 test("terminate in the open hook lets go of the request's body, too", async (t) => {
   const calls: string[] = [];
   const ws = sseAdapter({
