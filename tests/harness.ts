@@ -12,7 +12,15 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { jsr } from "./assert.ts";
-import { binary, type Child, onPath, type Runtime, spawn, type SpawnOptions } from "./spawn.ts";
+import {
+  binary,
+  type Child,
+  onPath,
+  type Runtime,
+  runtimes,
+  spawn,
+  type SpawnOptions,
+} from "./spawn.ts";
 
 export {
   assert,
@@ -34,7 +42,7 @@ export {
   fallback,
   jsr,
 } from "./assert.ts";
-export { binary, root, spawn, strip } from "./spawn.ts";
+export { binary, nodes, root, spawn, strip } from "./spawn.ts";
 export type { Child, Runtime, SpawnOptions, Stripped } from "./spawn.ts";
 export { rawRequest } from "./raw.ts";
 export type { BodyChunks, Data, RawResponse } from "./raw.ts";
@@ -201,8 +209,6 @@ const needed: Record<string, { commands: string[]; install: string }> = {
   curl: { commands: ["curl"], install: "apt-get install curl" },
   xvfb: { commands: ["xvfb-run"], install: "apt-get install xvfb" },
 };
-
-const runtimes = ["deno", "bun", "node", "deno-2.9.5"] as const;
 
 /** The path of a command that `needs` knows, or of a runtime. */
 export function command(name: string): string | undefined {

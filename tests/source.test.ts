@@ -8,6 +8,8 @@ import {
   assertGreater,
   assertLessOrEqual,
   assertStringIncludes,
+  needs,
+  nodes,
   root,
   type Runtime,
   strip,
@@ -40,16 +42,20 @@ for (const file of files) {
     await import(`file://${stripped.file}`);
   });
 
-  for (const runtime of ["deno", "bun", "node"] as Runtime[]) {
-    test(`loading ${file} on ${runtime} starts no timer, no I/O, draws no randomness`, async (t) => {
-      const stripped = t.use(await strip(file));
-      const child = await t.spawn(runtime, "tests/fixtures/load.mjs", { args: [stripped.file] });
-      const lines: string[] = [];
-      for await (const line of child.lines()) lines.push(line);
-      const { code } = await child.exited;
-      const name = file === "server.ts" ? "sseAdapter" : "WebSocketSSE";
-      assertEquals([lines, code], [[`loaded: ${name}`], 0], child.stderr());
-    });
+  for (const runtime of ["deno", "bun", ...nodes] satisfies Runtime[]) {
+    test(
+      `loading ${file} on ${runtime} starts no timer, no I/O, draws no randomness`,
+      async (t) => {
+        const stripped = t.use(await strip(file));
+        const child = await t.spawn(runtime, "tests/fixtures/load.mjs", { args: [stripped.file] });
+        const lines: string[] = [];
+        for await (const line of child.lines()) lines.push(line);
+        const { code } = await child.exited;
+        const name = file === "server.ts" ? "sseAdapter" : "WebSocketSSE";
+        assertEquals([lines, code], [[`loaded: ${name}`], 0], child.stderr());
+      },
+      { skip: needs(runtime) },
+    );
   }
 }
 

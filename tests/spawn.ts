@@ -13,7 +13,16 @@ import { tmpdir } from "node:os";
 import { dirname, join, relative, resolve } from "node:path";
 import process from "node:process";
 
-export type Runtime = "deno" | "bun" | "node" | "deno-2.9.5";
+/** "node" is the machine's own; those with a version come from npm, as optional dependencies. */
+export const runtimes = [
+  ...["deno", "bun", "node"] as const,
+  ...["node-20", "node-22", "node-24", "deno-2.9.5"] as const,
+];
+
+export type Runtime = typeof runtimes[number];
+
+/** Every Node that is supported. */
+export const nodes = ["node-20", "node-22", "node-24"] as const satisfies Runtime[];
 
 /** The root of the repository. */
 export const root: string = resolve(import.meta.dirname!, "..");
@@ -23,15 +32,17 @@ const modules = join(root, "node_modules");
 /** The binary of a runtime, or undefined where it is not installed. */
 export function binary(runtime: Runtime): string | undefined {
   switch (runtime) {
-    case "node":
-      return onPath("node");
     case "deno":
       return inPackages("@deno", "deno") ?? onPath("deno");
     case "bun":
       return ["bun/bin/bun.exe", "bun/bin/bun"]
         .map((file) => join(modules, file)).find(existsSync) ?? onPath("bun");
+    case "node":
+      return onPath("node");
     case "deno-2.9.5":
       return [join(modules, runtime, "deno")].find(existsSync);
+    default:
+      return [join(modules, runtime, "bin", "node")].find(existsSync);
   }
 }
 
@@ -49,6 +60,7 @@ export function onPath(command: string): string | undefined {
   const postgres = "/usr/lib/postgresql"; // a folder for each version, in Debian
   const versions = existsSync(postgres) ? readdirSync(postgres) : [];
   return `${process.env.PATH}:${extra}`.split(":")
+    .filter((folder) => !folder.startsWith(modules)) // npm puts one of our Nodes there
     .concat(versions.map((version) => join(postgres, version, "bin")))
     .map((folder) => join(folder, command)).find(existsSync);
 }
@@ -79,7 +91,7 @@ export interface Child extends AsyncDisposable {
 
 /**
  * Runs a script on a runtime. `file` is relative to the root. Node 20 cannot
- * strip types, so for `node` a `.ts` file runs as a stripped copy.
+ * strip types, so on every Node a `.ts` file runs as a stripped copy.
  */
 export async function spawn(
   runtime: Runtime,
@@ -90,7 +102,7 @@ export async function spawn(
   if (!command) throw new Error(`${runtime} is not installed`);
   await using stack = new AsyncDisposableStack();
   let script = resolve(root, file);
-  if (runtime === "node" && script.endsWith(".ts")) {
+  if (runtime.startsWith("node") && script.endsWith(".ts")) {
     const stripped = stack.use(await strip(script));
     script = stripped.file;
   }
