@@ -198,6 +198,12 @@ const needed: Record<string, { commands: string[]; install: string }> = {
   nginx: { commands: ["nginx"], install: "apt-get install nginx-light" },
   haproxy: { commands: ["haproxy"], install: "apt-get install haproxy" },
   caddy: { commands: ["caddy"], install: "apt-get install caddy" },
+  apache: { commands: ["apache2"], install: "apt-get install apache2" },
+  modsecurity: { commands: ["mlogc"], install: "apt-get install libapache2-mod-security2" },
+  "owasp-crs": {
+    commands: ["/usr/share/modsecurity-crs/owasp-crs.load"],
+    install: "apt-get install modsecurity-crs",
+  },
   firefox: { commands: ["firefox-esr", "firefox"], install: "apt-get install firefox-esr" },
   webkit: { commands: ["WebKitWebDriver"], install: "apt-get install webkit2gtk-driver" },
   "redis-server": {

@@ -5,22 +5,28 @@
  * @module
  */
 import { spawn } from "node:child_process";
-import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { chmod, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import net from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { certificate, command, freePort, root, type TestContext, until } from "./harness.ts";
 
-export type ProxyName = "nginx" | "haproxy" | "caddy";
+/** "modsecurity" is Apache with ModSecurity and the OWASP Core Rule Set. */
+export type ProxyName = "nginx" | "haproxy" | "caddy" | "apache" | "modsecurity";
 
-/** "shipped": what Debian installs, and no more. "documented": what docs/proxies.md says. */
-export type Configuration = "shipped" | "documented";
+/**
+ * "shipped": what Debian installs, and no more. "documented": what docs/proxies.md says.
+ * "holding": a setting that people do have, which holds event streams.
+ */
+export type Configuration = "shipped" | "documented" | "holding";
 
 export interface ProxyOptions {
   configuration?: Configuration;
   /** Cuts a quiet connection after so many seconds, in place of nginx's 60 and haproxy's 50. */
   idle?: number;
+  /** Which block of docs/proxies.md ModSecurity is given besides what Debian ships. */
+  rules?: "modsecurity type" | "modsecurity path";
 }
 
 export interface Proxy {
@@ -45,10 +51,11 @@ export async function proxy(
   t: TestContext,
   name: ProxyName,
   target: number,
-  { configuration = "shipped", idle }: ProxyOptions = {},
+  { configuration = "shipped", idle, rules }: ProxyOptions = {},
 ): Promise<Proxy> {
   const folder = await mkdtemp(join(tmpdir(), `duplex-${name}-`));
   t.defer(() => rm(folder, { recursive: true, force: true }));
+  await chmod(folder, 0o777); // Apache's workers are someone else, who keep things here
   const { key, cert } = await certificate();
   await writeFile(join(folder, "key.pem"), key);
   await writeFile(join(folder, "cert.pem"), cert);
@@ -56,7 +63,7 @@ export async function proxy(
   for (let tries = 1;; tries++) {
     const [port, securePort] = [await freePort(), await freePort()];
     const places = { target, port, securePort, folder };
-    const text = await configurations[name](places, configuration, idle);
+    const text = await configurations[name](places, configuration, { idle, rules });
     const file = join(folder, name === "caddy" ? "Caddyfile" : `${name}.conf`);
     await writeFile(file, text);
     const problem = await run(t, name, file, [port, securePort], folder);
@@ -77,7 +84,13 @@ const args: Record<ProxyName, (file: string, folder: string) => string[]> = {
   nginx: (file, folder) => ["-c", file, "-p", folder, "-e", "stderr"],
   haproxy: (file) => ["-db", "-f", file],
   caddy: (file) => ["run", "--config", file, "--adapter", "caddyfile"],
+  apache,
+  modsecurity: apache,
 };
+
+function apache(file: string, folder: string): string[] {
+  return ["-X", "-d", folder, "-f", file];
+}
 
 /** Starts the daemon in the foreground; tells what it said, if it does not listen. */
 async function run(
@@ -87,10 +100,14 @@ async function run(
   ports: number[],
   folder: string,
 ): Promise<string | undefined> {
-  const child = spawn(command(name)!, args[name](file, folder), {
-    stdio: ["ignore", "ignore", "pipe"],
-    env: { ...process.env, HOME: folder, XDG_DATA_HOME: folder, XDG_CONFIG_HOME: folder },
-  });
+  const child = spawn(
+    command(name === "modsecurity" ? "apache" : name)!,
+    args[name](file, folder),
+    {
+      stdio: ["ignore", "ignore", "pipe"],
+      env: { ...process.env, HOME: folder, XDG_DATA_HOME: folder, XDG_CONFIG_HOME: folder },
+    },
+  );
   let said = "";
   let ended = false;
   child.stderr.setEncoding("utf8").on("data", (text: string) => said += text);
@@ -102,7 +119,8 @@ async function run(
     });
   });
   t.defer(async () => {
-    child.kill(); // by SIGTERM: nginx's master ends its workers
+    // By SIGTERM nginx's master ends its workers; Apache, one process here, would wait for clients.
+    child.kill(name === "apache" || name === "modsecurity" ? "SIGKILL" : "SIGTERM");
     const late = setTimeout(() => child.kill("SIGKILL"), 3_000);
     await closed;
     clearTimeout(late);
@@ -144,9 +162,13 @@ function adapt(text: string, changes: Record<string, string>): string {
 
 const configurations: Record<
   ProxyName,
-  (places: Places, configuration: Configuration, idle: number | undefined) => Promise<string>
+  (
+    places: Places,
+    configuration: Configuration,
+    options: Pick<ProxyOptions, "idle" | "rules">,
+  ) => Promise<string>
 > = {
-  async nginx({ target, port, securePort, folder }, configuration, idle) {
+  async nginx({ target, port, securePort, folder }, configuration, { idle }) {
     const server = configuration === "documented"
       ? adapt(await documented("nginx"), {
         "listen 80;": `listen 127.0.0.1:${port};`,
@@ -162,7 +184,7 @@ const configurations: Record<
   ssl_certificate_key ${folder}/key.pem;
   location / {
     proxy_pass http://127.0.0.1:${target};
-  }
+${configuration === "holding" ? "    proxy_ignore_headers X-Accel-Buffering;\n" : ""}  }
 }
 `;
     const temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
@@ -188,7 +210,7 @@ ${idle ? `  proxy_read_timeout ${idle}s;\n  client_body_timeout ${idle}s;\n` : "
 `;
   },
 
-  async haproxy({ target, port, securePort, folder }, configuration, idle) {
+  async haproxy({ target, port, securePort, folder }, configuration, { idle }) {
     const text = configuration === "documented"
       ? adapt(await documented("haproxy"), {
         "bind :80": `bind 127.0.0.1:${port}`,
@@ -202,7 +224,7 @@ ${idle ? `  proxy_read_timeout ${idle}s;\n  client_body_timeout ${idle}s;\n` : "
   timeout connect 5s
   timeout client 50s
   timeout server 50s
-frontend web
+${configuration === "holding" ? "  option http-buffer-request\n" : ""}frontend web
   bind 127.0.0.1:${port}
   bind 127.0.0.1:${securePort} ssl crt ${folder}/both.pem alpn h2,http/1.1
   default_backend app
@@ -223,4 +245,58 @@ backend app
     );
     return `{\n  admin off\n  auto_https off\n}\n${sites.join("")}`;
   },
+
+  apache(places, _, { idle }) {
+    return Promise.resolve(apacheConfiguration(places, "", idle));
+  },
+
+  async modsecurity(places, configuration, { idle, rules }) {
+    // Debian's, switched on: it comes as "DetectionOnly", which lets all pass.
+    return apacheConfiguration(
+      places,
+      `Include /etc/modsecurity/modsecurity.conf-recommended
+SecRuleEngine On
+SecAuditEngine Off
+SecDataDir ${places.folder}
+${rules ? await documented(rules) : ""}${
+        // As virus scanners do: the answer is read to its end before any of it goes on.
+        configuration === "holding" ? "SecResponseBodyMimeType text/event-stream\n" : ""}
+IncludeOptional /usr/share/modsecurity-crs/*.load
+`,
+      idle,
+    );
+  },
 };
+
+/** Debian's modules and settings, as far as they bear on a proxy. */
+function apacheConfiguration(
+  { target, port, securePort, folder }: Places,
+  rules: string,
+  idle = 300,
+): string {
+  const modules = ["mpm_event", "authz_core", "reqtimeout", "filter", "mime", "deflate", "ssl"]
+    .concat("http2", "proxy", "proxy_http", ...rules ? ["unique_id", "security2"] : []);
+  const load = modules
+    .map((name) => `LoadModule ${name}_module /usr/lib/apache2/modules/mod_${name}.so\n`).join("");
+  return `ServerName localhost
+DefaultRuntimeDir ${folder}
+PidFile ${folder}/apache.pid
+ErrorLog ${folder}/error.log
+Listen 127.0.0.1:${port}
+Listen 127.0.0.1:${securePort}
+${rules && "LoadFile libxml2.so.2\n"}${load}${
+    // It refuses to be root.
+    process.getuid?.() === 0 ? "User www-data\nGroup www-data\n" : ""}StartServers 1
+Timeout ${idle}
+Include /etc/apache2/mods-available/reqtimeout.conf
+TypesConfig /etc/mime.types
+Include /etc/apache2/mods-available/deflate.conf
+Protocols h2 http/1.1
+<VirtualHost 127.0.0.1:${securePort}>
+  SSLEngine on
+  SSLCertificateFile ${folder}/cert.pem
+  SSLCertificateKeyFile ${folder}/key.pem
+</VirtualHost>
+${rules}ProxyPass / http://127.0.0.1:${target}/
+`;
+}

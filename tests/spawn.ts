@@ -62,7 +62,7 @@ export function onPath(command: string): string | undefined {
   return `${process.env.PATH}:${extra}`.split(":")
     .filter((folder) => !folder.startsWith(modules)) // npm puts one of our Nodes there
     .concat(versions.map((version) => join(postgres, version, "bin")))
-    .map((folder) => join(folder, command)).find(existsSync);
+    .map((folder) => resolve(folder, command)).find(existsSync); // or where it says itself
 }
 
 export interface SpawnOptions {
