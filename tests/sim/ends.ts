@@ -1,0 +1,300 @@
+/**
+ * The two ends of a conversation, each with a record of what it did and what happened to it.
+ *
+ * @module
+ */
+import type { WebSocketSSE } from "../../client.ts";
+import type { Hooks, Message, Peer, SSEAdapter } from "../../server.ts";
+import type { Clock, Owner } from "./clock.ts";
+import { diceFor } from "./dice.ts";
+import { type Data, drawMessage, show, sizeOf } from "./messages.ts";
+import type { Instance } from "./network.ts";
+import type { Product } from "./product.ts";
+import type { HookTraits, Scenario } from "./scenario.ts";
+
+/** What both ends may use. */
+export interface Stage {
+  readonly scenario: Scenario;
+  readonly clock: Clock;
+  note(text: string): void;
+  /** Something that must never be. */
+  violated(check: string, detail: string): void;
+  publish(publisher: Session | undefined, server: Server, data: string): void;
+}
+
+export interface Ending {
+  code: number;
+  reason: string;
+  wasClean?: boolean;
+  at: number;
+}
+
+/** A close that was asked for. */
+export interface Closing extends Ending {
+  /** How many messages had been sent before. */
+  sent: number;
+}
+
+export const PUBLICATION = "pub:";
+export const TOPIC = "room";
+
+// --- The client ---
+
+/** A socket, and all that came of it. */
+export class Client {
+  readonly number: number;
+  readonly socket: WebSocketSSE;
+  readonly sent: Data[] = [];
+  /** Without publications. */
+  readonly received: unknown[] = [];
+  readonly publications: string[] = [];
+  readonly counts = { open: 0, close: 0, error: 0, drop: 0, resume: 0 };
+  closing: Closing | undefined;
+  ending: Ending | undefined;
+  readonly #stage: Stage;
+
+  constructor(stage: Stage, number: number, connect: (number: number) => WebSocketSSE) {
+    this.#stage = stage;
+    this.number = number;
+    const socket = this.socket = connect(number);
+    socket.binaryType = "arraybuffer";
+    for (const name of ["open", "error", "drop", "resume"] as const) {
+      socket.addEventListener(name, () => {
+        this.counts[name]++;
+        stage.note(`${this} ${name}`);
+      });
+    }
+    socket.addEventListener("message", (event) => this.#take(event.data));
+    socket.addEventListener("close", ({ code, reason, wasClean }) => {
+      this.counts.close++;
+      this.ending = { code, reason, wasClean, at: stage.clock.now };
+      stage.note(`${this} close ${code} "${reason}"${wasClean ? "" : ", not clean"}`);
+    });
+  }
+
+  toString(): string {
+    return `client ${this.number}`;
+  }
+
+  /** Sends some messages in one task, where it may. */
+  send(seed: number, count: number, most: number): void {
+    for (let i = 0; i < count && this.socket.readyState === 1; i++) {
+      const plain = this.#stage.scenario.level === "plain";
+      const message = drawMessage(diceFor(seed, i), most, plain);
+      this.sent.push(message);
+      this.#stage.note(`${this} sends ${this.sent.length}: ${show(message)}`);
+      this.socket.send(message);
+    }
+    const buffered = this.socket.bufferedAmount;
+    const all = this.sent.reduce((size, data) => size + sizeOf(data), 0);
+    if (buffered < 0 || buffered > all) {
+      this.#stage.violated("bufferedAmount", `${this}: ${buffered} of ${all}`);
+    }
+  }
+
+  close(seed: number): void {
+    if (this.socket.readyState >= 2) return;
+    const dice = diceFor(seed, 1);
+    const { now } = this.#stage.clock;
+    const code = dice.pick([undefined, 1000, dice.int(3000, 4999)]);
+    const reason = code === undefined ? "" : `client ${this.number} at ${Math.round(now)}`;
+    this.closing = { code: code ?? 1005, reason, sent: this.sent.length, at: now };
+    this.#stage.note(`${this} closes: ${code} "${reason}"`);
+    if (code === undefined) this.socket.close();
+    else this.socket.close(code, reason);
+  }
+
+  #take(data: unknown): void {
+    if (this.counts.close) this.#stage.violated("order", `${this}: a message after close`);
+    if (!this.counts.open) this.#stage.violated("order", `${this}: a message before open`);
+    this.#stage.note(`${this} receives ${this.received.length + 1}: ${show(data)}`);
+    if (typeof data === "string" && data.startsWith(PUBLICATION)) this.publications.push(data);
+    else this.received.push(data);
+  }
+}
+
+// --- The server ---
+
+/** One instance. */
+export class Server implements Instance {
+  readonly owner: Owner;
+  readonly adapter: SSEAdapter;
+  readonly sessions: Session[] = [];
+  down = false;
+  killed = false;
+  /** It has been told to shut down; undefined is not yet done. */
+  shutdown: { at: number; done?: number } | undefined;
+  readonly #stage: Stage;
+
+  constructor(
+    stage: Stage,
+    owner: Owner,
+    product: Product,
+    options: Parameters<Product["sseAdapter"]>[0],
+  ) {
+    this.#stage = stage;
+    this.owner = owner;
+    const { server } = stage.scenario;
+    this.adapter = product.sseAdapter({ ...options, ...server, bidir: true, hooks: this.#hooks() });
+  }
+
+  /** Never throws, says its documentation; then it must not. */
+  async fetch(request: Request): Promise<Response> {
+    try {
+      return await this.adapter.fetch(request, {});
+    } catch (error) {
+      this.#stage.violated("fetch threw", String(error));
+      return new Response(null, { status: 500 });
+    }
+  }
+
+  async shutDown(code: number, reason: string): Promise<void> {
+    if (this.shutdown) return;
+    this.#stage.note(`${this.owner} shuts down: ${code} "${reason}"`);
+    const shutdown: Server["shutdown"] = this.shutdown = { at: this.#stage.clock.now };
+    for (const session of this.sessions) session.closes(code, reason);
+    await this.adapter.close(code, reason);
+    shutdown.done = this.#stage.clock.now;
+    this.down = true;
+    this.#stage.note(`${this.owner} is down`);
+  }
+
+  #hooks(): Partial<Hooks> {
+    const find = (peer: Peer) => this.sessions.find((session) => session.peer === peer)!;
+    return {
+      open: (peer) => {
+        if (find(peer)) this.#stage.violated("open twice", "at the server");
+        this.sessions.push(new Session(this.#stage, this, peer));
+      },
+      message: (peer, message) => find(peer).take(message),
+      close: (peer, { code = 0, reason = "" }) => find(peer).end(code, reason),
+      error: (_, error) => this.#stage.violated("a hook failed", String(error)),
+    };
+  }
+}
+
+/** A session as the server's hooks see it. */
+export class Session {
+  readonly peer: Peer;
+  readonly server: Server;
+  /** Number of its client, by the URL. */
+  readonly client: number;
+  /** Without publications. */
+  readonly sent: Data[] = [];
+  readonly received: Data[] = [];
+  /** Publications of this instance that it is to be sent. */
+  readonly publications: string[] = [];
+  /** Messages, and their bytes, whose hooks have not settled. */
+  unsettled = 0;
+  unsettledBytes = 0;
+  /** Of the largest message, each way. */
+  largestUp = 0;
+  largestDown = 0;
+  closing: Closing | undefined;
+  ending: Ending | undefined;
+  terminated = false;
+  readonly #stage: Stage;
+  readonly #hooks: HookTraits;
+
+  constructor(stage: Stage, server: Server, peer: Peer) {
+    this.#stage = stage;
+    this.#hooks = stage.scenario.hooks;
+    this.server = server;
+    this.peer = peer;
+    this.client = Number(new URL(peer.request.url).searchParams.get("client"));
+    stage.note(`${this} open`);
+    peer.subscribe(TOPIC);
+    if (this.#hooks.greets) this.send("hello");
+  }
+
+  toString(): string {
+    return `${this.server.owner}'s peer of client ${this.client}`;
+  }
+
+  get open(): boolean {
+    return this.peer.websocket.readyState === 1;
+  }
+
+  send(data: Data): void {
+    if (!this.open) return;
+    this.sent.push(data);
+    this.largestDown = Math.max(this.largestDown, sizeOf(data));
+    this.#stage.note(`${this} sends ${this.sent.length}: ${show(data)}`);
+    if (this.peer.send(data) === 0) this.#stage.violated("send refused", `${this}`);
+    const { maxBufferedAmount } = this.#stage.scenario.server;
+    if (this.peer.bufferedAmount > maxBufferedAmount + 3 * this.largestDown + 64) {
+      this.#stage.violated("bound", `${this}: bufferedAmount ${this.peer.bufferedAmount}`);
+    }
+  }
+
+  sendSome(seed: number, count: number, most: number): void {
+    const plain = this.#stage.scenario.level === "plain";
+    for (let i = 0; i < count; i++) this.send(drawMessage(diceFor(seed, i), most, plain));
+  }
+
+  close(seed: number): void {
+    if (!this.open) return;
+    const dice = diceFor(seed, 2);
+    const code = dice.pick([undefined, 1000, 1012, dice.int(3000, 4999)]);
+    const reason = code === undefined ? "" : `server at ${Math.round(this.#stage.clock.now)}`;
+    this.#stage.note(`${this} closes: ${code} "${reason}"`);
+    this.closes(code ?? 1005, reason);
+    this.peer.close(code, reason);
+  }
+
+  /** For the record. */
+  closes(code: number, reason: string): void {
+    if (!this.open) return;
+    this.closing = { code, reason, sent: this.sent.length, at: this.#stage.clock.now };
+  }
+
+  terminate(): void {
+    if (this.ending) return;
+    this.#stage.note(`${this} is terminated`);
+    this.terminated = true;
+    this.peer.terminate();
+  }
+
+  // --- As hooks are called ---
+
+  async take(message: Message): Promise<void> {
+    if (this.ending) this.#stage.violated("order", `${this}: a message after close`);
+    const data = message.rawData as Data;
+    const number = this.received.push(data);
+    this.#stage.note(`${this} receives ${number}: ${show(data)}`);
+    const size = sizeOf(data);
+    this.largestUp = Math.max(this.largestUp, size);
+    const dice = diceFor(this.#stage.scenario.seed, 3, this.client, number);
+    this.#react(dice, data, number);
+    if (!dice.chance(this.#hooks.slow)) return;
+    this.#hold(size, 1);
+    await new Promise<void>((resolve) => setTimeout(resolve, dice.size(this.#hooks.slowest)));
+    this.#hold(-size, -1);
+    if (dice.chance(this.#hooks.echoes)) this.send(data);
+  }
+
+  #react(dice: ReturnType<typeof diceFor>, data: Data, number: number): void {
+    const { echoes, publishes, closes } = this.#hooks;
+    if (dice.chance(echoes)) this.send(data);
+    if (dice.chance(publishes)) {
+      this.#stage.publish(this, this.server, `${PUBLICATION}${this.client}.${number}`);
+    }
+    if (dice.chance(closes)) this.close(dice.int(0, 1e9));
+  }
+
+  /** "A sender below its window may begin one message of any size." */
+  #hold(size: number, count: number): void {
+    this.unsettled += count;
+    this.unsettledBytes += size;
+    if (this.#stage.scenario.level === "plain") return;
+    if (this.unsettledBytes > this.#stage.scenario.server.window + this.largestUp) {
+      this.#stage.violated("bound", `${this}: ${this.unsettledBytes} unsettled bytes`);
+    }
+  }
+
+  end(code: number, reason: string): void {
+    if (this.ending) this.#stage.violated("close twice", `${this}`);
+    this.ending = { code, reason, at: this.#stage.clock.now };
+    this.#stage.note(`${this} close ${code} "${reason}"`);
+  }
+}

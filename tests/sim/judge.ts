@@ -1,0 +1,199 @@
+/**
+ * What must hold: safety, liveness, agreement. Each excuse for a 1006 has a name and a
+ * condition, and is counted.
+ *
+ * @module
+ */
+import type { Client, Session } from "./ends.ts";
+import { endOf } from "./faults.ts";
+import { same, show } from "./messages.ts";
+import type { World } from "./world.ts";
+
+// --- Liveness ---
+
+/** Whether nothing more is to come for this client: all has arrived, or both ends have ended. */
+export function settled(world: World, client: Client): boolean {
+  return unfinished(world, client) === undefined;
+}
+
+/** What is still to come, where something is. */
+export function unfinished(world: World, client: Client): string | undefined {
+  const session = world.sessionOf(client);
+  if (client.ending) {
+    if (!session || session.ending || session.server.killed) return;
+    if (client.ending.code === 1006) return; // how should the server know?
+    return `${session} has not ended, though its client has`;
+  }
+  if (client.closing) return `${client} has not closed`;
+  if (!client.counts.open && world.network.wasHit(client.number)) return; // it has half a minute
+  if (!session) return client.counts.open ? `${client} has no session` : `${client} has not opened`;
+  if (session.closing || session.ending) return `${client} has not heard of the end`;
+  const up = client.sent.length - session.received.length;
+  if (up) return `${up} messages of ${client} have not arrived`;
+  const down = session.sent.length - client.received.length;
+  if (down > 0) return `${down} messages to ${client} have not arrived`;
+  const publications = missing(session.publications, client.publications).length;
+  if (publications) return `${publications} publications to ${client} have not arrived`;
+  if (session.unsettled) return `${session.unsettled} hooks of ${session} have not settled`;
+  if (client.socket.bufferedAmount) return `${client} has a bufferedAmount`;
+}
+
+function missing(all: string[], some: string[]): string[] {
+  const has = new Set(some);
+  return all.filter((name) => !has.has(name));
+}
+
+// --- Safety and agreement, when all is over ---
+
+export function judge(world: World): void {
+  for (const client of world.clients) judgeClient(world, client);
+  const known = new Set(world.clients.map((client) => world.sessionOf(client)));
+  for (const session of world.servers.flatMap((server) => server.sessions)) {
+    if (!session.ending && !session.server.killed) world.violated("no end", `${session}`);
+    if (known.has(session)) continue;
+    if (session.received.length) world.violated("orphan", `${session} received something`);
+  }
+}
+
+function judgeClient(world: World, client: Client): void {
+  const session = world.sessionOf(client);
+  const { counts, ending } = client;
+  if (!ending) return world.violated("no end", `${client}`);
+  if (counts.open > 1) world.violated("open twice", `${client}`);
+  if (counts.close !== 1) world.violated("close twice", `${client}`);
+  if (!session) {
+    if (counts.open) world.violated("no session", `${client} opened`);
+    if (!excuse(world, client, session)) world.violated("1006", `${client} did not open`);
+    return;
+  }
+  judgeOrder(world, client, session);
+  judgeEnd(world, client, session);
+  if (isQuiet(world)) judgeQuiet(world, client);
+}
+
+/** "A prefix of what was sent, in order, undamaged, once." */
+function judgeOrder(world: World, client: Client, session: Session): void {
+  const up = firstDifference(client.sent, session.received);
+  if (up) world.violated("uplink", `${session} has ${up}`);
+  const down = firstDifference(session.sent, client.received);
+  if (down) world.violated("downlink", `${client} has ${down}`);
+  const ours = new Set(session.publications);
+  const received = client.publications.filter((name) => ours.has(name));
+  if (received.some((name, i) => name !== session.publications[i])) {
+    world.violated("publications", `${client} has ${received} of ${session.publications}`);
+  }
+  const { repeat } = world.scenario.backplane;
+  if (!repeat && new Set(client.publications).size < client.publications.length) {
+    world.violated("publications", `${client} has one twice: ${client.publications}`);
+  }
+}
+
+function firstDifference(sent: unknown[], received: unknown[]): string | undefined {
+  for (const [i, data] of received.entries()) {
+    if (i >= sent.length) return `${show(data)} beyond the ${sent.length} that were sent`;
+    if (!same(sent[i], data)) return `${show(data)} in the place ${i + 1} of ${show(sent[i])}`;
+  }
+}
+
+function judgeEnd(world: World, client: Client, session: Session): void {
+  const [here, there] = [client.ending!, session.ending];
+  if (session.server.killed || !there) {
+    if (here.code !== 1006) return;
+    return void (excuse(world, client, session) || world.violated("1006", `${client}`));
+  }
+  const name = `${client} has ${here.code} "${here.reason}", ` +
+    `the server ${there.code} "${there.reason}"`;
+  if (here.code === 1006 || there.code === 1006) {
+    if (!excuse(world, client, session)) {
+      world.violated(here.code === there.code ? "1006" : "codes", name);
+    }
+    return;
+  }
+  if (here.code !== there.code || here.reason !== there.reason) world.violated("codes", name);
+  if (!here.wasClean) world.violated("not clean", name);
+  judgeComplete(world, client, session);
+}
+
+/** "All of it at a clean close: what was sent before the closer's close." */
+function judgeComplete(world: World, client: Client, session: Session): void {
+  const { reason, code } = client.ending!;
+  const by = (closing: Client["closing"]) => closing?.reason === reason && closing.code === code;
+  if (by(session.closing)) {
+    const { sent } = session.closing!;
+    // "As with a WebSocket whose readyState is CLOSING": it takes nothing any more.
+    if (client.received.length < sent && !client.closing) {
+      world.violated("incomplete", `${client} has ${client.received.length} of ${sent}`);
+    }
+  } else if (by(client.closing)) {
+    const { sent } = client.closing!;
+    if (session.received.length < sent && !session.closing) {
+      world.violated("incomplete", `${session} has ${session.received.length} of ${sent}`);
+    }
+  } else world.violated("codes", `nobody closed with ${code} "${reason}"`);
+}
+
+// --- Where nothing goes wrong ---
+
+function isQuiet({ scenario: { faults, backplane, traits, level } }: World): boolean {
+  return !faults.length && !backplane.until && level === "full" && traits.rate === Infinity &&
+    traits.streamsUp === "pass" && traits.fullDuplex && !traits.holdsAnswers;
+}
+
+function judgeQuiet(world: World, client: Client): void {
+  const { drop } = client.counts;
+  const { resent, resumes } = client.socket.stats;
+  const clustered = world.scenario.instances > 1 && world.scenario.traits.balance === "random";
+  if (drop || resumes) world.violated("quiet", `${client} was dropped ${drop} times`);
+  if (resent && !clustered) world.violated("quiet", `${client} sent ${resent} again`);
+}
+
+// --- Excuses ---
+
+type Excuse = (world: World, client: Client, session: Session | undefined) => boolean;
+
+/** Why a session may have ended with 1006, at either end or at both. */
+const EXCUSES: Record<string, Excuse> = {
+  /** It was asked for. */
+  "terminated": (_, __, session) => !!session?.terminated,
+  /** The state of its sessions is gone with an instance. */
+  "killed": (_, __, session) => !!session?.server.killed,
+  /** "Opening is not idempotent: a client does not repeat it." */
+  "not opened": ({ network }, client) => !client.counts.open && network.wasHit(client.number),
+  /** "Newcomers get 503." */
+  "shut down": ({ servers }, client) =>
+    !client.counts.open &&
+    servers.some(({ shutdown }) => shutdown && shutdown.at < client.ending!.at),
+  /** It never came to an opening. */
+  "closed while connecting": (_, client) => !client.counts.open && !!client.closing,
+  /** "This wire has no close from the client", and no resumption by one that sends. */
+  "plain": ({ scenario }) => scenario.level === "plain",
+  /** Nobody waits for a client that was lost. */
+  "no resumption": ({ scenario, network }, client) =>
+    scenario.server.resumeTimeout === 0 && network.wasHit(client.number),
+  /** "Until the resume timeout is over." */
+  "away too long": (world) => longestBad(world) >= patienceOf(world),
+};
+
+/** Counts the excuse that holds, if any does. */
+function excuse(world: World, client: Client, session: Session | undefined): boolean {
+  const found = Object.entries(EXCUSES).find(([, holds]) => holds(world, client, session));
+  if (found) world.excuses.push(found[0]);
+  return !!found;
+}
+
+/** The longest time during which something was wrong with the network, in ms. */
+function longestBad({ scenario: { faults } }: World): number {
+  let longest = 0;
+  let [from, until] = [0, 0];
+  for (const fault of [...faults].sort((a, b) => a.at - b.at)) {
+    if (fault.at > until) from = fault.at;
+    until = Math.max(until, endOf(fault));
+    longest = Math.max(longest, until - from);
+  }
+  return longest;
+}
+
+/** A resumption that begins while something is wrong takes a third of its time, and a pause. */
+function patienceOf({ scenario: { server } }: World): number {
+  return Math.max(1, server.resumeTimeout * 2 / 3 - 2500);
+}
