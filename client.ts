@@ -29,7 +29,6 @@ const STREAM_TYPE = "text/event-stream";
 const TOKEN_HEADER = "x-crossws-id";
 const VERSION_HEADER = "x-duplex-version";
 const PROTOCOL_HEADER = "x-duplex-protocol";
-const SEQ_HEADER = "x-duplex-seq";
 const ATTEMPT_HEADER = "x-duplex-attempt";
 const RECEIVED_HEADER = "x-duplex-received";
 const TOKEN_EVENT = "crossws-id";
@@ -167,6 +166,7 @@ interface Terms {
   resumeTimeout: number;
   window: number;
   received: number;
+  handled: number;
   next: number;
   attempt: number;
 }
@@ -642,14 +642,13 @@ export class WebSocketSSE extends EventTarget {
     }
   }
 
-  #setHeaders(headers: Headers, { stream, first }: Exchange, hasBody: boolean): void {
+  #setHeaders(headers: Headers, { stream }: Exchange, hasBody: boolean): void {
     if (this.#authorization && !headers.has("authorization")) {
       headers.set("authorization", this.#authorization);
     }
     if (this.#full || !this.#token) headers.set(VERSION_HEADER, VERSION);
     if (this.#token) headers.set(TOKEN_HEADER, this.#token);
     if (stream || hasBody && this.#full) headers.set("content-type", UPLINK_TYPE);
-    if (first && (stream || this.#full)) headers.set(SEQ_HEADER, `${first}`);
   }
 
   /** Six event streams take all that a browser has for an origin; whatever comes then waits. */
@@ -748,14 +747,16 @@ export class WebSocketSSE extends EventTarget {
 
   #onOpen(terms: Terms): void {
     if (!this.#full || !this.#token) return;
-    const { next, attempt, received, window, heartbeatInterval, resumeTimeout } = terms;
+    const { next, attempt, received, handled, window, heartbeatInterval, resumeTimeout } = terms;
     if (
       next !== this.#received + 1 || attempt !== this.#attempt ||
-      typeof terms.protocol !== "string" || !(received >= 0 && heartbeatInterval >= 1) ||
+      typeof terms.protocol !== "string" ||
+      !(received >= 0 && handled >= 0 && heartbeatInterval >= 1) ||
       [window, heartbeatInterval, resumeTimeout].some((term) => !(term >= 0 && term <= MAX_TERM))
     ) return this.#distrust();
     const opening = !this.#terms;
     this.#terms = terms;
+    this.#handledBytes = Math.max(this.#handledBytes, handled);
     this.#acknowledged = this.#received;
     this.#ackDue = false;
     this.#unacknowledgedBytes = 0;
@@ -883,7 +884,10 @@ export class WebSocketSSE extends EventTarget {
         [ATTEMPT_HEADER]: `${++this.#attempt}`,
         "last-event-id": `${this.#received}`,
       }, Math.min(deadline - clock(), patience) || 1);
-      if (connection.isFull) return connection;
+      if (connection.isFull) {
+        this.#token = connection.response!.headers.get(TOKEN_HEADER) ?? this.#token;
+        return connection;
+      }
       connection.end();
       // "A streaming body at an instance that is not the session's." For this socket only.
       if (connection.status === 411) this.#transport = "post";
@@ -975,7 +979,9 @@ export class WebSocketSSE extends EventTarget {
       const fits = body.used + size <= most || atLeastOne && !body.used;
       if (!entry || !fits) return parts;
       // SEQ is "the number of the next message in this body": those before have been acknowledged.
-      if (number !== body.next) parts.push(frame("SEQ", encoder.encode(`${number}`)));
+      if (this.#full && (!body.used || number !== body.next)) {
+        parts.push(frame("SEQ", encoder.encode(`${number}`)));
+      }
       parts.push(entry.frame!);
       body.used += size || 1; // crossws's wire has empty ones
       body.next = number + 1;

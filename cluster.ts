@@ -60,7 +60,6 @@ const ROUTED_HEADERS = [
   "content-type",
   "last-event-id",
   "x-duplex-version",
-  "x-duplex-seq",
   "x-duplex-attempt",
 ];
 
@@ -397,7 +396,7 @@ class Router implements RoutingDriver {
       }),
       head.namespace,
     );
-    await this.#answer(head, key, known.token, response);
+    await this.#answer(head, key, response);
   }
 
   #remember({ id, method, headers }: RequestHead): void {
@@ -415,7 +414,6 @@ class Router implements RoutingDriver {
   async #answer(
     { id, from }: RequestHead,
     key: CryptoKey,
-    token: string,
     response: Response,
   ): Promise<void> {
     const { status } = response;
@@ -428,7 +426,7 @@ class Router implements RoutingDriver {
       const body = new Uint8Array(await response.arrayBuffer());
       return void await send({ kind: "answer", id, n: 0, end: true, status, headers }, body);
     }
-    const served = new Served(id, key, token, response.body.getReader(), this.#timeout, send);
+    const served = new Served(id, key, response.body.getReader(), this.#timeout, send);
     this.#served.set(id, served);
     this.#startTimer();
     try {
@@ -617,8 +615,7 @@ class Relay {
 
   #accept({ n, end, status, headers }: AnswerHead, body: Bytes): void {
     this.#finished = end;
-    // "The token does not travel": the event that tells it is put back here.
-    if (n > 0) return void this.#queue.push(n > 1 ? body : concat([tokenEvent(this.#token), body]));
+    if (n > 0) return void this.#queue.push(body);
     clearTimeout(this.#doubt);
     if (end) {
       this.#respond(
@@ -715,8 +712,6 @@ class Served {
   readonly #reader: { read(): Promise<{ done: boolean; value?: Uint8Array }>; cancel(): unknown };
   readonly #timeout: number;
   readonly #send: (head: Head, body?: Bytes) => Promise<boolean>;
-  /** What the stream begins with, and what does not travel. */
-  #secret: Bytes;
   #sent = 0;
   #allowed = CREDIT;
   #wake = () => {};
@@ -729,14 +724,12 @@ class Served {
   constructor(
     id: string,
     key: CryptoKey,
-    token: string,
     reader: ReadableStreamDefaultReader<Uint8Array>,
     timeout: number,
     send: (head: Head, body?: Bytes) => Promise<boolean>,
   ) {
     this.#id = id;
     this.key = key;
-    this.#secret = tokenEvent(token);
     this.#reader = reader as never;
     this.#timeout = timeout;
     this.#send = send;
@@ -747,7 +740,7 @@ class Served {
     while (!this.cancelled) {
       await this.#credit();
       const { done, value } = await this.#reader.read();
-      const bytes = this.#withoutToken((value ?? EMPTY) as Bytes);
+      const bytes = (value ?? EMPTY) as Bytes;
       for (let at = 0; at < Math.max(bytes.length, 1); at += PIECE) {
         await this.#credit();
         if (this.cancelled) return;
@@ -756,14 +749,6 @@ class Served {
       }
       if (done) return;
     }
-  }
-
-  #withoutToken(bytes: Bytes): Bytes {
-    if (!bytes.length) return bytes; // it was ended before it began
-    const secret = this.#secret;
-    this.#secret = EMPTY;
-    if (secret.some((byte, at) => byte !== bytes[at])) throw new Error("An unknown event stream");
-    return bytes.subarray(secret.length);
   }
 
   async #credit(): Promise<void> {
@@ -1011,11 +996,6 @@ class Bus {
       this.#discard(id, assembly);
     }
   }
-}
-
-/** The first event of every stream. */
-function tokenEvent(token: string): Bytes {
-  return encoder.encode(`event: crossws-id\ndata: ${token}\n\n`);
 }
 
 /** The size of what crossws's drivers make of a message. */

@@ -37,7 +37,6 @@ const STREAM_TYPE = "text/event-stream";
 const TOKEN_HEADER = "x-crossws-id";
 const VERSION_HEADER = "x-duplex-version";
 const PROTOCOL_HEADER = "x-duplex-protocol";
-const SEQ_HEADER = "x-duplex-seq";
 const ATTEMPT_HEADER = "x-duplex-attempt";
 const RECEIVED_HEADER = "x-duplex-received";
 const TOKEN_EVENT = "crossws-id";
@@ -82,9 +81,8 @@ const CLOSE_TIMEOUT = 5_000;
 const PLAIN_HISTORY = 64 * 1024;
 /** The most that one chunk gathers, a single larger message aside. */
 const MAX_CHUNK = 256 * 1024;
-/** Once so many messages wait, of this size or less on average, they are kept in one piece. */
-const PACK_COUNT = 512;
-const PACK_SIZE = 1024;
+/** What a message that waits costs beside its bytes, roughly: small ones must not hold a hundred times the limit. */
+const MESSAGE_COST = 200;
 /** So many sessions flushed at once are a crowd: publications rest after it. */
 const CROWD = 64;
 /** The longest rest in ms, beyond the time that the event loop was busy. */
@@ -514,7 +512,7 @@ export function defineHooks<Context extends PeerContext = PeerContext>(
 // --- The hub: all sessions of one adapter ---
 
 /** Answers requests, finds the session they are for, and keeps the one timer. */
-class Hub {
+class Hub implements Host, Peers {
   readonly options: SSEOptions;
   readonly bidir: boolean;
   readonly heartbeatInterval: number;
@@ -530,7 +528,7 @@ class Hub {
   readonly closeTimeout: number;
   readonly sync: SyncDriver | undefined;
   readonly peers: Map<string, Set<Peer>> = new Map();
-  readonly sessions: Map<string, Session> = new Map();
+  readonly sessions: Map<string, FullSession | PlainSession> = new Map();
   /** Ended sessions whose last bytes are still to be taken. */
   readonly lingering: Set<Session> = new Set();
   readonly flusher: Flusher = new Flusher();
@@ -540,7 +538,7 @@ class Hub {
   /** What is left of closed sessions, by token; of plain ones, by the key of their event ids. */
   readonly #tombstones: Map<string, Tombstone> = new Map();
   /** Plain sessions by the key of their event ids. */
-  readonly #keys: Map<string, Session> = new Map();
+  readonly #keys: Map<string, PlainSession> = new Map();
   #sweepTimer: ReturnType<typeof setTimeout> | undefined;
   /** When that timer is due; Infinity while nothing has a deadline. */
   #nextSweep = Infinity;
@@ -639,15 +637,19 @@ class Hub {
     const admission = await this.#admit(request);
     this.#checkRoom(); // again: others came while the hook was thinking
     const token = `${this.#instance ??= randomHex(8)}.${randomHex(16)}`;
-    const session = new Session(this, { token, full: wire.full, request, admission, runtime });
+    const opening = { token, request, admission, runtime };
+    const session = wire.full ? new FullSession(this, opening) : new PlainSession(this, opening);
+    session.peer = new ServerPeer(session, this);
     this.sessions.set(token, session);
     this.#router?.own(token);
-    if (session.key) this.#keys.set(session.key, session);
+    if (session instanceof PlainSession) this.#keys.set(session.key, session);
     getOrMake(this.peers, session.namespace, () => new Set()).add(session.peer);
     this.#startTimer();
     const stream = session.attach(wire.attempt ?? 0, 0);
     // Before the hook, so that one that ends the session ends its body, too; a read comes after it.
-    if (request.method === "POST") session.readDuplex(request.body!, wire.seq);
+    if (session instanceof FullSession && request.method === "POST") {
+      session.readDuplex(request.body!);
+    }
     this.inTurn(() => session.callHooks("open"));
     return new Response(stream, { headers: this.#headersOf(session, admission) });
   }
@@ -666,7 +668,9 @@ class Hub {
     const session = await this.#readmit(request, wire.token!);
     if (session instanceof Tombstone) return this.#unearth(request, wire, session);
     if (!session) throw new Refusal(404, "No such session");
-    if (!session.full) throw new Refusal(400, "A plain session resumes by Last-Event-ID alone");
+    if (!(session instanceof FullSession)) {
+      throw new Refusal(400, "A plain session resumes by Last-Event-ID alone");
+    }
     // "The highest attempt wins and ends the older stream; a lower one gets 409 and changes nothing."
     if (wire.attempt < session.attempt) throw new Refusal(409, "A newer connection has taken over");
     if (!session.canResumeFrom(wire.lastEventId)) {
@@ -674,7 +678,7 @@ class Hub {
     }
     session.heard();
     const stream = session.attach(wire.attempt, wire.lastEventId);
-    if (request.method === "POST" && request.body) session.readDuplex(request.body, wire.seq);
+    if (request.method === "POST" && request.body) session.readDuplex(request.body);
     return new Response(stream, { headers: this.#headersOf(session) });
   }
 
@@ -682,14 +686,12 @@ class Hub {
   #unearth(request: Request, wire: Wire, tombstone: Tombstone): Response {
     request.body?.cancel().catch(() => {}); // a streaming one would not end before this answer
     const preface = this.preface({
-      token: wire.token!,
       protocol: "",
-      received: tombstone.uplink.received,
-      next: wire.lastEventId! + 1,
+      uplink: tombstone.uplink,
       attempt: wire.attempt!,
       heartbeatInterval: this.heartbeatInterval,
-    });
-    const body = concat([encoder.encode(preface), encodeClose(tombstone.ending)]);
+    }, wire.lastEventId! + 1);
+    const body = concat([encoder.encode(preface), encodeClose(CLOSE_EVENT, tombstone.ending)]);
     return new Response(body, { headers: streamHeaders(true, wire.token!) });
   }
 
@@ -712,19 +714,20 @@ class Hub {
     return new Response(stream, { headers: this.#headersOf(session) });
   }
 
-  /** The uplink of a full session: frames, numbered from `x-duplex-seq`. */
+  /** The uplink of a full session: numbered frames. */
   async #receive(request: Request, wire: Wire): Promise<Response> {
     const receiver = await this.#readmit(request, wire.token!);
     if (!receiver) throw new Refusal(404, "No such session");
-    const session = receiver instanceof Session ? receiver : undefined;
-    if (session && !session.full) throw new Refusal(400, "A plain session takes plain messages");
+    if (receiver instanceof PlainSession) {
+      throw new Refusal(400, "A plain session takes plain messages");
+    }
     receiver.heard();
     const error = request.body &&
-      await readUplink(request.body, wire.seq, receiver, this.maxMessageSize);
+      await readUplink(request.body, receiver, this.maxMessageSize);
     const refusal = error instanceof Refusal ? error : undefined; // else the connection's end
     // "Failed requests never end a session": what is malformed in the bytes may be a proxy's doing.
     if (refusal?.closeCode && refusal.closeCode !== 1002) {
-      session?.close(refusal.closeCode, refusal.message);
+      receiver.close(refusal.closeCode, refusal.message);
     }
     const response = refusal?.response() ?? new Response(null, { status: 204 });
     response.headers.set(RECEIVED_HEADER, String(receiver.uplink.received));
@@ -737,9 +740,9 @@ class Hub {
       throw new Refusal(405, "This server only sends", { headers: { allow: "GET" } });
     }
     const session = await this.#readmit(request, token);
-    if (!(session instanceof Session)) throw new Refusal(404, "No such session");
-    if (session.full) throw new Refusal(400, `This session takes ${UPLINK_TYPE}`);
-    await session.readPlain(request);
+    if (!session || session instanceof Tombstone) throw new Refusal(404, "No such session");
+    if (session instanceof FullSession) throw new Refusal(400, `This session takes ${UPLINK_TYPE}`);
+    await session.read(request);
     return new Response(null, { status: 204 });
   }
 
@@ -817,7 +820,10 @@ class Hub {
    * Asks `upgrade` about a request of an existing session; gives that session, or what is left
    * of it. "Only a refusal counts; another namespace is 404."
    */
-  async #readmit(request: Request, token: string): Promise<Session | Tombstone | undefined> {
+  async #readmit(
+    request: Request,
+    token: string,
+  ): Promise<FullSession | PlainSession | Tombstone | undefined> {
     const find = () => this.sessions.get(token) ?? this.#tombstones.get(token);
     if (!find()) return;
     const namespace = this.#admitted.get(request) ?? (await this.#admit(request)).namespace;
@@ -840,17 +846,15 @@ class Hub {
 
   /** The first events of a full session's stream. */
   preface(
-    session: Pick<
-      Session,
-      "token" | "protocol" | "received" | "next" | "attempt" | "heartbeatInterval"
-    >,
+    session: Pick<Session, "protocol" | "uplink" | "attempt" | "heartbeatInterval">,
+    next: number,
   ): string {
-    const { token, protocol, received, next, attempt, heartbeatInterval } = session;
+    const { protocol, uplink: { received, handled }, attempt, heartbeatInterval } = session;
     const { idleTimeout, resumeTimeout, maxMessageSize, window } = this;
     const terms = JSON.stringify({
-      version: Number(VERSION),
       protocol,
       received,
+      handled,
       next,
       attempt,
       heartbeatInterval,
@@ -859,7 +863,7 @@ class Hub {
       maxMessageSize,
       window,
     });
-    return `event: ${TOKEN_EVENT}\ndata: ${token}\n\nevent: ${OPEN_EVENT}\ndata: ${terms}\n\n`;
+    return `event: ${OPEN_EVENT}\ndata: ${terms}\n\n`;
   }
 
   // --- Publishing ---
@@ -998,10 +1002,11 @@ class Hub {
     const peers = this.peers.get(session.namespace);
     peers?.delete(session.peer);
     if (!peers?.size) this.peers.delete(session.namespace);
-    if (session.key) this.#keys.delete(session.key);
+    const key = session instanceof PlainSession ? session.key : "";
+    this.#keys.delete(key);
     if (ending && this.resumeTimeout > 0) {
       this.#tombstones.set(
-        session.key || session.token,
+        key || session.token,
         new Tombstone(session, ending, this.resumeTimeout),
       );
       this.#startTimer();
@@ -1026,6 +1031,10 @@ class Hub {
   linger(session: Session): void {
     this.lingering.add(session);
     this.#startTimer();
+  }
+
+  release(session: Session): void {
+    this.lingering.delete(session);
   }
 
   async close(
@@ -1054,721 +1063,24 @@ class Hub {
   }
 }
 
-/** What admission to a session has settled. */
-interface Admission {
-  hooks: Partial<Hooks>[];
-  namespace: string;
-  context: PeerContext;
-  /** Those of the response, the subprotocol's among them. */
-  headers: Headers;
-}
-
-// --- When sessions flush ---
-
-/** Flushes sessions together, so that what is sent in one job goes as one chunk to each. */
-class Flusher {
-  /** Sessions to flush at the end of the current job. */
-  #dirty: Session[] = [];
-  /** During a rest: the sessions that have been published to. */
-  #held: Session[] | undefined;
-  /** When the rest is over, whatever its timer does. */
-  #holdUntil = 0;
-  #restTimer: ReturnType<typeof setTimeout> | undefined;
-  /** What was joined last during this flush. */
-  #lastParts: Bytes[] = [];
-  #lastChunk: Bytes = EMPTY;
-
-  /** Publications are to be held. */
-  get resting(): boolean {
-    return !!this.#held && clock() < this.#holdUntil;
-  }
-
-  /** Flushes the session once the current job has done all its sends. */
-  schedule(session: Session): void {
-    if (this.#dirty.push(session) > 1) return;
-    queueMicrotask(() => {
-      const dirty = this.#dirty;
-      this.#dirty = [];
-      if (dirty.length >= CROWD && !this.#held) this.#rest();
-      for (const session of dirty) session.flush();
-      this.#lastParts = [];
-      this.#lastChunk = EMPTY;
-    });
-  }
-
-  /**
-   * The chunks of a crowd keep the runtime busy for much longer than it took to make them, and
-   * what is published meanwhile would queue up behind them, chunk after chunk. So it is held
-   * for as long as the event loop is busy, and once more as long, and goes as one chunk.
-   */
-  #rest(): void {
-    const held: Session[] = this.#held = [];
-    const started = clock();
-    this.#holdUntil = started + STALLED;
-    const end = () => {
-      this.#held = undefined;
-      for (const session of held) session.schedule();
-    };
-    this.#restTimer = setTimeout(() => { // fires when the event loop is free again
-      this.#restTimer = setTimeout(end, Math.min(clock() - started, MAX_REST));
-    });
-  }
-
-  /** Flushes the session at the end of the rest, if there is one. */
-  hold(session: Session): boolean {
-    return !!this.#held?.push(session);
-  }
-
-  /** One chunk of many frames; subscribers that are sent the same frames share the chunk, too. */
-  join(parts: Bytes[]): Bytes {
-    if (parts.length === 1) return parts[0]!;
-    const last = this.#lastParts;
-    if (parts.length === last.length && parts.every((part, i) => part === last[i])) {
-      return this.#lastChunk;
-    }
-    this.#lastParts = parts;
-    return this.#lastChunk = concat(parts);
-  }
-
-  stop(): void {
-    clearTimeout(this.#restTimer);
-  }
-}
-
-// --- A session ---
-
-/** Who takes the messages of an uplink body: a session, or what is left of one. */
-interface Receiver {
-  readonly uplink: Uplink;
-  /** A body has brought bytes. */
-  heard(): void;
-  /** Takes message `received + 1`; `size` is that of its encoded frame. The payload is lent for the call. */
-  receive(type: string, payload: Bytes, size: number): void;
-  /** Takes a frame that has no number; its payload is lent, too. */
-  control(type: string, payload: Bytes): void;
-}
-
-/** What a session has been sent. Its tombstone goes on with it, as bodies do that end later. */
-class Uplink {
-  /** The number of the last message taken. */
-  received = 0;
-  /** Request bodies that are being read. */
-  #bodies: Reader[] | undefined;
-
-  /** "At most two bodies of a session are read at once; a third ends the oldest." */
-  begin(reader: Reader): void {
-    const bodies = this.#bodies ??= [];
-    if (bodies.push(reader) > MAX_BODIES) bodies.shift()!.cancel().catch(() => {});
-  }
-
-  end(reader: Reader): void {
-    const at = this.#bodies!.indexOf(reader);
-    if (at >= 0) this.#bodies!.splice(at, 1);
-  }
-
-  release(): void {
-    for (const reader of this.#bodies?.splice(0) ?? []) reader.cancel().catch(() => {});
-  }
-}
-
-/** A client's state, which outlives its connections. */
-class Session implements Receiver {
-  readonly token: string;
-  /** Plain sessions: the secret in their event ids, which can resume but not send. Else "". */
-  readonly key: string;
-  readonly full: boolean;
-  readonly namespace: string;
-  readonly protocol: string;
-  readonly heartbeatInterval: number;
-  readonly request: Request;
-  readonly context: PeerContext;
-  readonly remoteAddress: string | undefined;
-  readonly peer: ServerPeer;
-  readonly topics: Set<string> = new Set();
-  readyState = OPEN;
-  attempt = 0;
-  /** The number of the next message for the current connection. */
-  next = 1;
-  readonly uplink: Uplink = new Uplink();
-  /** When a session that is closing, or without a connection, ends for good. */
-  deadline = Infinity;
-  /** Encoded bytes of messages that no connection has been given yet. */
-  bufferedAmount = 0;
-
-  readonly #hub: Hub;
-  readonly #hooks: Partial<Hooks>[];
-  #connection: Connection | undefined;
-  readonly #log: Log = new Log();
-  /** The number of the last message that any connection has been given. */
-  #written = 0;
-  /** Bytes given to the current connection and not yet acknowledged. */
-  #inFlight = 0;
-  #ackDue = false;
-  #pings: string[] | undefined;
-  #closing: Ending | undefined;
-  /** The hub flushes this session at the end of the current job. */
-  #dirty = false;
-  /** The hub flushes this session at the end of its rest. */
-  #held = false;
-  /** Something had to wait, and `drain` is yet to be called. */
-  #clogged = false;
-  #waiters: Set<Waiter> | undefined;
-  #lastHeard: number = clock();
-  #lastWrite = 0;
-  /** The client was asked for a sign of life, and has not been heard since. */
-  #pinged = false;
-  /** Uplink: encoded bytes of messages whose hooks have settled, and of those whose have not. */
-  #handledBytes = 0;
-  #unhandledBytes = 0;
-
-  constructor(hub: Hub, opening: {
-    token: string;
-    full: boolean;
-    request: Request;
-    admission: Admission;
-    runtime: Runtime;
-  }) {
-    const { token, full, request, admission, runtime } = opening;
-    this.#hub = hub;
-    this.#hooks = admission.hooks;
-    this.token = token;
-    this.key = full ? "" : randomHex(16);
-    this.full = full;
-    this.namespace = admission.namespace;
-    this.protocol = admission.headers.get(WEBSOCKET_PROTOCOL) ?? "";
-    this.heartbeatInterval = hub.heartbeatOf(runtime);
-    this.request = request;
-    this.context = admission.context;
-    this.remoteAddress = remoteAddressOf(request, runtime);
-    this.peer = new ServerPeer(this, hub);
-  }
-
-  get received(): number {
-    return this.uplink.received;
-  }
-
-  // --- Connections ---
-
-  /** Whether all that comes after this number is still kept. */
-  canResumeFrom(received: number): boolean {
-    return this.#log.base - 1 <= received && received <= this.#written;
-  }
-
-  /** Begins the next event stream, after message `received`; the one before it ends. */
-  attach(attempt: number, received: number): ReadableStream<Bytes> {
-    this.#connection?.end();
-    this.attempt = attempt;
-    if (this.full) this.#log.trim(received);
-    this.next = received + 1;
-    this.#inFlight = 0;
-    this.#pinged = false;
-    this.#ackDue = this.full;
-    if (this.readyState === OPEN) this.deadline = Infinity;
-    const preface = this.full
-      ? this.#hub.preface(this)
-      : `retry: 1000\nid: ${this.key}.${received}\n` +
-        (this.#hub.bidir ? `event: ${TOKEN_EVENT}\ndata: ${this.token}\n\n` : "\n");
-    this.#lastWrite = clock();
-    this.#connection = new Connection(this, encoder.encode(preface));
-    return this.#connection.stream;
-  }
-
-  /** The connection is gone: the "session expires after the resume timeout". */
-  lose(connection: Connection): void {
-    if (connection !== this.#connection) return; // a newer one has taken over
-    this.#connection = undefined;
-    if (this.readyState === CLOSED) return this.release();
-    this.deadline = Math.min(this.deadline, clock() + this.#hub.resumeTimeout);
-    if (!this.full) this.#keepHistory();
-    if (this.#hub.resumeTimeout === 0) this.#finish(LOST);
-    else if (!this.full && this.readyState === CLOSING) this.#finish();
-  }
-
-  /** Ends the connection as if the network had: the client will resume. */
-  #drop(): void {
-    const connection = this.#connection;
-    connection?.end();
-    if (connection) this.lose(connection);
-  }
-
-  #disconnect(): void {
-    this.#connection?.end();
-    this.#connection = undefined;
-  }
-
-  /** Lets go of the connection and of all bodies: nothing more comes, either way. */
-  release(): void {
-    this.#disconnect();
-    this.#hub.lingering.delete(this);
-    this.uplink.release();
-  }
-
-  // --- Sending ---
-
-  /** The message goes at the end of the current job; with `hold`, at that of a rest. */
-  send(frame: Frame, hold = false): number {
-    if (this.readyState !== OPEN) return 0;
-    // "A send on a peer that already has more than maxBufferedAmount held back closes it with 1013."
-    if (this.bufferedAmount > this.#hub.maxBufferedAmount) {
-      this.#beginClose(1013, "Too much buffered");
-      this.#finish();
-      return 0;
-    }
-    const bytes = this.full ? frame.full : frame.plain;
-    this.#log.push(bytes);
-    this.bufferedAmount += bytes.length;
-    if (!this.full && !this.#connection) this.#keepHistory();
-    else this.#log.pack(this.#written);
-    if (!hold || !this.#hold()) this.schedule();
-    return this.#clogged ? -1 : bytes.length;
-  }
-
-  /** Whether the flush is left to the end of the rest: not if one is due anyway, or much is held. */
-  #hold(): boolean {
-    if (this.#dirty || this.bufferedAmount > this.#hub.mostHeld) return false;
-    return this.#held ||= this.#hub.flusher.hold(this);
-  }
-
-  ping(data: Bytes): void {
-    if (!this.full || this.readyState !== OPEN) return;
-    if ((this.#pings ??= []).length >= MAX_PENDING_PINGS) this.#pings.shift();
-    this.#pings.push(toBase64(data));
-    this.schedule();
-  }
-
-  schedule(): void {
-    this.#held = false;
-    if (this.#dirty) return;
-    this.#dirty = true;
-    this.#hub.flusher.schedule(this);
-  }
-
-  /**
-   * Gives the connection everything that is due as one chunk, when it has asked for
-   * bytes. While it has not, all waits: the busier the runtime, the larger the chunks.
-   */
-  flush(): void {
-    this.#dirty = false;
-    const connection = this.#connection;
-    if (!connection?.asked) {
-      this.#clogged ||= this.bufferedAmount > 0;
-      return;
-    }
-    // Mostly one message is due and nothing else, or nothing at all: neither needs an array.
-    const onlyMessages = this.full && !this.#ackDue && !this.#pings && !this.#closing &&
-      !connection.preface;
-    const due = this.#log.last - this.next + 1;
-    if (onlyMessages && due === 1 && this.#inFlight < this.#hub.window) {
-      this.#write(connection, this.#take());
-    } else if (!onlyMessages || due > 0) this.#flushAll(connection);
-    if (this.#clogged || this.bufferedAmount > 0 || this.#waiters) this.#afterFlush();
-  }
-
-  #flushAll(connection: Connection): void {
-    const parts: Bytes[] = [];
-    this.#gatherControl(connection, parts);
-    this.#gatherMessages(parts);
-    const last = this.#closing && this.next > this.#log.last;
-    if (last) parts.push(encodeClose(this.#closing!, this.full));
-    if (parts.length) this.#write(connection, this.#hub.flusher.join(parts));
-    if (last) this.#afterClose();
-  }
-
-  #write(connection: Connection, chunk: Bytes): void {
-    this.#lastWrite = clock();
-    connection.write(chunk);
-  }
-
-  #gatherControl(connection: Connection, parts: Bytes[]): void {
-    if (connection.preface) parts.push(connection.preface);
-    connection.preface = undefined;
-    // "A pending duplex-ack precedes the messages of the same chunk."
-    if (this.#ackDue) {
-      parts.push(
-        encoder.encode(`event: ${ACK_EVENT}\ndata: ${this.received} ${this.#handledBytes}\n\n`),
-      );
-    }
-    this.#ackDue = false;
-    if (!this.#pings) return;
-    for (const data of this.#pings) {
-      parts.push(encoder.encode(`event: ${PING_EVENT}\ndata: ${this.next - 1} ${data}\n\n`));
-    }
-    this.#pings = undefined;
-  }
-
-  /** "A sender below its window may begin one message of any size; at it, only control frames and CLOSE." */
-  #gatherMessages(parts: Bytes[]): void {
-    const { window } = this.#hub;
-    let size = 0;
-    while (
-      this.next <= this.#log.last && size < MAX_CHUNK && (!this.full || this.#inFlight < window)
-    ) {
-      if (!this.full) parts.push(encoder.encode(`id: ${this.key}.${this.next}\n`));
-      const bytes = this.#take();
-      parts.push(bytes);
-      size += bytes.length;
-    }
-    if (!this.full && size) this.#trimHistory();
-  }
-
-  /** The next message, as given to the connection from now on. */
-  #take(): Bytes {
-    const bytes = this.#log.get(this.next);
-    this.#inFlight += bytes.length;
-    if (this.next > this.#written) {
-      this.#written = this.next;
-      this.bufferedAmount -= bytes.length;
-    }
-    this.next++;
-    return bytes;
-  }
-
-  #afterFlush(): void {
-    if (this.bufferedAmount > 0) this.#clogged = true;
-    this.#wake();
-    if (this.bufferedAmount > 0 || !this.#clogged || this.readyState !== OPEN) return;
-    this.#clogged = false;
-    this.callHooks("drain");
-  }
-
-  /** Plain sessions acknowledge nothing, so a bounded history stands in for it. */
-  #trimHistory(): void {
-    while (this.#log.bytes > PLAIN_HISTORY && this.#log.base <= this.#written) {
-      this.#log.trim(this.#log.base);
-    }
-  }
-
-  /** Without a connection, a plain session's messages go to its history alone. */
-  #keepHistory(): void {
-    this.#written = this.#log.last;
-    this.bufferedAmount = 0;
-    this.#trimHistory();
-    this.#wake();
-  }
-
-  waitForDrain(threshold: number, signal?: AbortSignal): Promise<void> {
-    if (signal?.aborted) return Promise.reject(signal.reason);
-    if (this.bufferedAmount <= threshold || this.readyState >= CLOSING) return Promise.resolve();
-    return new Promise((resolve, reject) => {
-      const abort = () => {
-        this.#waiters?.delete(waiter);
-        reject(signal!.reason);
-      };
-      const waiter: Waiter = {
-        threshold,
-        resolve: () => {
-          signal?.removeEventListener("abort", abort);
-          resolve();
-        },
-      };
-      (this.#waiters ??= new Set()).add(waiter);
-      if (this.#held) this.schedule();
-      signal?.addEventListener("abort", abort, { once: true });
-    });
-  }
-
-  #wake(): void {
-    if (!this.#waiters) return;
-    for (const waiter of this.#waiters) {
-      if (this.bufferedAmount > waiter.threshold && this.readyState < CLOSING) continue;
-      this.#waiters.delete(waiter);
-      waiter.resolve();
-    }
-    if (!this.#waiters.size) this.#waiters = undefined;
-  }
-
-  // --- Receiving ---
-
-  /** Any byte from the client shows that it lives. */
-  heard(): void {
-    this.#lastHeard = clock();
-    this.#pinged = false;
-  }
-
-  /** Reads the uplink half of a request whose response is the event stream. */
-  async readDuplex(body: ReadableStream<Uint8Array>, seq: number | undefined): Promise<void> {
-    const error = await readUplink(body, seq, this, this.#hub.maxMessageSize);
-    if (!error) return;
-    // The connection has ended. Deno tells the stream of that only when it is written to.
-    if (!(error instanceof Refusal)) return this.#beat();
-    // No status can be told any more. A gap leaves the session to a resume, the rest is final.
-    if (error.closeCode) this.close(error.closeCode, error.message);
-    else this.#drop();
-  }
-
-  receive(type: string, payload: Bytes, size: number): void {
-    if (type === "CLOSE") return this.#receiveClose(payload);
-    if (this.readyState !== OPEN) { // closing: counted, so that the client can finish
-      this.uplink.received++;
-      return this.#handled(size);
-    }
-    if (!this.#hub.bidir) throw new Refusal(403, "This server only sends", { closeCode: 1003 });
-    // "A client that begins a message while the window is full is closed with 1008."
-    if (this.#unhandledBytes >= this.#hub.window) {
-      throw new Refusal(413, "Window overrun", { closeCode: 1008 });
-    }
-    this.#deliver(type === "TEXT" ? decodeText(payload) : payload.slice(), size);
-  }
-
-  /** Gives a message to the hooks, and a promise until they have settled. */
-  #deliver(data: string | Bytes, size: number): Promise<void> | undefined {
-    this.uplink.received++;
-    const pending = this.callHooks("message", new ServerMessage(this.peer, data));
-    if (!pending) return void this.#handled(size);
-    this.#unhandledBytes += size;
-    this.#acknowledge();
-    return pending.then(() => {
-      this.#unhandledBytes -= size;
-      this.#handled(size);
-    });
-  }
-
-  /** "The server acknowledges at once what it received …, and apart from that the bytes it has handled." */
-  #handled(size: number): void {
-    this.#handledBytes += size;
-    this.#acknowledge();
-  }
-
-  #acknowledge(): void {
-    if (!this.full) return; // the answer to the request is all that a plain client is told
-    this.#ackDue = true;
-    this.schedule();
-  }
-
-  control(type: string, payload: Bytes): void {
-    if (type === "PONG") {
-      if (this.readyState === OPEN) this.callHooks("pong", payload.slice());
-    } else if (type === "PING") {
-      this.#acknowledge(); // shows the client that this body is being read
-      if (this.readyState === OPEN) this.callHooks("ping", payload.slice());
-    } else {
-      const count = parseNumber(decoder.decode(payload), "ACK");
-      if (count > this.#written) {
-        throw new Refusal(400, "ACK of what was not sent", { closeCode: 1002 });
-      }
-      // The client has more than this connection has been given: a repeated resume took its place.
-      if (count >= this.next) this.#drop();
-      this.#inFlight -= this.#log.trim(count);
-      this.schedule();
-    }
-  }
-
-  /** "A body with a length is one message …, a streamed body one text message per chunk." */
-  async readPlain(request: Request): Promise<void> {
-    const { maxMessageSize } = this.#hub;
-    try {
-      const { body, headers } = request;
-      const length = headers.get("content-length");
-      if (body && length === null) return await this.#readChunks(body);
-      checkSize(Number(length), maxMessageSize);
-      const payload: Bytes = new Uint8Array(await request.arrayBuffer());
-      checkSize(payload.length, maxMessageSize);
-      await this.#receivePlain(plainMessage(payload, mediaType(headers)));
-    } catch (error) {
-      if (!(error instanceof Refusal)) return; // the connection's end
-      this.close(error.closeCode!, error.message);
-      throw error;
-    }
-  }
-
-  async #readChunks(body: ReadableStream<Uint8Array>): Promise<void> {
-    const text = new TextDecoder("utf-8", { ignoreBOM: true });
-    await readBody(body.getReader() as Reader, this, (chunk) => {
-      checkSize(chunk.length, this.#hub.maxMessageSize);
-      const message = text.decode(chunk, { stream: true });
-      return message ? this.#receivePlain(message) : undefined;
-    });
-  }
-
-  /** A streamed body is "paused while hooks are behind": until what this gives has settled. */
-  #receivePlain(data: string | Bytes): Promise<void> | undefined {
-    if (this.readyState !== OPEN) return;
-    const pending = this.#deliver(data, data.length);
-    if (this.#unhandledBytes > this.#hub.window) return pending;
-  }
-
-  // --- Hooks ---
-
-  /** Calls a hook wherever it is set. Gives a promise, which never rejects, where that takes time. */
-  callHooks(
-    name: "open" | "message" | "close" | "drain" | "ping" | "pong",
-    argument?: Message | CloseDetails | Uint8Array,
-  ): Promise<void> | undefined {
-    let pending: Promise<void> | undefined;
-    for (const hooks of this.#hooks) {
-      const hook = hooks[name] as Hook | undefined;
-      if (!hook) continue;
-      pending = pending
-        ? pending.then(() => this.#callHook(hooks, hook, argument)) // in turn, as in crossws
-        : this.#callHook(hooks, hook, argument);
-    }
-    return pending;
-  }
-
-  /** Its failure goes to `error` and ends this session alone. */
-  #callHook(hooks: Partial<Hooks>, hook: Hook, argument: unknown): Promise<void> | undefined {
-    try {
-      const result = hook.call(hooks, this.peer, argument);
-      if (!isThenable(result)) return;
-      return Promise.resolve(result).then(() => {}, (error) => this.#fail(error));
-    } catch (error) {
-      this.#fail(error);
-    }
-  }
-
-  #fail(cause: unknown): void {
-    const error = cause instanceof Error ? cause : new Error("A hook failed", { cause });
-    const listeners = this.#hooks.filter((hooks) => hooks.error);
-    if (!listeners.length) console.error("[duplex-sse] a hook failed:", error);
-    for (const hooks of listeners) {
-      const telling = async () => await hooks.error!(this.peer, error); // also a throw rejects
-      telling().catch((error) => console.error("[duplex-sse] the error hook failed:", error));
-    }
-    this.close(1011, "A hook failed");
-  }
-
-  // --- Ends ---
-
-  /** "When the server closes, duplex-close comes after all that was sent before." */
-  close(code: number, reason: string): void {
-    if (this.readyState !== OPEN) return;
-    this.#beginClose(code, reason);
-    this.deadline = clock() + this.#hub.closeTimeout;
-    if (!this.full && !this.#connection) this.#finish();
-  }
-
-  #beginClose(code: number, reason: string, sent = this.#log.last): void {
-    this.readyState = CLOSING;
-    this.#closing = { code, reason, sent };
-    this.#wake();
-    this.schedule();
-  }
-
-  /** `duplex-close` is out: a full client will answer it, a plain one cannot. */
-  #afterClose(): void {
-    if (this.readyState === CLOSED) return this.release();
-    this.#disconnect();
-    if (!this.full) this.#finish();
-  }
-
-  /** The client's CLOSE: the end of this session, or its answer to ours. */
-  #receiveClose(payload: Bytes): void {
-    if (payload.length === 1) throw new Refusal(400, "CLOSE of one byte", { closeCode: 1002 });
-    const code = payload.length ? payload[0]! << 8 | payload[1]! : 1005;
-    const reason = decodeText(payload.subarray(2));
-    if (payload.length && !isCloseCode(code)) {
-      throw new Refusal(400, "Invalid close code", { closeCode: 1002 });
-    }
-    this.uplink.received++;
-    this.#acknowledge();
-    // The client takes no more messages, so none that it has not got is missing.
-    if (this.readyState === OPEN) this.#beginClose(code, reason, this.#written);
-    this.#finish({ code, reason });
-  }
-
-  /** Ends at once, without a word: the client will be told 404. */
-  terminate(): void {
-    if (this.readyState === CLOSED) return;
-    this.#finish(LOST);
-    this.release();
-  }
-
-  /** The end of every session, clean or not; here alone `close` is called. */
-  #finish({ code, reason }: Required<CloseDetails> = this.#closing!): void {
-    if (this.readyState === CLOSED) return;
-    this.readyState = CLOSED;
-    for (const topic of this.topics) this.#hub.unsubscribe(this, topic);
-    this.#log.trim(Infinity);
-    this.next = this.#log.base;
-    this.bufferedAmount = 0;
-    this.#wake();
-    this.#hub.bury(this, code === LOST.code ? undefined : this.#closing);
-    if (this.#connection && this.#closing) { // its last bytes are still to be taken
-      this.deadline = clock() + this.#hub.closeTimeout;
-      this.#hub.linger(this);
-    } else this.release();
-    this.#hub.inTurn(() => {
-      this.callHooks("close", { code, reason });
-      this.topics.clear();
-    });
-  }
-
-  // --- Time ---
-
-  /** One look at the clock, from the hub's timer. */
-  tick(now: number): void {
-    if (now >= this.deadline) return this.terminate();
-    const connection = this.#connection;
-    if (!connection) return;
-    const { idleTimeout } = this.#hub;
-    const silence = now - this.#lastHeard;
-    if (this.full && idleTimeout && silence >= idleTimeout) return this.#drop();
-    // "A client not heard from for half of idleTimeout is asked by duplex-ping."
-    if (this.full && idleTimeout && silence >= idleTimeout / 2 && !this.#pinged) {
-      this.#pinged = true;
-      this.ping(EMPTY);
-    }
-    if (now - this.#lastWrite >= this.heartbeatInterval / 2 - 1) this.#beat();
-  }
-
-  #beat(): void {
-    if (this.#connection?.asked) this.#write(this.#connection, HEARTBEAT);
-  }
-}
-
-/** Any hook of a peer, as it is called. */
-type Hook = (this: Partial<Hooks>, peer: Peer, argument: unknown) => unknown;
-
-/** Somebody who waits for `bufferedAmount` to fall. */
-interface Waiter {
-  threshold: number;
-  resolve: () => void;
-}
-
-/** How a session ends. */
-interface Ending {
-  code: number;
-  reason: string;
-  /** How many messages the server had sent, for the client to see whether it has them all. */
-  sent: number;
-}
-
-/**
- * "A closed session leaves a tombstone for the resume timeout: it replays duplex-close to a
- * resumption and answers a repeated CLOSE with 204."
- */
-class Tombstone implements Receiver {
-  readonly namespace: string;
-  readonly ending: Ending;
-  readonly expires: number;
-  readonly uplink: Uplink;
-
-  constructor(session: Session, ending: Ending, resumeTimeout: number) {
-    this.namespace = session.namespace;
-    this.ending = ending;
-    this.expires = clock() + resumeTimeout;
-    this.uplink = session.uplink;
-  }
-
-  heard(): void {}
-
-  receive(): void {
-    this.uplink.received++;
-  }
-
-  control(): void {}
-}
-
 // --- What hooks are given ---
+
+/** What a peer needs of the hub. */
+interface Peers {
+  readonly peers: Map<string, Set<Peer>>;
+  subscribe(session: Session, topic: string): void;
+  unsubscribe(session: Session, topic: string): void;
+  publishFrom(session: Session, topic: string, data: unknown): void;
+}
 
 class ServerPeer implements Peer {
   // Private fields stay out of what console.log shows: the token is never in there.
   readonly #session: Session;
-  readonly #hub: Hub;
+  readonly #hub: Peers;
   #id: string | undefined;
   #websocket: PeerWebSocket | undefined;
 
-  constructor(session: Session, hub: Hub) {
+  constructor(session: Session, hub: Peers) {
     this.#session = session;
     this.#hub = hub;
   }
@@ -1877,6 +1189,619 @@ class ServerPeer implements Peer {
   }
 }
 
+// --- A session ---
+
+/** What a session begins with. */
+interface Opening {
+  token: string;
+  request: Request;
+  admission: Admission;
+  runtime: Runtime;
+}
+
+/** What admission to a session has settled. */
+interface Admission {
+  hooks: Partial<Hooks>[];
+  namespace: string;
+  context: PeerContext;
+  /** Those of the response, the subprotocol's among them. */
+  headers: Headers;
+}
+
+/** What a session needs of the hub. */
+interface Host {
+  readonly bidir: boolean;
+  readonly window: number;
+  readonly idleTimeout: number;
+  readonly resumeTimeout: number;
+  readonly closeTimeout: number;
+  readonly maxMessageSize: number;
+  readonly maxBufferedAmount: number;
+  readonly mostHeld: number;
+  readonly flusher: Flusher;
+  heartbeatOf(runtime: Runtime): number;
+  preface(session: Session, next: number): string;
+  unsubscribe(session: Session, topic: string): void;
+  /** Its end is to be told to those who missed it. */
+  bury(session: Session, ending: Ending | undefined): void;
+  /** Its last bytes are still to be taken; `release` when they are. */
+  linger(session: Session): void;
+  release(session: Session): void;
+  inTurn(call: () => void): void;
+}
+
+/** A client's state, which outlives its connections: what both levels have in common. */
+abstract class Session {
+  abstract readonly full: boolean;
+  readonly token: string;
+  readonly namespace: string;
+  readonly protocol: string;
+  readonly heartbeatInterval: number;
+  readonly request: Request;
+  readonly context: PeerContext;
+  readonly remoteAddress: string | undefined;
+  peer!: Peer;
+  readonly topics: Set<string> = new Set();
+  readonly uplink: Uplink = new Uplink();
+  readyState = OPEN;
+  attempt = 0;
+  /** When a session that is closing, or without a connection, ends for good. */
+  deadline = Infinity;
+
+  protected readonly hub: Host;
+  protected readonly outbox: Outbox = new Outbox();
+  protected connection: Connection | undefined;
+  /** How it ends, once that is known; undefined for one whose client was lost. */
+  protected ending: Ending | undefined;
+  /** Uplink: encoded bytes of messages whose hooks have not settled. */
+  protected unhandledBytes = 0;
+  /** Something is due that is no message. */
+  protected controlDue = false;
+  readonly #hooks: Partial<Hooks>[];
+  /** The hub flushes this session at the end of the current job, or at that of its rest. */
+  #flush: "none" | "due" | "held" = "none";
+  /** Something had to wait, and `drain` is yet to be called. */
+  #clogged = false;
+  #waiters: Set<Waiter> | undefined;
+  #lastWrite = 0;
+
+  constructor(hub: Host, { token, request, admission, runtime }: Opening) {
+    this.hub = hub;
+    this.#hooks = admission.hooks;
+    this.token = token;
+    this.namespace = admission.namespace;
+    this.protocol = admission.headers.get(WEBSOCKET_PROTOCOL) ?? "";
+    this.heartbeatInterval = hub.heartbeatOf(runtime);
+    this.request = request;
+    this.context = admission.context;
+    this.remoteAddress = remoteAddressOf(request, runtime);
+  }
+
+  get bufferedAmount(): number {
+    return this.outbox.waiting;
+  }
+
+  // --- What the levels differ in ---
+
+  /** What a stream begins with, when it goes on after this message. */
+  protected abstract preface(received: number): string;
+  protected abstract encode(frame: Frame): Bytes;
+  protected abstract encodeEnding(ending: Ending): Bytes;
+  /** Gathers the messages that may go now. */
+  protected abstract gather(parts: Bytes[]): void;
+  /** The hooks have settled for a message of so many encoded bytes. */
+  protected abstract handled(size: number): void;
+
+  // --- Connections ---
+
+  /** Begins the next event stream, after message `received`; the one before it ends. */
+  attach(attempt: number, received: number): ReadableStream<Bytes> {
+    this.connection?.end();
+    this.attempt = attempt;
+    this.outbox.rewind(received);
+    if (this.readyState === OPEN) this.deadline = Infinity;
+    this.#lastWrite = clock();
+    this.connection = new Connection(this, encoder.encode(this.preface(received)));
+    return this.connection.stream;
+  }
+
+  canResumeFrom(received: number): boolean {
+    return this.outbox.has(received);
+  }
+
+  /** The connection is gone: the "session expires after the resume timeout". */
+  lose(connection: Connection): void {
+    if (connection !== this.connection) return; // a newer one has taken over
+    this.connection = undefined;
+    if (this.readyState === CLOSED) return this.release();
+    this.deadline = Math.min(this.deadline, clock() + this.hub.resumeTimeout);
+    if (this.hub.resumeTimeout === 0) this.finish(LOST);
+  }
+
+  /** Ends the connection as if the network had: the client will resume. */
+  protected drop(): void {
+    const connection = this.connection;
+    connection?.end();
+    if (connection) this.lose(connection);
+  }
+
+  protected disconnect(): void {
+    this.connection?.end();
+    this.connection = undefined;
+  }
+
+  /** Lets go of the connection and of all bodies: nothing more comes, either way. */
+  release(): void {
+    this.disconnect();
+    this.hub.release(this);
+    this.uplink.release();
+  }
+
+  // --- Sending ---
+
+  /** The message goes at the end of the current job; with `hold`, at that of a rest. */
+  send(frame: Frame, hold = false): number {
+    if (this.readyState !== OPEN) return 0;
+    // "A send on a peer that already has more than maxBufferedAmount held back closes it with 1013."
+    if (this.outbox.cost > this.hub.maxBufferedAmount) {
+      this.#beginClose(1013, "Too much buffered");
+      this.finish();
+      return 0;
+    }
+    const bytes = this.encode(frame);
+    this.outbox.push(bytes);
+    if (!hold || !this.#hold()) this.schedule();
+    return this.#clogged ? -1 : bytes.length;
+  }
+
+  ping(_data: Bytes): void {}
+
+  /** Whether the flush is left to the end of the rest: not if one is due anyway, or much is held. */
+  #hold(): boolean {
+    if (this.#flush === "due" || this.bufferedAmount > this.hub.mostHeld) return false;
+    if (this.#flush === "none" && this.hub.flusher.hold(this)) this.#flush = "held";
+    return this.#flush === "held";
+  }
+
+  schedule(): void {
+    if (this.#flush === "due") return;
+    this.#flush = "due";
+    this.hub.flusher.schedule(this);
+  }
+
+  /**
+   * Gives the connection everything that is due as one chunk, when it has asked for
+   * bytes. While it has not, all waits: the busier the runtime, the larger the chunks.
+   */
+  flush(): void {
+    this.#flush = "none";
+    const connection = this.connection;
+    if (!connection?.asked) {
+      this.#clogged ||= this.bufferedAmount > 0;
+      return;
+    }
+    if (this.outbox.due || this.controlDue || this.ending || connection.preface) {
+      this.#flushAll(connection);
+    }
+    if (this.#clogged || this.bufferedAmount > 0 || this.#waiters) this.#afterFlush();
+  }
+
+  #flushAll(connection: Connection): void {
+    const parts: Bytes[] = [];
+    if (connection.preface) parts.push(connection.preface);
+    connection.preface = undefined;
+    this.gather(parts);
+    const last = this.ending && !this.outbox.due;
+    if (last) parts.push(this.encodeEnding(this.ending!));
+    if (parts.length) this.#write(connection, this.hub.flusher.join(parts));
+    if (last) this.#afterClose();
+  }
+
+  #write(connection: Connection, chunk: Bytes): void {
+    this.#lastWrite = clock();
+    connection.write(chunk);
+  }
+
+  #afterFlush(): void {
+    if (this.bufferedAmount > 0) this.#clogged = true;
+    this.wake();
+    if (this.bufferedAmount > 0 || !this.#clogged || this.readyState !== OPEN) return;
+    this.#clogged = false;
+    this.callHooks("drain");
+  }
+
+  waitForDrain(threshold: number, signal?: AbortSignal): Promise<void> {
+    if (signal?.aborted) return Promise.reject(signal.reason);
+    if (this.bufferedAmount <= threshold || this.readyState >= CLOSING) return Promise.resolve();
+    return new Promise((resolve, reject) => {
+      const abort = () => {
+        this.#waiters?.delete(waiter);
+        reject(signal!.reason);
+      };
+      const waiter: Waiter = {
+        threshold,
+        resolve: () => {
+          signal?.removeEventListener("abort", abort);
+          resolve();
+        },
+      };
+      (this.#waiters ??= new Set()).add(waiter);
+      if (this.#flush === "held") this.schedule();
+      signal?.addEventListener("abort", abort, { once: true });
+    });
+  }
+
+  protected wake(): void {
+    if (!this.#waiters) return;
+    for (const waiter of this.#waiters) {
+      if (this.bufferedAmount > waiter.threshold && this.readyState < CLOSING) continue;
+      this.#waiters.delete(waiter);
+      waiter.resolve();
+    }
+    if (!this.#waiters.size) this.#waiters = undefined;
+  }
+
+  // --- Receiving ---
+
+  /** Any byte from the client shows that it lives. */
+  heard(): void {}
+
+  /** Gives a message to the hooks, and a promise until they have settled. */
+  protected deliver(data: string | Bytes, size: number): Promise<void> | undefined {
+    this.uplink.received++;
+    const pending = this.callHooks("message", new ServerMessage(this.peer, data));
+    if (!pending) return void this.handled(size);
+    this.unhandledBytes += size;
+    this.handled(0);
+    return pending.then(() => {
+      this.unhandledBytes -= size;
+      this.handled(size);
+    });
+  }
+
+  // --- Hooks ---
+
+  /** Calls a hook wherever it is set. Gives a promise, which never rejects, where that takes time. */
+  callHooks(
+    name: "open" | "message" | "close" | "drain" | "ping" | "pong",
+    argument?: Message | CloseDetails | Uint8Array,
+  ): Promise<void> | undefined {
+    let pending: Promise<void> | undefined;
+    for (const hooks of this.#hooks) {
+      const hook = hooks[name] as Hook | undefined;
+      if (!hook) continue;
+      pending = pending
+        ? pending.then(() => this.#callHook(hooks, hook, argument)) // in turn, as in crossws
+        : this.#callHook(hooks, hook, argument);
+    }
+    return pending;
+  }
+
+  /** Its failure goes to `error` and ends this session alone. */
+  #callHook(hooks: Partial<Hooks>, hook: Hook, argument: unknown): Promise<void> | undefined {
+    try {
+      const result = hook.call(hooks, this.peer, argument);
+      if (!isThenable(result)) return;
+      return Promise.resolve(result).then(() => {}, (error) => this.#fail(error));
+    } catch (error) {
+      this.#fail(error);
+    }
+  }
+
+  #fail(cause: unknown): void {
+    const error = cause instanceof Error ? cause : new Error("A hook failed", { cause });
+    const listeners = this.#hooks.filter((hooks) => hooks.error);
+    if (!listeners.length) console.error("[duplex-sse] a hook failed:", error);
+    for (const hooks of listeners) {
+      const telling = async () => await hooks.error!(this.peer, error); // also a throw rejects
+      telling().catch((error) => console.error("[duplex-sse] the error hook failed:", error));
+    }
+    this.close(1011, "A hook failed");
+  }
+
+  // --- Ends ---
+
+  /** "When the server closes, duplex-close comes after all that was sent before." */
+  close(code: number, reason: string): void {
+    if (this.readyState !== OPEN) return;
+    this.#beginClose(code, reason);
+    this.deadline = clock() + this.hub.closeTimeout;
+  }
+
+  #beginClose(code: number, reason: string): void {
+    this.startClosing({ code, reason, sent: this.outbox.last });
+  }
+
+  protected startClosing(ending: Ending): void {
+    this.readyState = CLOSING;
+    this.ending = ending;
+    this.wake();
+    this.schedule();
+  }
+
+  /** `duplex-close` is out: a full client will answer it, a plain one cannot. */
+  #afterClose(): void {
+    if (this.readyState === CLOSED) return this.release();
+    this.disconnect();
+    if (!this.full) this.finish();
+  }
+
+  /** Ends at once, without a word: the client will be told 404. */
+  terminate(): void {
+    if (this.readyState === CLOSED) return;
+    this.finish(LOST);
+    this.release();
+  }
+
+  /** The end of every session, clean or not; here alone `close` is called. */
+  protected finish({ code, reason }: Required<CloseDetails> = this.ending!): void {
+    if (this.readyState === CLOSED) return;
+    this.readyState = CLOSED;
+    for (const topic of this.topics) this.hub.unsubscribe(this, topic);
+    this.outbox.clear();
+    this.wake();
+    this.hub.bury(this, code === LOST.code ? undefined : this.ending);
+    if (this.connection && this.ending) { // its last bytes are still to be taken
+      this.deadline = clock() + this.hub.closeTimeout;
+      this.hub.linger(this);
+    } else this.release();
+    this.hub.inTurn(() => {
+      this.callHooks("close", { code, reason });
+      this.topics.clear();
+    });
+  }
+
+  // --- Time ---
+
+  /** One look at the clock, from the hub's timer. */
+  tick(now: number): void {
+    if (now >= this.deadline) return this.terminate();
+    if (this.connection && now - this.#lastWrite >= this.heartbeatInterval / 2 - 1) this.beat();
+  }
+
+  protected beat(): void {
+    if (this.connection?.asked) this.#write(this.connection, HEARTBEAT);
+  }
+}
+
+/** A session of the full level: PROTOCOL.md, sections 2 to 9. */
+class FullSession extends Session implements Receiver {
+  readonly full = true;
+  #ackDue = false;
+  #pings: string[] = [];
+  #lastHeard: number = clock();
+  /** The client was asked for a sign of life, and has not been heard since. */
+  #pinged = false;
+
+  // --- Down ---
+
+  override attach(attempt: number, received: number): ReadableStream<Bytes> {
+    this.outbox.acknowledge(received);
+    this.#pinged = false;
+    this.#ackDue = false; // its first event says it
+    return super.attach(attempt, received);
+  }
+
+  protected preface(received: number): string {
+    return this.hub.preface(this, received + 1);
+  }
+
+  protected encode(frame: Frame): Bytes {
+    return frame.full;
+  }
+
+  protected encodeEnding({ code, reason, sent }: Ending): Bytes {
+    return encodeClose(CLOSE_EVENT, { code, reason, sent });
+  }
+
+  protected gather(parts: Bytes[]): void {
+    // "A pending duplex-ack precedes the messages of the same chunk."
+    if (this.#ackDue) {
+      const { received, handled } = this.uplink;
+      parts.push(encoder.encode(`event: ${ACK_EVENT}\ndata: ${received} ${handled}\n\n`));
+    }
+    this.#ackDue = false;
+    for (const data of this.#pings) {
+      parts.push(encoder.encode(`event: ${PING_EVENT}\ndata: ${this.outbox.given} ${data}\n\n`));
+    }
+    if (this.controlDue) this.#pings.length = 0;
+    this.controlDue = false;
+    // "A sender below its window may begin one message of any size; at it, only control frames and CLOSE."
+    const { window } = this.hub;
+    for (let size = 0; this.outbox.due && size < MAX_CHUNK && this.outbox.inFlight < window;) {
+      const bytes = this.outbox.take();
+      parts.push(bytes);
+      size += bytes.length;
+    }
+  }
+
+  override ping(data: Bytes): void {
+    if (this.readyState !== OPEN) return;
+    if (this.#pings.push(toBase64(data)) > MAX_PENDING_PINGS) this.#pings.shift();
+    this.controlDue = true;
+    this.schedule();
+  }
+
+  // --- Up ---
+
+  override heard(): void {
+    this.#lastHeard = clock();
+    this.#pinged = false;
+  }
+
+  /** Reads the uplink half of a request whose response is the event stream. */
+  async readDuplex(body: ReadableStream<Uint8Array>): Promise<void> {
+    const error = await readUplink(body, this, this.hub.maxMessageSize);
+    if (!error) return;
+    // The connection has ended. Deno tells the stream of that only when it is written to.
+    if (!(error instanceof Refusal)) return this.beat();
+    // No status can be told any more. A gap leaves the session to a resume, the rest is final.
+    if (error.closeCode) this.close(error.closeCode, error.message);
+    else this.drop();
+  }
+
+  receive(type: string, payload: Bytes, size: number): void {
+    if (type === "CLOSE") return this.#receiveClose(payload);
+    if (this.readyState !== OPEN) { // closing: counted, so that the client can finish
+      this.uplink.received++;
+      return this.handled(size);
+    }
+    if (!this.hub.bidir) throw new Refusal(403, "This server only sends", { closeCode: 1003 });
+    // "A client that begins a message while the window is full is closed with 1008."
+    if (this.unhandledBytes >= this.hub.window) {
+      throw new Refusal(413, "Window overrun", { closeCode: 1008 });
+    }
+    this.deliver(type === "TEXT" ? decodeText(payload) : payload.slice(), size);
+  }
+
+  /** "The server acknowledges at once what it received …, and apart from that the bytes it has handled." */
+  protected handled(size: number): void {
+    this.uplink.handled += size;
+    this.#ackDue = this.controlDue = true;
+    this.schedule();
+  }
+
+  control(type: string, payload: Bytes): void {
+    if (type === "PONG") {
+      if (this.readyState === OPEN) this.callHooks("pong", payload.slice());
+    } else if (type === "PING") {
+      this.handled(0); // shows the client that this body is being read
+      if (this.readyState === OPEN) this.callHooks("ping", payload.slice());
+    } else {
+      const count = parseNumber(decoder.decode(payload), "ACK");
+      if (count > this.outbox.written) {
+        throw new Refusal(400, "ACK of what was not sent", { closeCode: 1002 });
+      }
+      // The client has more than this connection has been given: a repeated resume took its place.
+      if (count > this.outbox.given) this.drop();
+      this.outbox.acknowledge(count);
+      this.schedule();
+    }
+  }
+
+  /** The client's CLOSE: the end of this session, or its answer to ours. */
+  #receiveClose(payload: Bytes): void {
+    if (payload.length === 1) throw new Refusal(400, "CLOSE of one byte", { closeCode: 1002 });
+    const code = payload.length ? payload[0]! << 8 | payload[1]! : 1005;
+    const reason = decodeText(payload.subarray(2));
+    if (payload.length && !isCloseCode(code)) {
+      throw new Refusal(400, "Invalid close code", { closeCode: 1002 });
+    }
+    this.uplink.received++;
+    this.handled(0);
+    // The client takes no more messages, so none that it has not got is missing.
+    if (this.readyState === OPEN) this.startClosing({ code, reason, sent: this.outbox.written });
+    this.finish({ code, reason });
+  }
+
+  override tick(now: number): void {
+    const { idleTimeout } = this.hub;
+    const silence = now - this.#lastHeard;
+    if (this.connection && idleTimeout && now < this.deadline) {
+      if (silence >= idleTimeout) return this.drop();
+      // "A client not heard from for half of idleTimeout is asked by duplex-ping."
+      if (silence >= idleTimeout / 2 && !this.#pinged) {
+        this.#pinged = true;
+        this.ping(EMPTY);
+      }
+    }
+    super.tick(now);
+  }
+}
+
+/** A session of the plain level, crossws's wire: PROTOCOL.md, section 10. */
+class PlainSession extends Session {
+  readonly full = false;
+  /** The secret in its event ids, which can resume but not send. */
+  readonly key: string = randomHex(16);
+
+  protected preface(received: number): string {
+    return `retry: 1000\nid: ${this.key}.${received}\n` +
+      (this.hub.bidir ? `event: ${TOKEN_EVENT}\ndata: ${this.token}\n\n` : "\n");
+  }
+
+  protected encode(frame: Frame): Bytes {
+    return frame.plain;
+  }
+
+  protected encodeEnding({ code, reason }: Ending): Bytes {
+    return encodeClose("close", { code, reason });
+  }
+
+  protected gather(parts: Bytes[]): void {
+    for (let size = 0; this.outbox.due && size < MAX_CHUNK;) {
+      parts.push(encoder.encode(`id: ${this.key}.${this.outbox.given + 1}\n`));
+      const bytes = this.outbox.take();
+      parts.push(bytes);
+      size += bytes.length;
+    }
+    this.outbox.keep(PLAIN_HISTORY);
+  }
+
+  override send(frame: Frame, hold?: boolean): number {
+    const sent = super.send(frame, hold);
+    if (!this.connection) this.#keepHistory();
+    return sent;
+  }
+
+  override lose(connection: Connection): void {
+    const current = connection === this.connection;
+    super.lose(connection);
+    if (!current || this.readyState === CLOSED) return;
+    this.#keepHistory();
+    if (this.readyState === CLOSING) this.finish();
+  }
+
+  override close(code: number, reason: string): void {
+    super.close(code, reason);
+    if (this.readyState === CLOSING && !this.connection) this.finish();
+  }
+
+  /** Without a connection, its messages go to the history alone. */
+  #keepHistory(): void {
+    this.outbox.skip();
+    this.outbox.keep(PLAIN_HISTORY);
+    this.wake();
+  }
+
+  /** "A body with a length is one message …, a streamed body one text message per chunk." */
+  async read(request: Request): Promise<void> {
+    const { maxMessageSize } = this.hub;
+    try {
+      const { body, headers } = request;
+      const length = headers.get("content-length");
+      if (body && length === null) return await this.#readChunks(body);
+      checkSize(Number(length), maxMessageSize);
+      const payload: Bytes = new Uint8Array(await request.arrayBuffer());
+      checkSize(payload.length, maxMessageSize);
+      await this.#receive(plainMessage(payload, mediaType(headers)));
+    } catch (error) {
+      if (!(error instanceof Refusal)) return; // the connection's end
+      this.close(error.closeCode!, error.message);
+      throw error;
+    }
+  }
+
+  async #readChunks(body: ReadableStream<Uint8Array>): Promise<void> {
+    const text = new TextDecoder("utf-8", { ignoreBOM: true });
+    await readBody(body.getReader() as Reader, this, (chunk) => {
+      checkSize(chunk.length, this.hub.maxMessageSize);
+      const message = text.decode(chunk, { stream: true });
+      return message ? this.#receive(message) : undefined;
+    });
+  }
+
+  /** A streamed body is "paused while hooks are behind": until what this gives has settled. */
+  #receive(data: string | Bytes): Promise<void> | undefined {
+    if (this.readyState !== OPEN) return;
+    const pending = this.deliver(data, data.length);
+    if (this.unhandledBytes > this.hub.window) return pending;
+  }
+
+  /** The answer to its request is all that a plain client is told. */
+  protected handled(): void {}
+}
+
 class ServerMessage implements Message {
   readonly peer: Peer;
   readonly rawData: string | Bytes;
@@ -1939,7 +1864,128 @@ class ServerMessage implements Message {
   }
 }
 
+/** Any hook of a peer, as it is called. */
+type Hook = (this: Partial<Hooks>, peer: Peer, argument: unknown) => unknown;
+
+/** Somebody who waits for `bufferedAmount` to fall. */
+interface Waiter {
+  threshold: number;
+  resolve: () => void;
+}
+
+/**
+ * "A closed session leaves a tombstone for the resume timeout: it replays duplex-close to a
+ * resumption and answers a repeated CLOSE with 204."
+ */
+class Tombstone implements Receiver {
+  readonly namespace: string;
+  readonly ending: Ending;
+  readonly expires: number;
+  readonly uplink: Uplink;
+
+  constructor(session: Session, ending: Ending, resumeTimeout: number) {
+    this.namespace = session.namespace;
+    this.ending = ending;
+    this.expires = clock() + resumeTimeout;
+    this.uplink = session.uplink;
+  }
+
+  heard(): void {}
+
+  close(): void {}
+
+  receive(): void {
+    this.uplink.received++;
+  }
+
+  control(): void {}
+}
+
+// --- When sessions flush ---
+
+/** What is flushed. */
+interface Flushable {
+  schedule(): void;
+  flush(): void;
+}
+
+/** Flushes sessions together, so that what is sent in one job goes as one chunk to each. */
+class Flusher {
+  /** Sessions to flush at the end of the current job. */
+  #dirty: Flushable[] = [];
+  /** During a rest: the sessions that have been published to. */
+  #held: Flushable[] | undefined;
+  /** When the rest is over, whatever its timer does. */
+  #holdUntil = 0;
+  #restTimer: ReturnType<typeof setTimeout> | undefined;
+  /** What was joined last during this flush. */
+  #lastParts: Bytes[] = [];
+  #lastChunk: Bytes = EMPTY;
+
+  /** Publications are to be held. */
+  get resting(): boolean {
+    return !!this.#held && clock() < this.#holdUntil;
+  }
+
+  /** Flushes the session once the current job has done all its sends. */
+  schedule(session: Flushable): void {
+    if (this.#dirty.push(session) > 1) return;
+    queueMicrotask(() => {
+      const dirty = this.#dirty;
+      this.#dirty = [];
+      if (dirty.length >= CROWD && !this.#held) this.#rest();
+      for (const session of dirty) session.flush();
+      this.#lastParts = [];
+      this.#lastChunk = EMPTY;
+    });
+  }
+
+  /**
+   * The chunks of a crowd keep the runtime busy for much longer than it took to make them, and
+   * what is published meanwhile would queue up behind them, chunk after chunk. So it is held
+   * for as long as the event loop is busy, and once more as long, and goes as one chunk.
+   */
+  #rest(): void {
+    const held: Flushable[] = this.#held = [];
+    const started = clock();
+    this.#holdUntil = started + STALLED;
+    const end = () => {
+      this.#held = undefined;
+      for (const session of held) session.schedule();
+    };
+    this.#restTimer = setTimeout(() => { // fires when the event loop is free again
+      this.#restTimer = setTimeout(end, Math.min(clock() - started, MAX_REST));
+    });
+  }
+
+  /** Flushes the session at the end of the rest, if there is one. */
+  hold(session: Flushable): boolean {
+    return !!this.#held?.push(session);
+  }
+
+  /** One chunk of many frames; subscribers that are sent the same frames share the chunk, too. */
+  join(parts: Bytes[]): Bytes {
+    if (parts.length === 1) return parts[0]!;
+    const last = this.#lastParts;
+    if (parts.length === last.length && parts.every((part, i) => part === last[i])) {
+      return this.#lastChunk;
+    }
+    this.#lastParts = parts;
+    return this.#lastChunk = concat(parts);
+  }
+
+  stop(): void {
+    clearTimeout(this.#restTimer);
+  }
+}
+
 // --- The downlink: one event stream ---
+
+/** Who fills a connection. */
+interface Source {
+  flush(): void;
+  lose(connection: Connection): void;
+}
 
 /** One event stream of a session. It is given bytes when the runtime asks for them, never before. */
 class Connection {
@@ -1950,7 +1996,7 @@ class Connection {
   preface: Bytes | undefined;
   #controller!: ReadableStreamDefaultController<Bytes>;
 
-  constructor(session: Session, preface: Bytes) {
+  constructor(source: Source, preface: Bytes) {
     this.preface = preface;
     this.stream = new ReadableStream<Bytes>({
       start: (controller) => {
@@ -1958,9 +2004,9 @@ class Connection {
       },
       pull: () => {
         this.asked = true;
-        session.flush();
+        source.flush();
       },
-      cancel: () => session.lose(this),
+      cancel: () => source.lose(this),
     }, { highWaterMark: 0 });
   }
 
@@ -1979,49 +2025,86 @@ class Connection {
   }
 }
 
-/** Messages by number, from the first that is not acknowledged. */
-class Log {
+/** What a session sends, by number, from the first message that is not acknowledged. */
+class Outbox {
   /** The number of the first message kept. */
   base = 1;
-  /** All that is kept, in bytes. */
+  /** The number of the last message that the current connection has been given, and that any has. */
+  given = 0;
+  written = 0;
+  /** Encoded bytes: of all that is kept, of what no connection has been given yet, and of what the current one was given and has not acknowledged. */
   bytes = 0;
-  #frames: (Bytes | Pack)[] = [];
+  waiting = 0;
+  inFlight = 0;
+  #frames: Bytes[] = [];
   #head = 0;
-  /** The number of the last message that has been packed, or was not worth it. */
-  #packed = 0;
 
   /** The number of the last message ever pushed. */
   get last(): number {
     return this.base + this.#frames.length - this.#head - 1;
   }
 
+  /** How many messages the current connection is yet to be given. */
+  get due(): number {
+    return this.last - this.given;
+  }
+
+  /** What those take that wait. */
+  get cost(): number {
+    return this.waiting + MESSAGE_COST * (this.last - this.written);
+  }
+
   push(bytes: Bytes): void {
     this.#frames.push(bytes);
     this.bytes += bytes.length;
+    this.waiting += bytes.length;
   }
 
-  get(number: number): Bytes {
-    const frame = this.#frames[this.#head + number - this.base]!;
-    return frame instanceof Pack ? frame.get(number) : frame;
+  /** The next message, as given to the connection from now on. */
+  take(): Bytes {
+    const bytes = this.#frames[this.#head + ++this.given - this.base]!;
+    this.inFlight += bytes.length;
+    if (this.given > this.written) {
+      this.written = this.given;
+      this.waiting -= bytes.length;
+    }
+    return bytes;
   }
 
-  /** Packs the messages after this number, once they are many and if they are small. */
-  pack(after: number): void {
-    const first = Math.max(after, this.#packed) + 1;
-    if (this.last - first < PACK_COUNT - 1) return;
-    this.#packed = this.last;
-    const at = this.#head + first - this.base;
-    const frames = this.#frames.slice(at) as Bytes[];
-    const size = frames.reduce((size, frame) => size + frame.length, 0);
-    if (size < PACK_COUNT * PACK_SIZE) this.#frames.fill(new Pack(first, frames), at);
+  /** Whether all that comes after this number is still kept. */
+  has(received: number): boolean {
+    return this.base - 1 <= received && received <= this.written;
   }
 
-  /** Lets go of everything up to this number, and gives how many bytes that was. */
-  trim(number: number): number {
+  /** A new connection goes on after this message. */
+  rewind(received: number): void {
+    this.given = received;
+    this.inFlight = 0;
+  }
+
+  /** Takes all that waits for given. */
+  skip(): void {
+    this.written = this.last;
+    this.waiting = 0;
+  }
+
+  /** Lets go of the oldest of what was given, beyond so many bytes. */
+  keep(bytes: number): void {
+    while (this.bytes > bytes && this.base <= this.written) this.acknowledge(this.base);
+  }
+
+  clear(): void {
+    this.skip();
+    this.acknowledge(this.last);
+    this.given = this.last;
+  }
+
+  /** Lets go of everything up to this number. */
+  acknowledge(number: number): void {
     const before = this.bytes;
     const keep = Math.min(number, this.last);
     while (this.base <= keep) {
-      this.bytes -= this.get(this.base).length;
+      this.bytes -= this.#frames[this.#head]!.length;
       this.#frames[this.#head++] = EMPTY; // frees what was there
       this.base++;
     }
@@ -2030,31 +2113,16 @@ class Log {
       this.#frames = this.#frames.slice(this.#head);
       this.#head = 0;
     }
-    return before - this.bytes;
+    this.inFlight -= before - this.bytes;
   }
 }
 
-/**
- * Small messages that have to wait, in one piece: an array of bytes for each would cost
- * hundreds of bytes, and `maxBufferedAmount` is to bound memory.
- */
-class Pack {
-  readonly #first: number;
-  readonly #bytes: Bytes;
-  /** Where each message ends. */
-  readonly #ends: Uint32Array;
-
-  constructor(first: number, frames: Bytes[]) {
-    this.#first = first;
-    this.#bytes = concat(frames);
-    let end = 0;
-    this.#ends = Uint32Array.from(frames, (frame) => end += frame.length);
-  }
-
-  get(number: number): Bytes {
-    const at = number - this.#first;
-    return this.#bytes.subarray(this.#ends[at - 1] ?? 0, this.#ends[at]);
-  }
+/** How a session ends. */
+interface Ending {
+  code: number;
+  reason: string;
+  /** How many messages the server had sent, for the client to see whether it has them all. */
+  sent: number;
 }
 
 /** A message as it goes out, encoded once for each wire level that anybody needs. */
@@ -2100,13 +2168,8 @@ function dataLines(text: string): string {
   return text.includes("\n") ? `data: ${text.replaceAll("\n", "\ndata: ")}\n` : `data: ${text}\n`;
 }
 
-function encodeClose(ending: Ending, full = true): Bytes {
-  const { code, reason, sent } = ending;
-  return encoder.encode(
-    full
-      ? `event: ${CLOSE_EVENT}\ndata: ${JSON.stringify({ code, reason, sent })}\n\n`
-      : `event: close\ndata: ${JSON.stringify({ code, reason })}\n\n`,
-  );
+function encodeClose(event: string, ending: object): Bytes {
+  return encoder.encode(`event: ${event}\ndata: ${JSON.stringify(ending)}\n\n`);
 }
 
 // --- The uplink: WebSocket-over-HTTP frames ---
@@ -2120,28 +2183,63 @@ interface Reader {
   cancel(): Promise<void>;
 }
 
+/** Who takes the messages of an uplink body: a session, or what is left of one. */
+interface Receiver {
+  readonly uplink: Uplink;
+  /** A body has brought bytes. */
+  heard(): void;
+  /** Takes message `received + 1`; `size` is that of its encoded frame. The payload is lent for the call. */
+  receive(type: string, payload: Bytes, size: number): void;
+  /** Takes a frame that has no number; its payload is lent, too. */
+  control(type: string, payload: Bytes): void;
+}
+
+/** What a session has been sent. Its tombstone goes on with it, as bodies do that end later. */
+class Uplink {
+  /** The number of the last message taken. */
+  received = 0;
+  /** Encoded bytes of the messages whose hooks have settled. */
+  handled = 0;
+  /** Request bodies that are being read. */
+  #bodies: Reader[] | undefined;
+
+  /** "At most two bodies of a session are read at once; a third ends the oldest." */
+  begin(reader: Reader): void {
+    const bodies = this.#bodies ??= [];
+    if (bodies.push(reader) > MAX_BODIES) bodies.shift()!.cancel().catch(() => {});
+  }
+
+  end(reader: Reader): void {
+    const at = this.#bodies!.indexOf(reader);
+    if (at >= 0) this.#bodies!.splice(at, 1);
+  }
+
+  release(): void {
+    for (const reader of this.#bodies?.splice(0) ?? []) reader.cancel().catch(() => {});
+  }
+}
+
 /** Reads a body's frames and hands on those that are new. Gives what ended it early, if anything did. */
 async function readUplink(
   body: ReadableStream<Uint8Array>,
-  seq: number | undefined,
   receiver: Receiver,
   maxMessageSize: number,
 ): Promise<unknown> {
   const { uplink } = receiver;
-  let number = seq;
+  let number = 0; // nothing has told it yet
   const parser = new UplinkParser(maxMessageSize, (type, payload, size) => {
     // "The number of the next message in this body, forward only": the client need not repeat
     // what was acknowledged meanwhile.
     if (type === "SEQ") {
       const next = parseNumber(decoder.decode(payload), "SEQ");
-      if (next < (number ?? 1)) throw malformed("SEQ goes back");
+      if (next < (number || 1)) throw malformed("SEQ goes back");
       number = next;
       return;
     }
     if (type !== "TEXT" && type !== "BINARY" && type !== "CLOSE") {
       return receiver.control(type, payload);
     }
-    if (number === undefined) throw new Refusal(400, `Missing ${SEQ_HEADER}`, { closeCode: 1002 });
+    if (!number) throw malformed("a message before SEQ");
     // "Overlap is normal: the server skips what it has, decided at the moment a frame is complete.
     // A gap means damage."
     if (number > uplink.received + 1) throw new Refusal(409, "Messages are missing");
@@ -2154,7 +2252,7 @@ async function readUplink(
 /** Reads a body to its end. A promise pauses it; an error ends it, and is thrown. */
 async function readBody(
   reader: Reader,
-  receiver: Receiver,
+  receiver: Pick<Receiver, "uplink" | "heard">,
   take: (chunk: Bytes) => Promise<void> | void,
 ): Promise<void> {
   const { uplink } = receiver;
@@ -2350,6 +2448,14 @@ function malformed(what: string): Refusal {
   return new Refusal(400, `Malformed: ${what}`, { closeCode: 1002 });
 }
 
+function decodeText(bytes: Bytes): string {
+  try {
+    return strictDecoder.decode(bytes);
+  } catch {
+    throw new Refusal(400, "Not UTF-8", { closeCode: 1007 });
+  }
+}
+
 /** What {@link readWire} gives. */
 type Wire = ReturnType<typeof readWire>;
 
@@ -2360,15 +2466,12 @@ function readWire({ headers }: Request) {
   const version = headers.get(VERSION_HEADER);
   if (version !== null && !/^[1-9]\d{0,2}$/.test(version)) throw malformed(VERSION_HEADER);
   const full = version === VERSION;
-  const seq = optionalNumber(headers, SEQ_HEADER);
-  if (seq === 0) throw malformed(SEQ_HEADER);
   return {
     token,
     /** The full level is asked for. */
     full,
     /** The body is of uplink frames. */
     isUplink: mediaType(headers) === UPLINK_TYPE,
-    seq,
     attempt: optionalNumber(headers, ATTEMPT_HEADER),
     /** Only a full session's is a number. */
     lastEventId: full && token ? optionalNumber(headers, "last-event-id") : undefined,
@@ -2528,14 +2631,6 @@ function toData(value: unknown): string | Bytes {
   }
   if (Array.isArray(value)) return Uint8Array.from(value);
   return JSON.stringify(value);
-}
-
-function decodeText(bytes: Bytes): string {
-  try {
-    return strictDecoder.decode(bytes);
-  } catch {
-    throw new Refusal(400, "Not UTF-8", { closeCode: 1007 });
-  }
 }
 
 /** "Without a type", as Bun's fetch sends a string, it is binary "if it is not UTF-8". */

@@ -21,7 +21,7 @@ const HEADS: Record<Kind, (path: string) => string> = {
   sse: (path) => `GET ${path} HTTP/1.1\r\nhost: localhost\r\naccept: text/event-stream\r\n\r\n`,
   get: (path) => `GET ${path} HTTP/1.1\r\nhost: localhost\r\n${FULL}\r\n`,
   duplex: (path) =>
-    `POST ${path} HTTP/1.1\r\nhost: localhost\r\n${FULL}${UPLINK}x-duplex-seq: 1\r\n\r\n` +
+    `POST ${path} HTTP/1.1\r\nhost: localhost\r\n${FULL}${UPLINK}\r\n` +
     chunk("PING 0\r\n\r\n"),
 };
 /** A client acknowledges at half a window. */

@@ -10,7 +10,7 @@ import { answer } from "./rpc.ts";
 
 const HEAD = "POST / HTTP/1.1\r\nhost: localhost\r\naccept: text/event-stream\r\n" +
   "x-duplex-version: 1\r\ncontent-type: application/websocket-events\r\n" +
-  "transfer-encoding: chunked\r\nx-duplex-seq: 1\r\n";
+  "transfer-encoding: chunked\r\n";
 const BODY = "\r\na\r\nPING 0\r\n\r\n\r\n"; // a chunk with a PING
 const MESSAGE = /\ndata: #(\d+)#\n/g;
 

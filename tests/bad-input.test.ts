@@ -6,6 +6,7 @@ import { assert, assertEquals, deferred, rawRequest, test, until } from "./harne
 import {
   closePayload,
   frame,
+  from,
   FULL,
   misuse,
   post,
@@ -164,8 +165,8 @@ const BAD_BODIES: BadBody[] = [
   { name: "a message without a number", body: ONE, seq: null, status: 400, code: 1002 },
 ];
 
-const numbered = (seq: string | null | undefined): Record<string, string> =>
-  seq === null ? {} : { "x-duplex-seq": seq ?? "1" };
+const numbered = (seq: string | null | undefined, body: string | Uint8Array) =>
+  seq === null ? body : from(seq ?? "1", body);
 
 for (const bad of BAD_BODIES) {
   const { name, body, status, received = 0, code, fatal, options = {} } = bad;
@@ -173,7 +174,7 @@ for (const bad of BAD_BODIES) {
   test(`a POST of ${name} is answered ${status}${fatal ? ` and closes with ${code}` : ""}`, (t) =>
     misuse(t, async (scene) => {
       const peer = await scene.open();
-      const response = await peer.post(body, { ...UPLINK, ...numbered(bad.seq) });
+      const response = await peer.post(numbered(bad.seq, body), UPLINK);
       await response.body?.cancel();
       assertEquals(response.status, status);
       assertEquals(response.headers.get("x-duplex-received"), `${received}`);
@@ -192,7 +193,7 @@ for (const bad of BAD_BODIES) {
 
   test(`a duplex request with ${name} ${code ? `ends with ${code}` : "goes on"}`, (t) =>
     misuse(t, async (scene) => {
-      const peer = await scene.duplex(streamOf([body], { open: true }), numbered(bad.seq));
+      const peer = await scene.duplex(streamOf([numbered(bad.seq, body)], { open: true }));
       if (code === undefined) { // the rest of the frame may still come
         if (received) assertEquals(await peer.message(), "one");
         return await peer.drop();
@@ -231,7 +232,6 @@ test("a body cut off in the middle of a frame is dropped, and the session goes o
       "host: 127.0.0.1",
       `x-crossws-id: ${peer.token}`,
       "x-duplex-version: 1",
-      "x-duplex-seq: 1",
       "content-type: application/websocket-events",
       "transfer-encoding: chunked",
     ].join("\r\n");
@@ -241,7 +241,7 @@ test("a body cut off in the middle of a frame is dropped, and the session goes o
       scene.port,
       head,
       (async function* () {
-        yield concat([ONE, frame("TEXT", "two").subarray(0, 8)]);
+        yield concat([frame("SEQ", "1"), ONE, frame("TEXT", "two").subarray(0, 8)]);
         await arrived.promise;
         cut.abort();
         throw new Error("cut");
@@ -262,10 +262,7 @@ test("a third body of a session ends the oldest", (t) =>
   misuse(t, async (scene) => {
     const peer = await scene.open();
     const send = (text: string, seq: number) =>
-      peer.post(streamOf([frame("TEXT", text)], { open: true }), {
-        ...UPLINK,
-        "x-duplex-seq": `${seq}`,
-      });
+      peer.post(streamOf([from(seq, frame("TEXT", text))], { open: true }), UPLINK);
     const oldest = send("one", 1);
     assertEquals(await peer.message(), "one");
     const second = send("two", 2);
@@ -284,7 +281,7 @@ test("of a session that has closed no more bodies are read at once, and none bey
   misuse(t, async (scene) => {
     const peer = await scene.open();
     assertEquals(await peer.close(), 204);
-    const headers = { ...UPLINK, "x-crossws-id": peer.token, "x-duplex-seq": "2" };
+    const headers = { ...UPLINK, "x-crossws-id": peer.token };
     let cancelled = 0;
     const answers: Promise<Response>[] = [];
     for (let i = 0; i < 5; i++) {
@@ -371,7 +368,7 @@ test("each level refuses the other's messages with 400, and goes on", (t) =>
     const plain = await scene.open({ full: false });
     const answers = [
       await full.post("one", { "content-type": "text/plain" }),
-      await plain.post(ONE, { ...UPLINK, "x-duplex-version": "1", "x-duplex-seq": "1" }),
+      await plain.post(ONE, { ...UPLINK, "x-duplex-version": "1" }),
       await scene.fetch(
         new Request(scene.url, {
           headers: {
@@ -443,12 +440,12 @@ test("a token that is unknown, of another path or missing opens nothing and call
       ["unknown, resume", new Request(scene.url, { headers: resume(TOKEN) }), 404],
       [
         "unknown, duplex resume",
-        post(scene.url, { ...resume(TOKEN), ...UPLINK, "x-duplex-seq": "1" }, ONE),
+        post(scene.url, { ...resume(TOKEN), ...UPLINK }, ONE),
         404,
       ],
       [
         "of another path, uplink",
-        post(elsewhere, { ...UPLINK, "x-crossws-id": peer.token, "x-duplex-seq": "1" }, ONE),
+        post(elsewhere, { ...UPLINK, "x-crossws-id": peer.token }, ONE),
         404,
       ],
       [
@@ -647,7 +644,6 @@ test("merged or malformed headers of ours are answered 400, and reach no hook", 
         "00000000-0000-4000-8000-000000000000",
       ]],
       ["x-duplex-version", ["", "0", "-1", "01", "1.0", "one", "1, 1", "1000"]],
-      ["x-duplex-seq", ["0", ...numbers]],
       ["x-duplex-attempt", numbers],
       ["last-event-id", numbers],
     ];
@@ -667,12 +663,11 @@ test("merged or malformed headers of ours are answered 400, and reach no hook", 
       }
     }
     // As two lines of the request, which the runtime merges.
-    for (const name of ["x-crossws-id", "x-duplex-version", "x-duplex-seq"]) {
+    for (const name of ["x-crossws-id", "x-duplex-version"]) {
       const headers: Record<string, string> = {
         host: "127.0.0.1",
         "x-crossws-id": token,
         "x-duplex-version": "1",
-        "x-duplex-seq": "1",
         "content-length": "0",
         ...UPLINK,
       };
@@ -692,7 +687,7 @@ test("numbers up to 2^53 - 1 are numbers", (t) =>
   misuse(t, async (scene) => {
     const peer = await scene.open();
     const largest = `${2 ** 53 - 1}`;
-    const answer = await peer.post(ONE, { ...UPLINK, "x-duplex-seq": largest });
+    const answer = await peer.post(from(largest, frame("TEXT", "one")), UPLINK);
     await answer.body?.cancel();
     assertEquals(answer.status, 409);
     const headers = resume(peer.token, { "x-duplex-attempt": largest });
@@ -732,11 +727,11 @@ for (const [level, headers] of Object.entries({ full: UPLINK, plain: {} })) {
       async (scene) => {
         const full = level === "full";
         // With nobody to catch what reading throws, the whole process would end.
-        const opening = post(scene.url, { ...FULL, ...UPLINK, "x-duplex-seq": "1" }, ONE);
+        const opening = post(scene.url, { ...FULL, ...UPLINK }, ONE);
         assertEquals((await scene.ask(opening)).status, 500);
         assertEquals(scene.hooks(), []);
         const peer = await scene.open({ full });
-        const answer = await peer.post(full ? ONE : "one", { ...headers, "x-duplex-seq": "1" });
+        const answer = await peer.post(full ? ONE : "one", headers);
         await answer.body?.cancel();
         assertEquals([answer.status, scene.count("message")], [500, 0]);
         assertEquals(said.length, 2);
@@ -799,7 +794,7 @@ for (const [way, fail] of WAYS) {
           failing = false;
           const peer = await scene.open();
           failing = true;
-          const answer = await peer.post(ONE, { ...UPLINK, ...headers, "x-duplex-seq": "1" });
+          const answer = await peer.post(ONE, { ...UPLINK, ...headers });
           await answer.body?.cancel();
           assertEquals(answer.status, 500);
           assertEquals(scene.count("message"), 0);
@@ -1020,9 +1015,12 @@ test("a peer that open closes or terminates is gone, duplex request or not", (t)
     t,
     async (scene) => {
       for (
-        const make of [() => scene.open(), () => scene.duplex(streamOf([ONE], { open: true }))]
+        const make of [() => scene.open(), () =>
+          scene.duplex(streamOf([from(1, ONE)], { open: true }))]
       ) {
-        const response = await make().catch((error) => error);
+        const response = await make().catch((error) =>
+          error
+        );
         if (!(response instanceof Error)) { while (await response.next()); }
       }
       assertEquals(scene.count("message"), 0);

@@ -58,8 +58,8 @@ async function round(s: MeasuredState, count: number): Promise<void> {
     s.ws.fetch(
       new Request(url, {
         method: "POST",
-        headers: { "content-type": type, "x-crossws-id": token, "x-duplex-seq": seq },
-        body,
+        headers: { "content-type": type, "x-crossws-id": token },
+        body: `SEQ 1\r\n${seq}\r\n${body}`,
       }),
     );
   async function one(i: number): Promise<void> {
@@ -69,9 +69,11 @@ async function round(s: MeasuredState, count: number): Promise<void> {
       const response = await s.ws.fetch(
         new Request(url, {
           method: "POST",
-          headers: { ...get, "content-type": type, "x-duplex-seq": "1" },
+          headers: { ...get, "content-type": type },
           body: new Uint8Array(
-            [..."TEXT 2\r\nhi\r\nCLOSE 2\r\n\x03\xe8\r\n"].map((c) => c.charCodeAt(0)),
+            [..."SEQ 1\r\n1\r\nTEXT 2\r\nhi\r\nCLOSE 2\r\n\x03\xe8\r\n"].map((c) =>
+              c.charCodeAt(0)
+            ),
           ),
         }),
       );
@@ -297,13 +299,13 @@ test("1,000 connections at once are all served, and all are gone afterwards", as
   const echoes = await Promise.all(readers.map(async (reader, i) => {
     const text = `hello ${i}`;
     const frame = `TEXT ${text.length.toString(16)}\r\n${text}\r\n`;
-    await reader.post(frame, { "x-duplex-seq": "1" });
+    await reader.post(`SEQ 1\r\n1\r\n${frame}`);
     return await reader.message() === text;
   }));
   await server.run((s) => s.ws.publish("all", "all"));
   const published = await Promise.all(readers.map((reader) => reader.message()));
   const closes = await Promise.all(readers.map(async (reader) => {
-    await reader.post("CLOSE 0\r\n\r\n", { "x-duplex-seq": "2" });
+    await reader.post("SEQ 1\r\n2\r\nCLOSE 0\r\n\r\n");
     for (;;) {
       const { type } = await reader.next();
       if (type === "end" || type === "duplex-close") return type;
@@ -415,7 +417,7 @@ test("while the adapter closes, newcomers get 503 and sessions may still resume"
     type: "duplex-close",
     data: `{"code":1012,"reason":"","sent":100}`,
   });
-  assertEquals(await resumed.post("CLOSE 0\r\n\r\n", { "x-duplex-seq": "1" }), 204);
+  assertEquals(await resumed.post("SEQ 1\r\n1\r\nCLOSE 0\r\n\r\n"), 204);
   await within(server.run((s) => s.notes.closing), 2000, "close()");
 });
 

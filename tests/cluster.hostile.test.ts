@@ -66,9 +66,8 @@ async function post(
       "content-type": "application/websocket-events",
       "x-crossws-id": token,
       "x-duplex-version": "1",
-      "x-duplex-seq": `${seq}`,
     },
-    body,
+    body: `SEQ 1\r\n${seq}\r\n${body}`,
   });
   await response.body?.cancel();
   return response.status;
@@ -332,7 +331,7 @@ async function request(token: string, changes: Record<string, unknown> = {}) {
     session,
     time: Date.now(),
     method: "POST",
-    headers: { "content-type": "application/websocket-events", "x-duplex-seq": "1" },
+    headers: { "content-type": "application/websocket-events" },
     namespace: "/",
     ...changes,
   };
@@ -344,19 +343,19 @@ test("a request is served once, and not half a minute before or after its time",
   const { token } = await openRaw(t, one.url);
   const inject = (data: Uint8Array) =>
     bus.inject({ namespace: "\0duplex", topic: token.slice(0, 16), data });
-  const served = await message(token, await request(token), "TEXT 2\r\nhi\r\n");
+  const served = await message(token, await request(token), "SEQ 1\r\n1\r\nTEXT 2\r\nhi\r\n");
   inject(served);
   await until(() => bus.payloads.length === 2); // it, and its answer
   assertEquals([one.got, one.errors], [["hi"], []], "PROTOCOL.md is enough to be understood");
   inject(served);
   await until(() => one.errors.length === 1);
   assertMatch(one.errors[0]!, /^delivery: .*replayed$/);
-  const next = { "content-type": "application/websocket-events", "x-duplex-seq": "2" };
+  const next = "SEQ 1\r\n2\r\nTEXT 1\r\n!\r\n";
   for (const off of [-31_000, 31_000]) {
     const reported = one.errors.length;
     await new Promise((resolve) => setTimeout(resolve, 1_050)); // reports are rare
     const time = Date.now() + off;
-    inject(await message(token, await request(token, { time, headers: next }), "TEXT 1\r\n!\r\n"));
+    inject(await message(token, await request(token, { time }), next));
     await until(() => one.errors.length > reported);
     assertMatch(one.errors.at(-1)!, new RegExp(`replayed, or clocks differ: ${-off / 1000} s$`));
   }
@@ -472,12 +471,12 @@ async function flooded(t: TestContext) {
   return { errors, got, answers, sign, inject, flood };
 }
 
-const UPLINK_HEADERS = { "content-type": "application/websocket-events", "x-duplex-seq": "1" };
+const UPLINK_HEADERS = { "content-type": "application/websocket-events" };
 
 test("the oldest of too many uplinks is forgotten, and its messages are not", async (t) => {
   const { errors, got, answers, sign, inject, flood } = await flooded(t);
-  const first = sign("POST", UPLINK_HEADERS, "TEXT 2\r\nhi\r\n");
-  const second = sign("POST", { ...UPLINK_HEADERS, "x-duplex-seq": "2" }, "TEXT 3\r\nyou\r\n");
+  const first = sign("POST", UPLINK_HEADERS, "SEQ 1\r\n1\r\nTEXT 2\r\nhi\r\n");
+  const second = sign("POST", UPLINK_HEADERS, "SEQ 1\r\n2\r\nTEXT 3\r\nyou\r\n");
   inject(first);
   await until(() => answers.length === 1);
   inject(second);
@@ -504,7 +503,7 @@ test("of too many other requests the next are refused, until a minute is over", 
   inject(sign("GET", {}));
   await until(() => errors.length === 1);
   assertMatch(errors[0]!, /^Too many requests to tell them from replayed ones/);
-  inject(sign("POST", UPLINK_HEADERS, "TEXT 2\r\nhi\r\n"));
+  inject(sign("POST", UPLINK_HEADERS, "SEQ 1\r\n1\r\nTEXT 2\r\nhi\r\n"));
   await until(() => answers.length === 2);
   assertEquals([answers, got], [[400, 204], ["hi"]], "uplinks go on");
   const { now } = performance;

@@ -229,8 +229,8 @@ test("a foreign session's requests: 401 of the hook here, 404 and 409 of the own
     ask({
       path,
       method: "POST",
-      body,
-      headers: { "content-type": UPLINK, "x-duplex-seq": `${seq}` },
+      body: `SEQ 1\r\n${seq}\r\n${body}`,
+      headers: { "content-type": UPLINK },
     });
   bus.reset();
   assertEquals(await uplink(2, "TEXT 3\r\nyou\r\n"), [204, "2"]);
@@ -415,8 +415,8 @@ test('a forged "unknown" loses against the owner\'s answer', async (t) => {
   const { token } = await openRaw(t, `${instances[0]!.url}/a`);
   const response = await fetch(`${instances[1]!.url}/a`, {
     method: "POST",
-    headers: { "x-crossws-id": token, "content-type": UPLINK, "x-duplex-seq": "1" },
-    body: "TEXT 2\r\nhi\r\n",
+    headers: { "x-crossws-id": token, "content-type": UPLINK },
+    body: "SEQ 1\r\n1\r\nTEXT 2\r\nhi\r\n",
   });
   await response.body?.cancel();
   assertEquals([response.status, told[0]], [204, ["open", "hi"]]);
@@ -597,10 +597,10 @@ test(
         const { instances } = await start(t, bus.adapter, { count });
         const { token, events } = await openRaw(t, `${instances[0]!.url}/a`);
         bus.reset();
-        const body = `TEXT 64\r\n${"x".repeat(100)}\r\n`.repeat(10);
+        const body = "SEQ 1\r\n1\r\n" + `TEXT 64\r\n${"x".repeat(100)}\r\n`.repeat(10);
         const { status } = await fetch(`${instances.at(-1)!.url}/a`, {
           method: "POST",
-          headers: { "x-crossws-id": token, "content-type": UPLINK, "x-duplex-seq": "1" },
+          headers: { "x-crossws-id": token, "content-type": UPLINK },
           body,
         });
         assertEquals(status, 204);

@@ -22,6 +22,7 @@ import {
   byteStreamOf,
   closePayload,
   frame,
+  from,
   FULL,
   post,
   streamOf,
@@ -181,8 +182,7 @@ class Taker {
       const response = await this.ws.fetch(post(URL_, {
         ...UPLINK,
         "x-crossws-id": token,
-        ...seq !== undefined && { "x-duplex-seq": `${seq}` },
-      }, body));
+      }, seq === undefined ? body : from(seq, body)));
       return [response.status, Number(response.headers.get("x-duplex-received"))];
     });
   }
@@ -268,25 +268,23 @@ test(
           const peer = await WirePeer.open(server.ws.fetch, URL_);
           let received = 0;
           const send = async (
-            from: number,
+            first: number,
             to: number,
             named: boolean,
             cuts_: typeof parts[0][3],
           ) => {
             bodies++;
-            const frames = messages.slice(from, to).map(encode);
-            if (named) frames.unshift(frame("SEQ", `${from + 1}`));
-            const response = await peer.post(streamOf(split(concat(frames), cuts_)), {
-              ...UPLINK,
-              "x-duplex-seq": `${named ? 1 : from + 1}`,
-            });
+            const frames = messages.slice(first, to).map(encode);
+            frames.unshift(frame("SEQ", `${first + 1}`));
+            if (named) frames.unshift(frame("SEQ", "1"));
+            const response = await peer.post(streamOf(split(concat(frames), cuts_)), UPLINK);
             assertEquals(response.status, 204);
             received = Math.max(received, to);
             assertEquals(response.headers.get("x-duplex-received"), `${received}`);
           };
           for (const [back, length, named, cuts] of parts) {
-            const from = Math.max(0, received - back); // "overlap is normal"
-            await send(from, Math.min(messages.length, from + length), named, cuts);
+            const first = Math.max(0, received - back); // "overlap is normal"
+            await send(first, Math.min(messages.length, first + length), named, cuts);
           }
           await send(received, messages.length, false, []);
           assertEquals(server.taken, messages.map(normal));
@@ -410,14 +408,14 @@ test(
         server.closed = undefined;
         const stream = streamOf(split(body, cuts), { open: true });
         if (status === 409) { // left to a resume, with no close, perhaps before the first byte
-          const headers = { ...FULL, ...UPLINK, "x-duplex-seq": "1" };
-          const response = await server.ws.fetch(post(URL_, headers, stream));
+          const headers = { ...FULL, ...UPLINK };
+          const response = await server.ws.fetch(post(URL_, headers, from(1, stream)));
           const events = await within(response.text(), 5_000, "the stream's end");
           assert(!events.includes("duplex-close"));
           assertEquals(server.taken, taken);
           return server.check(undefined);
         }
-        const peer = await WirePeer.duplex(server.ws.fetch, URL_, stream);
+        const peer = await WirePeer.duplex(server.ws.fetch, URL_, from(1, stream));
         const code = closed ?? (status === 400 ? 1002 : undefined);
         if (ended) { while (await peer.next()); }
         else if (code) assertEquals(await peer.closed(), code);
@@ -760,7 +758,7 @@ test(
                   );
                 }
                 if (streams++ > 3) return Promise.resolve(new Response("gone", { status: 404 }));
-                const open = `event: crossws-id\ndata: t\n\nevent: duplex-open\ndata: ${
+                const open = `event: duplex-open\ndata: ${
                   JSON.stringify({
                     ...terms,
                     attempt: terms.attempt === 0 ? streams - 1 : terms.attempt,

@@ -675,10 +675,10 @@ test("a client that overruns the window is closed with 1008", async (t) => {
   );
   const frame = `TEXT 7d0\r\n${"l".repeat(2000)}\r\n`;
   // Five are just over the window, as any client may be; the sixth is too much.
-  const response = await session.post(frame.repeat(4), { "x-duplex-seq": "1" });
+  const response = await session.post("SEQ 1\r\n1\r\n" + frame.repeat(4));
   assertEquals(response.status, 204);
-  assertEquals((await session.post(frame, { "x-duplex-seq": "5" })).status, 204);
-  assertEquals((await session.post(frame, { "x-duplex-seq": "6" })).status, 413);
+  assertEquals((await session.post("SEQ 1\r\n5\r\n" + frame)).status, 204);
+  assertEquals((await session.post("SEQ 1\r\n6\r\n" + frame)).status, 413);
   assertEquals(sizes, [2000, 2000, 2000, 2000, 2000]);
   let text = "";
   while (!text.includes("duplex-close")) {
@@ -722,9 +722,8 @@ test("what comes in one body with the message that ends a session by 1013 counts
         headers: {
           "content-type": "application/websocket-events",
           "x-crossws-id": response.headers.get("x-crossws-id")!,
-          "x-duplex-seq": `${seq}`,
         },
-        body,
+        body: `SEQ 1\r\n${seq}\r\n${body}`,
       }),
     );
   const { status, headers: answer } = await post(1, "TEXT 2\r\nhi\r\n".repeat(5));

@@ -23,6 +23,7 @@ import { connect, listen, openRaw, Queue, shutDown } from "./pair.ts";
 import {
   byteStreamOf,
   frame,
+  from,
   FULL,
   post,
   streamOf as ordinaryStreamOf,
@@ -225,10 +226,9 @@ test("upgrade is asked again for every uplink, and a refusal reaches no other ho
         "content-type": "application/websocket-events",
         "x-crossws-id": token,
         "x-duplex-version": "1",
-        "x-duplex-seq": "1",
         "x-test": who,
       },
-      body: `TEXT ${who.length.toString(16)}\r\n${who}\r\n`,
+      body: `SEQ 1\r\n1\r\nTEXT ${who.length.toString(16)}\r\n${who}\r\n`,
     });
   const refused = await post("thief");
   assertEquals([refused.status, await refused.text()], [403, ""]);
@@ -1066,11 +1066,11 @@ test("terminate in the open hook lets go of the request's body, too", async (t) 
   });
   t.defer(() => ws.close());
   const cancelled = deferred();
-  const body = ordinaryStreamOf([frame("TEXT", "one")], {
+  const body = ordinaryStreamOf([from(1, frame("TEXT", "one"))], {
     open: true,
     cancelled: cancelled.resolve,
   });
-  const headers = { ...FULL, ...UPLINK, "x-duplex-seq": "1" };
+  const headers = { ...FULL, ...UPLINK };
   const response = await ws.fetch(post("http://localhost/", headers, body));
   assertEquals([response.status, await response.text()], [200, ""]);
   await within(cancelled.promise, 1000, "the end of the body");
@@ -1162,8 +1162,8 @@ test("what hooks were given stays as it was while the body is read on, into the 
   for (const streamOf of [byteStreamOf, ordinaryStreamOf]) {
     given.length = 0;
     const peer = await WirePeer.open(ws.fetch, "http://localhost/");
-    const body = streamOf(sent.map(([type, payload]) => frame(type, payload)));
-    const response = await peer.post(body, { ...UPLINK, "x-duplex-seq": "1" });
+    const frames = sent.map(([type, payload]) => frame(type, payload));
+    const response = await peer.post(streamOf([frame("SEQ", "1"), ...frames]), UPLINK);
     assertEquals(response.status, 204);
     assertEquals(given, sent);
     await peer.drop();

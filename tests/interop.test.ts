@@ -460,15 +460,14 @@ test("curl speaks the full level by hand: frames up, events down, and a clean cl
   const full = ["-H", "x-duplex-version: 1"];
   const down = curl(t, "-i", ...full, "-H", "accept: text/event-stream", url);
   assertEquals((await down.find("x-duplex-version: ")).trim(), "1");
-  await down.find("event: crossws-id");
-  const token = await down.find("data: ");
+  const token = (await down.find("x-crossws-id: ")).trim();
   await down.find("event: duplex-open");
-  assertEquals(JSON.parse(await down.find("data: ")).version, 1);
+  assertEquals(JSON.parse(await down.find("data: ")).next, 1);
   const send = async (seq: number, frames: string) => {
     const up = curl(
       t,
       ...["-i", ...full, "-H", "content-type: application/websocket-events"],
-      ...["-H", `x-crossws-id: ${token}`, "-H", `x-duplex-seq: ${seq}`, "--data-binary", frames],
+      ...["-H", `x-crossws-id: ${token}`, "--data-binary", `SEQ 1\r\n${seq}\r\n${frames}`],
       url,
     );
     assertMatch(await up.lines.next(), /^HTTP\/1.1 204/);

@@ -120,10 +120,11 @@ export class RawStream implements AsyncDisposable {
       `GET ${path} HTTP/1.1\r\nhost: x\r\naccept: text/event-stream\r\n${version}`,
     );
     const stream = new RawStream(port, response, full, window);
-    const { type, data } = await stream.next();
-    if (response.status !== 200 || type !== "crossws-id") throw new Error(`${response.status}`);
-    stream.token = data;
-    if (full) await stream.next(); // duplex-open
+    const { type } = await stream.next();
+    if (response.status !== 200 || type !== (full ? "duplex-open" : "crossws-id")) {
+      throw new Error(`${response.status}`);
+    }
+    stream.token = response.headers.get("x-crossws-id")!;
     return stream;
   }
 

@@ -231,7 +231,7 @@ export async function openRaw(
   if (!response.ok) throw new Error(`${response.status}: ${await response.text()}`);
   const events = new EventReader(response.body!);
   t.defer(() => events.cancel());
-  const { data: token } = await events.find("crossws-id");
+  const token = response.headers.get("x-crossws-id")!;
   return {
     token,
     response,
@@ -243,9 +243,10 @@ export async function openRaw(
           "content-type": "application/websocket-events",
           "x-crossws-id": token,
           "x-duplex-version": "1",
-          ...seq !== undefined && { "x-duplex-seq": `${seq}` },
         },
-        body: frames,
+        body: seq === undefined
+          ? frames
+          : `SEQ ${`${seq}`.length.toString(16)}\r\n${seq}\r\n${frames}`,
       }),
   };
 }

@@ -9,7 +9,7 @@ import { inspect } from "node:util";
 import crossws from "crossws/adapters/sse";
 import { type Cors, type Message, type Peer, sseAdapter, type SSEOptions } from "../server.ts";
 import { assert, assertEquals, assertMatch, runtime, test, until } from "./harness.ts";
-import { frame, FULL, post, quiet, Scene, streamOf, UPLINK, WirePeer } from "./wire.ts";
+import { frame, from, FULL, post, quiet, Scene, streamOf, UPLINK, WirePeer } from "./wire.ts";
 
 const resume = (token: string, attempt = 1, received = 0) => ({
   ...FULL,
@@ -135,11 +135,7 @@ test("knowing a peer's public id gives no power: POSTing with it is answered 400
         const request of [
           post(scene.url, { "x-crossws-id": guess }, "as the victim"),
           post(scene.url, { "x-crossws-id": guess }, streamOf(["as the victim"])),
-          post(
-            scene.url,
-            { ...UPLINK, "x-crossws-id": guess, "x-duplex-seq": "1" },
-            frame("TEXT", "x"),
-          ),
+          post(scene.url, { ...UPLINK, "x-crossws-id": guess }, from(1, frame("TEXT", "x"))),
           post(scene.url, { ...resume(guess), ...UPLINK }, frame("TEXT", "x")),
           new Request(scene.url, { headers: resume(guess) }),
         ]
@@ -232,10 +228,10 @@ for (const how of ["returns", "throws"] as const) {
     const before = scene.calls.length;
     valid = "second";
     // While the streams that are open go on: only requests are checked.
-    const uplink = { ...UPLINK, "x-crossws-id": full.token, "x-duplex-seq": "1", ...old };
+    const uplink = { ...UPLINK, "x-crossws-id": full.token, ...old };
     const requests: [string, () => Request][] = [
-      ["uplink", () => post(scene.url, uplink, frame("TEXT", "no"))],
-      ["streaming uplink", () => post(scene.url, uplink, streamOf([frame("TEXT", "no")]))],
+      ["uplink", () => post(scene.url, uplink, from(1, frame("TEXT", "no")))],
+      ["streaming uplink", () => post(scene.url, uplink, streamOf([from(1, frame("TEXT", "no"))]))],
       ["control", () => post(scene.url, uplink, frame("PING"))],
       ["resume", () => new Request(scene.url, { headers: { ...resume(full.token), ...old } })],
       ["duplex resume", () =>
@@ -260,7 +256,9 @@ for (const how of ["returns", "throws"] as const) {
 
     // The session is untouched: with fresh credentials it goes on, the first message being 1.
     const fresh = { authorization: "second" };
-    const answer = await scene.ask(post(scene.url, { ...uplink, ...fresh }, frame("TEXT", "yes")));
+    const answer = await scene.ask(
+      post(scene.url, { ...uplink, ...fresh }, from(1, frame("TEXT", "yes"))),
+    );
     assertEquals([answer.status, answer.headers.get("x-duplex-received")], [204, "1"]);
     assertEquals(await full.message(), "yes");
     const said = await scene.ask(
@@ -376,7 +374,7 @@ for (const [name, cors, origin, allowed] of CASES) {
       assertMatch(said.get("vary")!, /\borigin\b/i);
     }
 
-    const asked = "authorization, x-duplex-seq";
+    const asked = "authorization, x-duplex-attempt";
     const preflight = browser({
       origin,
       ...cross,
@@ -492,7 +490,7 @@ test("at maxPeers a newcomer is answered 503 with Retry-After before any hook, a
     const request of [
       new Request(scene.url, { headers: FULL }),
       new Request(scene.url, { headers: { accept: "text/event-stream" } }),
-      post(scene.url, { ...FULL, ...UPLINK, "x-duplex-seq": "1" }, frame("TEXT", "x")),
+      post(scene.url, { ...FULL, ...UPLINK }, frame("TEXT", "x")),
     ]
   ) {
     const { status, headers } = await scene.ask(request);
@@ -559,7 +557,7 @@ test("nothing is kept of refused requests: no peer, no timer, no memory", async 
   const kinds: [() => Request, number][] = [
     [() => new Request(url, { headers: FULL }), 401],
     [() => new Request(url, { headers: { accept: "text/event-stream" } }), 401],
-    [() => post(url, { ...FULL, ...UPLINK, "x-duplex-seq": "1" }, frame("TEXT", "x")), 401],
+    [() => post(url, { ...FULL, ...UPLINK }, frame("TEXT", "x")), 401],
     [() => new Request(url, { headers: resume(token) }), 404],
     [() => post(url, { ...UPLINK, "x-crossws-id": token }, frame("TEXT", "x")), 404],
     [() => post(url, { "x-crossws-id": "a, a" }, "x"), 400],
@@ -624,8 +622,8 @@ for (const [how, status] of Object.entries({ terminate: 404, close: 200 })) {
         async upgrade(request) {
           if (!request.headers.has("last-event-id")) return;
           if (how === "terminate") return peers[0]!.terminate();
-          const headers = { ...UPLINK, "x-crossws-id": token, "x-duplex-seq": "1" };
-          await ws.fetch(post(url, headers, frame("CLOSE")));
+          const headers = { ...UPLINK, "x-crossws-id": token };
+          await ws.fetch(post(url, headers, from(1, frame("CLOSE"))));
         },
       },
     });

@@ -110,18 +110,22 @@ export class RawSession {
   }
 
   /** Sends frames; gives the status and what the server has received. */
-  async send(frames: string, seq?: number): Promise<[status: number, received: number]> {
+  async send(frames: string, number?: number): Promise<[status: number, received: number]> {
+    if (number) frames = seq(number) + frames;
     const head = this.#head("POST", {
       "x-crossws-id": this.token,
       "content-type": "application/websocket-events",
       "content-length": new TextEncoder().encode(frames).length,
       connection: "close",
-      ...seq && { "x-duplex-seq": seq },
     });
     await using response = await rawRequest(this.port, head + frames);
     return [response.status, Number(response.headers.get("x-duplex-received"))];
   }
 }
+
+/** Tells the number of the next message of a body. */
+export const seq = (number: number | string): string =>
+  `SEQ ${`${number}`.length.toString(16)}\r\n${number}\r\n`;
 
 /** A frame of text. */
 export const text = (data: string): string =>
@@ -150,6 +154,7 @@ export interface Asked {
 
 interface Terms {
   received: number;
+  handled: number;
   next: number;
   attempt: number;
   resumeTimeout: number;
@@ -227,7 +232,6 @@ function scripted(
     fail: () => stop(() => controller.error(new TypeError("network error"))),
   };
   const state = {
-    version: 1,
     protocol: "",
     heartbeatInterval: 15_000,
     idleTimeout: 60_000,
@@ -235,15 +239,12 @@ function scripted(
     maxMessageSize: 1_000_000,
     window: 262_144,
     received: 0,
+    handled: 0,
     next: 1,
     attempt,
     ...terms,
   };
-  stream.write(
-    `event: crossws-id\ndata: ${SCRIPTED_TOKEN}\n\nevent: duplex-open\ndata: ${
-      JSON.stringify(state)
-    }\n\n`,
-  );
+  stream.write(`event: duplex-open\ndata: ${JSON.stringify(state)}\n\n`);
   const response = new Response(body, {
     headers: {
       "content-type": "text/event-stream",

@@ -309,15 +309,15 @@ function TOKEN(): string {
 
 /** The beginning of a stream of ours, so far as it goes. */
 const opening = (terms: object) =>
-  `event: crossws-id\ndata: ${TOKEN()}\n\nevent: duplex-open\ndata: ${
+  `event: duplex-open\ndata: ${
     JSON.stringify({
-      version: 1,
       protocol: "",
       heartbeatInterval: 15_000,
       idleTimeout: 60_000,
       resumeTimeout: 0,
       window: 1,
       received: 0,
+      handled: 0,
       next: 1,
       attempt: 0,
       ...terms,

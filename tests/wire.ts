@@ -29,6 +29,35 @@ export function closePayload(code: number, reason: string | Uint8Array = ""): Ui
   return concat([new Uint8Array([code >> 8, code & 255]), bytesOf(reason)]);
 }
 
+/** A body whose messages count from this number. */
+export function from<Body extends string | Uint8Array | ReadableStream>(
+  number: number | string,
+  body: Body,
+): Body extends ReadableStream ? ReadableStream<Bytes> : Bytes {
+  const head = frame("SEQ", `${number}`);
+  const whole = body instanceof ReadableStream
+    ? prefixed(head, body as ReadableStream<Uint8Array>)
+    : concat([head, bytesOf(body)]);
+  return whole as ReturnType<typeof from<Body>>;
+}
+
+function prefixed(head: Bytes, body: ReadableStream<Uint8Array>): ReadableStream<Bytes> {
+  const reader = body.getReader();
+  let begun = false;
+  return new ReadableStream<Bytes>({
+    async pull(controller) {
+      if (!begun) {
+        begun = true;
+        return controller.enqueue(head);
+      }
+      const { done, value } = await reader.read();
+      if (done) controller.close();
+      else controller.enqueue(value as Bytes);
+    },
+    cancel: (reason) => reader.cancel(reason),
+  }, { highWaterMark: 0 });
+}
+
 /** A body that goes as these chunks, and, unless it is to stay open, ends. */
 export function streamOf(
   chunks: Iterable<string | Uint8Array>,
@@ -128,10 +157,9 @@ export class WirePeer implements AsyncDisposable {
     fetch: Fetch,
     url: string,
     body: ReadableStream,
-    headers: Headers_ = { "x-duplex-seq": "1" },
   ): Promise<WirePeer> {
     const abort = new AbortController();
-    const request = post(url, { ...FULL, ...UPLINK, ...headers }, body, abort.signal);
+    const request = post(url, { ...FULL, ...UPLINK }, body, abort.signal);
     const peer = await WirePeer.of(fetch, url, await fetch(request), true);
     peer.#abort = abort;
     return peer;
@@ -150,7 +178,6 @@ export class WirePeer implements AsyncDisposable {
     const peer = new WirePeer(fetch, url, response, full);
     peer.token = response.headers.get("x-crossws-id") ?? "";
     if (full) {
-      assertEquals(await peer.next(), { type: "crossws-id", data: peer.token });
       peer.terms = JSON.parse((await peer.next("duplex-open"))!.data);
       peer.seq = Number(peer.terms.received) + 1;
     }
@@ -194,11 +221,13 @@ export class WirePeer implements AsyncDisposable {
     return JSON.parse((await this.next(this.#full ? "duplex-close" : "close"))!.data).code;
   }
 
-  /** Sends a body; `x-duplex-seq` is the next number unless told otherwise. */
+  /** Sends a body; its messages count from the next number, unless it comes with headers of its own. */
   async post(
     body?: string | Uint8Array | ReadableStream | null,
-    headers: Headers_ = this.#full ? { ...UPLINK, "x-duplex-seq": `${this.seq}` } : {},
+    headers?: Headers_,
   ): Promise<Response> {
+    if (this.#full && !headers && body) body = from(this.seq, body);
+    headers ??= this.#full ? UPLINK : {};
     return await this.#fetch(post(this.url, {
       "x-crossws-id": this.token,
       ...this.#full ? { "x-duplex-version": "1" } : { "content-type": "text/plain" },
@@ -311,8 +340,8 @@ export class Scene {
     return this.t.use(await WirePeer.open(this.fetch, this.url, options));
   }
 
-  async duplex(body: ReadableStream, headers?: Headers_): Promise<WirePeer> {
-    return this.t.use(await WirePeer.duplex(this.fetch, this.url, body, headers));
+  async duplex(body: ReadableStream): Promise<WirePeer> {
+    return this.t.use(await WirePeer.duplex(this.fetch, this.url, body));
   }
 
   /** A request by hand, whose answer is read to its end. */
