@@ -214,6 +214,7 @@ const needed: Record<string, { commands: string[]; install: string }> = {
   openssl: { commands: ["openssl"], install: "apt-get install openssl" },
   curl: { commands: ["curl"], install: "apt-get install curl" },
   xvfb: { commands: ["xvfb-run"], install: "apt-get install xvfb" },
+  python3: { commands: ["python3"], install: "apt-get install python3" },
 };
 
 /** The path of a command that `needs` knows, or of a runtime. */
