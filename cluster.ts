@@ -103,7 +103,7 @@ type Bytes = Uint8Array<ArrayBuffer>;
 type Stage = "subscribe" | "publish" | "delivery";
 type Report = (stage: Stage, error: unknown) => void;
 
-// --- Public surface ---
+// --- Types ---
 
 /** crossws's driver, that may be able to address one instance. */
 export interface ClusterDriver extends SyncDriver {
@@ -127,33 +127,6 @@ export interface ClusterOptions {
   /** How long another instance has to answer, in ms, before a client is told 503. Default: 5000. */
   timeout?: number;
 }
-
-/**
- * Makes the `sync` option of an adapter out of a driver, for any number of instances
- * that share the driver's channel.
- *
- * @throws {RangeError} if `maxPayload` is below 1024 or `timeout` below 1.
- *
- * @example
- * ```ts
- * import { cluster } from "@duplex/sse/cluster";
- * import { sseAdapter, type SyncAdapter } from "@duplex/sse/server";
- *
- * const serve = (driver: SyncAdapter) => sseAdapter({ sync: cluster(driver, { timeout: 2000 }) });
- * ```
- */
-export function cluster(adapter: ClusterAdapter, options: ClusterOptions = {}): SyncAdapter {
-  const { maxPayload = DEFAULT_MAX_PAYLOAD, timeout = DEFAULT_TIMEOUT } = options;
-  if (!(maxPayload >= 1024)) throw new RangeError("maxPayload must be a number of at least 1024");
-  if (!(timeout >= 1)) throw new RangeError("timeout must be a number of at least 1");
-  return ({ id }) => {
-    // The first half of a token; the driver's own name is the same, so that `send` can find it.
-    const instance = id.replaceAll("-", "").slice(0, 16);
-    return new Router(instance, adapter({ id: instance }), maxPayload, timeout);
-  };
-}
-
-// --- The router: requests and their answers over the bus ---
 
 /** What stands at the head of a message. All but publications and "unknown" are authenticated. */
 type Head =
@@ -198,6 +171,35 @@ interface Incoming {
   signed: Bytes;
 }
 
+// --- Public surface ---
+
+/**
+ * Makes the `sync` option of an adapter out of a driver, for any number of instances
+ * that share the driver's channel.
+ *
+ * @throws {RangeError} if `maxPayload` is below 1024 or `timeout` below 1.
+ *
+ * @example
+ * ```ts
+ * import { cluster } from "@duplex/sse/cluster";
+ * import { sseAdapter, type SyncAdapter } from "@duplex/sse/server";
+ *
+ * const serve = (driver: SyncAdapter) => sseAdapter({ sync: cluster(driver, { timeout: 2000 }) });
+ * ```
+ */
+export function cluster(adapter: ClusterAdapter, options: ClusterOptions = {}): SyncAdapter {
+  const { maxPayload = DEFAULT_MAX_PAYLOAD, timeout = DEFAULT_TIMEOUT } = options;
+  if (!(maxPayload >= 1024)) throw new RangeError("maxPayload must be a number of at least 1024");
+  if (!(timeout >= 1)) throw new RangeError("timeout must be a number of at least 1");
+  return ({ id }) => {
+    // The first half of a token; the driver's own name is the same, so that `send` can find it.
+    const instance = id.replaceAll("-", "").slice(0, 16);
+    return new Router(instance, adapter({ id: instance }), maxPayload, timeout);
+  };
+}
+
+// --- The router: requests and their answers over the bus ---
+
 class Router implements RoutingDriver {
   readonly #instance: string;
   readonly #driver: ClusterDriver;
@@ -211,16 +213,8 @@ class Router implements RoutingDriver {
   readonly #relays: Map<string, Relay> = new Map();
   /** Streams of ours that other instances relay, by the id of their request. */
   readonly #served: Map<string, Served> = new Map();
-  /** Ids of requests served, and when they may be forgotten. */
-  readonly #seen: Map<string, number> = new Map();
-  /** The same of uplinks: the latest will do, since the numbers of messages tell a repetition. */
-  readonly #seenUplinks: Map<string, number> = new Map();
-  /** The subscription stands; until then requests wait, by the ids of their relays. */
-  #subscribed = false;
-  readonly #waiting: Map<string, () => void> = new Map();
-  #waitingBytes = 0;
-  /** Until the next attempt at the subscription. */
-  #retry: ReturnType<typeof setTimeout> | undefined;
+  readonly #replays: Replays = new Replays();
+  readonly #subscription: Subscription;
   /** What came in and is not done with. */
   readonly #work: Set<Promise<void>> = new Set();
   #timer: ReturnType<typeof setInterval> | undefined;
@@ -232,6 +226,11 @@ class Router implements RoutingDriver {
     this.#timeout = timeout;
     this.#report = limited((stage, error) => this.#host.report(error, stage));
     this.#bus = new Bus(driver, maxPayload, timeout);
+    this.#subscription = new Subscription(
+      driver,
+      this.#report,
+      (message) => this.#receive(message),
+    );
   }
 
   // --- As a driver ---
@@ -248,26 +247,7 @@ class Router implements RoutingDriver {
 
   subscribe(deliver: (message: SyncMessage) => void): MaybePromise<void> {
     this.#deliver = deliver;
-    this.#subscribe(RETRY_PERIOD);
-  }
-
-  /** A backplane that is down at the start would else leave this instance deaf for good. */
-  async #subscribe(pause: number): Promise<void> {
-    let failed = false; // the driver may have left a listener of this attempt, too
-    try {
-      await this.#driver.subscribe((message) => failed || this.#receive(message));
-      this.#subscribed = true;
-      for (const go of this.#waiting.values()) go();
-      this.#waiting.clear();
-      this.#waitingBytes = 0;
-    } catch (error) {
-      failed = true;
-      this.#report("subscribe", error);
-      if (this.#closed) return;
-      const longer = Math.min(2 * pause, MAX_RETRY_PERIOD);
-      this.#retry = setTimeout(() => this.#subscribe(longer), pause);
-      (this.#retry as { unref?(): void }).unref?.(); // where timers can do so
-    }
+    this.#subscription.begin();
   }
 
   publish(message: SyncMessage): Promise<void> {
@@ -287,7 +267,7 @@ class Router implements RoutingDriver {
   async close(): Promise<void> {
     this.#closed = true;
     clearInterval(this.#timer);
-    clearTimeout(this.#retry);
+    this.#subscription.end();
     for (const relay of this.#relays.values()) relay.end();
     for (const served of this.#served.values()) served.cancel();
     // Answers on their way, the last CLOSE's among them.
@@ -341,7 +321,7 @@ class Router implements RoutingDriver {
     const send = (head: Head) => this.#send(owner, key, head, EMPTY, () => this.#relays.has(id));
     const relay = new Relay(id, key, token, this.#timeout, send, () => {
       this.#relays.delete(id);
-      if (this.#waiting.delete(id)) this.#waitingBytes -= body.length;
+      this.#subscription.leave(id);
     });
     const late = setTimeout(() => {
       this.#report("delivery", new Error(`No answer from instance ${owner}`));
@@ -354,12 +334,7 @@ class Router implements RoutingDriver {
     const from = this.#instance;
     const head: Head = { kind: "request", id, from, session, time, method, headers, namespace };
     const go = () => this.#send(owner, key, head, body).then((sent) => sent || relay.end());
-    if (this.#subscribed) go();
-    else if (this.#waitingBytes >= MAX_PENDING_BYTES) relay.end();
-    else { // an answer would not be heard
-      this.#waiting.set(id, go);
-      this.#waitingBytes += body.length;
-    }
+    if (!this.#subscription.await(id, body.length, go)) relay.end();
     return await relay.response.finally(() => clearTimeout(late));
   }
 
@@ -379,11 +354,9 @@ class Router implements RoutingDriver {
       const seconds = Math.round(off / 1000);
       throw new Error(`A request on the backplane is replayed, or clocks differ: ${seconds} s`);
     }
-    if (this.#seen.has(head.id) || this.#seenUplinks.has(head.id)) {
-      throw new Error("A request on the backplane is replayed");
-    }
     if (this.#closed) return; // silence is 503 there
-    this.#remember(head);
+    this.#replays.check(head);
+    this.#startTimer(); // to forget it, though nothing is relayed
     const response = await this.#host.fetch(
       new Request("http://cluster.invalid/", {
         method: head.method,
@@ -397,18 +370,6 @@ class Router implements RoutingDriver {
       head.namespace,
     );
     await this.#answer(head, key, response);
-  }
-
-  #remember({ id, method, headers }: RequestHead): void {
-    const isUplink = method === "POST" && headers["content-type"]?.startsWith(UPLINK_TYPE) &&
-      headers.accept !== STREAM_TYPE;
-    const seen = isUplink ? this.#seenUplinks : this.#seen;
-    if (seen.size >= MAX_SEEN) {
-      if (!isUplink) throw new Error("Too many requests to tell them from replayed ones");
-      seen.delete(seen.keys().next().value!);
-    }
-    seen.set(id, clock() + 2 * REPLAY_WINDOW);
-    this.#startTimer(); // to forget it, though nothing is relayed
   }
 
   async #answer(
@@ -526,21 +487,18 @@ class Router implements RoutingDriver {
     for (const relay of this.#relays.values()) relay.tick(period);
     for (const served of this.#served.values()) served.tick(period);
     this.#bus.tick(period);
-    const now = clock();
-    for (const seen of [this.#seen, this.#seenUplinks]) {
-      for (const [id, expires] of seen) {
-        if (now < expires) break; // they came in this order
-        seen.delete(id);
-      }
-    }
-    const idle = [this.#relays, this.#served, this.#seen, this.#seenUplinks].every((m) => !m.size);
-    if (!idle || this.#bus.assembling) return;
+    this.#replays.forget();
+    const busy = this.#relays.size || this.#served.size || this.#replays.size;
+    if (busy || this.#bus.assembling) return;
     clearInterval(this.#timer);
     this.#timer = undefined;
   }
 }
 
 // --- Relaying: the receiving instance's side of one request ---
+
+/** Where a relayed request stands: asking → doubted → streaming → ended; steps may be left out. */
+type RelayPhase = "asking" | "doubted" | "streaming" | "ended";
 
 /** A request that waits for its response, or a response on its way to the client. */
 class Relay {
@@ -551,27 +509,17 @@ class Relay {
   readonly #timeout: number;
   readonly #send: (head: Head) => Promise<boolean>;
   readonly #forget: () => void;
+  readonly #parts: Sequence = new Sequence();
+  readonly #credit: Credit;
+  #phase: RelayPhase = "asking";
   #respond!: (response: Response) => void;
-  /** Set once there is doubt. */
   #doubt: ReturnType<typeof setTimeout> | undefined;
   #controller: ReadableStreamDefaultController<Bytes> | undefined;
+  /** The runtime has asked for bytes and had none since. */
   #asked = false;
+  /** The last part has come. */
   #finished = false;
-  #ended = false;
-  /** The number of the part that is to come next; those after it wait. */
-  #next = 0;
-  readonly #held: Map<number, { head: AnswerHead; body: Bytes }> = new Map();
-  /** How long a part has been missing, in ms; undefined: none is. */
-  #gap: number | undefined;
   #queue: Bytes[] = [];
-  /** Parts given to the client, and how many of them the owner was told. */
-  #got = 0;
-  #told = 0;
-  /** How long the owner has said nothing, and was told nothing, in ms. */
-  #quiet = 0;
-  #untold = 0;
-  /** The owner was asked whether it is there. */
-  #askedOwner = false;
 
   constructor(
     id: string,
@@ -587,33 +535,33 @@ class Relay {
     this.#timeout = timeout;
     this.#send = send;
     this.#forget = forget;
+    this.#credit = new Credit(timeout, (got, ask) => void send({ kind: "credit", id, got, ask }));
     this.response = new Promise((resolve) => this.#respond = resolve);
+  }
+
+  get streams(): boolean {
+    return this.#phase === "streaming";
   }
 
   /** "Anyone on the backplane can say unknown", so the owner may yet contradict. */
   doubt(): void {
-    if (this.#doubt !== undefined || this.#next > 0) return;
+    if (this.#phase !== "asking") return;
+    this.#phase = "doubted";
     this.#doubt = setTimeout(() => {
       this.#respond(refuse(404, "No such session"));
       this.end();
     }, Math.min(DOUBT, this.#timeout));
   }
 
-  /** The bus may repeat and reorder: parts are taken by their numbers. */
   take(head: AnswerHead, body: Bytes): void {
-    if (this.#ended || head.n < this.#next || head.n > this.#got + 2 * CREDIT) return;
-    this.#heard();
-    this.#held.set(head.n, { head, body });
-    for (let part = this.#held.get(this.#next); part; part = this.#held.get(this.#next)) {
-      this.#held.delete(this.#next++);
-      this.#gap = undefined;
-      this.#accept(part.head, part.body);
-    }
-    if (this.#held.size) this.#gap ??= 0;
+    if (this.#phase === "ended" || head.n > this.#credit.got + 2 * CREDIT) return;
+    const parts = this.#parts.take({ head, body });
+    if (parts) this.#credit.heard();
+    for (const part of parts ?? []) this.#accept(part);
     this.#flush();
   }
 
-  #accept({ n, end, status, headers }: AnswerHead, body: Bytes): void {
+  #accept({ head: { n, end, status, headers }, body }: Part): void {
     this.#finished = end;
     if (n > 0) return void this.#queue.push(body);
     clearTimeout(this.#doubt);
@@ -623,7 +571,14 @@ class Relay {
       );
       return this.end();
     }
-    const stream = new ReadableStream<Bytes>({
+    this.#phase = "streaming";
+    // "The token does not travel": the header that tells it is put back here.
+    const all = { ...headers, [TOKEN_HEADER]: this.#token };
+    this.#respond(new Response(this.#stream(), { status: status!, headers: all }));
+  }
+
+  #stream(): ReadableStream<Bytes> {
+    return new ReadableStream<Bytes>({
       start: (controller) => {
         this.#controller = controller;
       },
@@ -631,67 +586,48 @@ class Relay {
         this.#asked = true;
         this.#flush();
       },
-      cancel: () => {
-        this.#send({ kind: "cancel", id: this.#id });
-        this.end();
-      },
+      cancel: () => this.#cancel(),
     }, { highWaterMark: 0 });
-    const all = { ...headers, [TOKEN_HEADER]: this.#token };
-    this.#respond(new Response(stream, { status: status!, headers: all }));
   }
 
   #flush(): void {
-    if (!this.#asked || this.#ended) return;
+    if (!this.#asked || this.#phase !== "streaming") return;
     if (!this.#queue.length) {
       if (this.#finished) this.end();
       return;
     }
     const parts = this.#queue;
     this.#queue = [];
-    this.#got += parts.length;
-    if (this.#got - this.#told >= CREDIT / 2 && !this.#finished) this.#tell(false);
+    this.#credit.spend(parts.length, this.#finished);
     this.#asked = false; // before enqueue, which may ask again
     const chunk = concat(parts);
     if (chunk.length) this.#controller!.enqueue(chunk);
     else this.end(); // only the last part can be empty
   }
 
-  #tell(ask: boolean): void {
-    this.#told = this.#got;
-    this.#untold = 0;
-    this.#askedOwner ||= ask;
-    this.#send({ kind: "credit", id: this.#id, got: this.#got, ask });
-  }
-
   /** The owner says how many parts it has sent. */
   compare(sent: number): void {
-    this.#heard();
-    if (sent >= this.#next) this.#gap ??= 0;
-  }
-
-  #heard(): void {
-    this.#quiet = 0;
-    this.#askedOwner = false;
+    this.#credit.heard();
+    this.#parts.expect(sent);
   }
 
   /** "One that is missing for 1 s, or two timeouts of silence, ends the relayed stream." */
   tick(period: number): void {
-    if (!this.#controller) return;
-    this.#quiet += period;
-    this.#untold += period;
-    if (this.#gap !== undefined) this.#gap += period;
-    if (this.#gap! > DOUBT || this.#quiet > 2 * this.#timeout) {
-      this.#send({ kind: "cancel", id: this.#id });
-      return this.end();
+    if (this.#phase !== "streaming") return;
+    if (this.#parts.missing(period) > DOUBT || this.#credit.tick(period) > 2 * this.#timeout) {
+      this.#cancel();
     }
-    const ask = this.#quiet >= this.#timeout && !this.#askedOwner;
-    if (ask || this.#untold >= this.#timeout) this.#tell(ask);
+  }
+
+  #cancel(): void {
+    this.#send({ kind: "cancel", id: this.#id });
+    this.end();
   }
 
   /** The end, whatever there has been until now: 503, or the end of the stream. */
   end(): void {
-    if (this.#ended) return;
-    this.#ended = true;
+    if (this.#phase === "ended") return;
+    this.#phase = "ended";
     clearTimeout(this.#doubt);
     this.#respond(unavailable());
     this.#forget();
@@ -700,6 +636,96 @@ class Relay {
     } catch {
       // cancelled by the runtime already
     }
+  }
+}
+
+/** A part of an answer. */
+interface Part {
+  readonly head: AnswerHead;
+  readonly body: Bytes;
+}
+
+/** Parts in the order of their numbers: the bus may repeat and reorder them. */
+class Sequence {
+  /** The number of the part that is to come next; those after it wait. */
+  #next = 0;
+  readonly #held: Map<number, Part> = new Map();
+  /** How long a part has been missing, in ms; undefined: none is. */
+  #gap: number | undefined;
+
+  /** Returns the parts that are in order with this one; nothing for one that has come before. */
+  take(part: Part): Part[] | undefined {
+    if (part.head.n < this.#next) return;
+    this.#held.set(part.head.n, part);
+    const parts: Part[] = [];
+    for (let next = this.#held.get(this.#next); next; next = this.#held.get(this.#next)) {
+      this.#held.delete(this.#next++);
+      this.#gap = undefined;
+      parts.push(next);
+    }
+    if (this.#held.size) this.#gap ??= 0;
+    return parts;
+  }
+
+  /** So many parts, besides number 0, have been sent. */
+  expect(sent: number): void {
+    if (sent >= this.#next) this.#gap ??= 0;
+  }
+
+  /** How long a part has been missing, a tick later. */
+  missing(period: number): number {
+    if (this.#gap === undefined) return 0;
+    return this.#gap += period;
+  }
+}
+
+/** How far the owner may go on, and whether it is there. */
+class Credit {
+  readonly #timeout: number;
+  readonly #tell: (got: number, ask: boolean) => void;
+  /** Parts given to the client, and how many of them the owner was told. */
+  #got = 0;
+  #told = 0;
+  /** How long the owner has said nothing, and was told nothing, in ms. */
+  #quiet = 0;
+  #untold = 0;
+  /** The owner was asked whether it is there. */
+  #asked = false;
+
+  constructor(timeout: number, tell: (got: number, ask: boolean) => void) {
+    this.#timeout = timeout;
+    this.#tell = tell;
+  }
+
+  get got(): number {
+    return this.#got;
+  }
+
+  heard(): void {
+    this.#quiet = 0;
+    this.#asked = false;
+  }
+
+  /** The client was given so many parts. */
+  spend(parts: number, last: boolean): void {
+    this.#got += parts;
+    if (this.#got - this.#told >= CREDIT / 2 && !last) this.#say(false);
+  }
+
+  /** "The receiver says credit every 4 parts and every 5 s." Returns how long the owner is silent. */
+  tick(period: number): number {
+    this.#quiet += period;
+    this.#untold += period;
+    const ask = this.#quiet >= this.#timeout && !this.#asked;
+    if (ask || this.#untold >= this.#timeout) this.#say(ask);
+    return this.#quiet;
+  }
+
+  #say(ask: boolean): void {
+    this.#told = this.#got;
+    this.#untold = 0;
+    this.#asked ||= ask;
+    this.#tell(this.#got, ask);
   }
 }
 
@@ -780,6 +806,44 @@ class Served {
   }
 }
 
+// --- Replays: requests that were served before ---
+
+/** The ids of the requests of the last minute, and when they may be forgotten. */
+class Replays {
+  readonly #requests: Map<string, number> = new Map();
+  /** Of uplinks the latest will do, since the numbers of messages tell a repetition. */
+  readonly #uplinks: Map<string, number> = new Map();
+
+  get size(): number {
+    return this.#requests.size + this.#uplinks.size;
+  }
+
+  /** Remembers a request; throws at one that was served before, or if that cannot be told. */
+  check({ id, method, headers }: RequestHead): void {
+    if (this.#requests.has(id) || this.#uplinks.has(id)) {
+      throw new Error("A request on the backplane is replayed");
+    }
+    const isUplink = method === "POST" && headers["content-type"]?.startsWith(UPLINK_TYPE) &&
+      headers.accept !== STREAM_TYPE;
+    const seen = isUplink ? this.#uplinks : this.#requests;
+    if (seen.size >= MAX_SEEN) {
+      if (!isUplink) throw new Error("Too many requests to tell them from replayed ones");
+      seen.delete(seen.keys().next().value!);
+    }
+    seen.set(id, clock() + 2 * REPLAY_WINDOW);
+  }
+
+  forget(): void {
+    const now = clock();
+    for (const seen of [this.#requests, this.#uplinks]) {
+      for (const [id, expires] of seen) {
+        if (now < expires) break; // they came in this order
+        seen.delete(id);
+      }
+    }
+  }
+}
+
 // --- Names and keys of sessions ---
 
 interface Known {
@@ -842,6 +906,68 @@ async function keyOf(token: string): Promise<CryptoKey> {
 async function authenticate(key: CryptoKey, { mac, signed }: Incoming): Promise<void> {
   if (await crypto.subtle.verify("HMAC", key, mac, signed)) return;
   throw new Error("A forged message on the backplane");
+}
+
+// --- The subscription, without which no answer would be heard ---
+
+/** Subscribes to the driver, again and again until that stands; requests wait for it. */
+class Subscription {
+  readonly #driver: ClusterDriver;
+  readonly #report: Report;
+  readonly #receive: (message: SyncMessage) => void;
+  #state: "failing" | "standing" | "ended" = "failing";
+  /** Until the next attempt. */
+  #retry: ReturnType<typeof setTimeout> | undefined;
+  /** Requests that wait, by the ids of their relays. */
+  readonly #waiting: Map<string, { size: number; go: () => void }> = new Map();
+  #waitingBytes = 0;
+
+  constructor(driver: ClusterDriver, report: Report, receive: (message: SyncMessage) => void) {
+    this.#driver = driver;
+    this.#report = report;
+    this.#receive = receive;
+  }
+
+  /** A backplane that is down at the start would else leave this instance deaf for good. */
+  async begin(pause: number = RETRY_PERIOD): Promise<void> {
+    let failed = false; // the driver may have left a listener of this attempt, too
+    try {
+      await this.#driver.subscribe((message) => failed || this.#receive(message));
+      if (this.#state === "failing") this.#state = "standing";
+      for (const { go } of this.#waiting.values()) go();
+      this.#waiting.clear();
+      this.#waitingBytes = 0;
+    } catch (error) {
+      failed = true;
+      this.#report("subscribe", error);
+      if (this.#state === "ended") return;
+      const longer = Math.min(2 * pause, MAX_RETRY_PERIOD);
+      this.#retry = setTimeout(() => this.begin(longer), pause);
+      (this.#retry as { unref?(): void }).unref?.(); // where timers can do so
+    }
+  }
+
+  /** Goes on once the subscription stands. False: too much waits already. */
+  await(id: string, size: number, go: () => void): boolean {
+    if (this.#state === "standing") {
+      go();
+      return true;
+    }
+    if (this.#waitingBytes >= MAX_PENDING_BYTES) return false;
+    this.#waiting.set(id, { size, go });
+    this.#waitingBytes += size;
+    return true;
+  }
+
+  leave(id: string): void {
+    this.#waitingBytes -= this.#waiting.get(id)?.size ?? 0;
+    this.#waiting.delete(id);
+  }
+
+  end(): void {
+    this.#state = "ended";
+    clearTimeout(this.#retry);
+  }
 }
 
 // --- The bus: messages of any size over payloads of a limited one ---
