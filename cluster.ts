@@ -4,7 +4,7 @@
  * Wraps a driver of `crossws/sync` (Redis, PostgreSQL, BroadcastChannel, …), so that
  * instances behind a load balancer share publications and need no sticky sessions: a
  * request that comes to the wrong instance is taken to its session's owner over the
- * driver, and the answer back. PROTOCOL.md, section 14, specifies what travels.
+ * driver, and the answer back. docs/cluster-protocol.md specifies what travels.
  *
  * @example
  * ```ts ignore
@@ -33,7 +33,7 @@ import type {
 
 export type { MaybePromise, SyncAdapter, SyncDriver, SyncMessage } from "./server.ts";
 
-// --- What travels: PROTOCOL.md, section 14 ---
+// --- What travels: docs/cluster-protocol.md ---
 
 const VERSION = 1;
 /** No peer can be in a namespace that begins so. */

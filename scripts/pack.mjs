@@ -45,10 +45,12 @@ try {
   // Outside of its tables, README's programs import this package.
   const programs = new RegExp(`^([^|\n]* from ")jsr:${jsr}`, "gm");
   // What the package lacks, JSR has: in this version, for those who read at npm as well.
-  edit("README.md", (text) =>
+  const link = (text) =>
     text.replace(/\]\(\.\/([^)]+)\)/g, (link, file) => {
       return existsSync(join(stage, file)) ? link : `](https://jsr.io/${jsr}/${version}/${file})`;
-    }).replace(programs, `$1${name}`));
+    });
+  edit("README.md", (text) => link(text).replace(programs, `$1${name}`));
+  edit("PROTOCOL.md", link);
   writeFileSync(join(stage, "package.json"), JSON.stringify(manifest(), null, 2) + "\n");
   const packed = execFileSync("npm", [
     ...["pack", "--json", "--loglevel=error", "--pack-destination", destination],

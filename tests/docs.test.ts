@@ -1,13 +1,15 @@
 // README.md and PROTOCOL.md tell the truth: every snippet is executed or type-checked here, and
-// every HTTP exchange of PROTOCOL.md is held against a real server.
+// every HTTP exchange of the two protocols is held against real servers.
 
 import { existsSync } from "node:fs";
-import { mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
+import { mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { execFile } from "node:child_process";
 import { gzipSync } from "node:zlib";
-import { sseAdapter } from "../mod.ts";
+import { cluster } from "../cluster.ts";
+import { sseAdapter, type SSEOptions } from "../mod.ts";
+import { MemoryBus } from "./bus.ts";
 import { esbuild } from "./bundle.ts";
 import {
   assert,
@@ -18,6 +20,7 @@ import {
   rawRequest,
   root,
   test,
+  type TestContext,
   within,
 } from "./harness.ts";
 
@@ -228,7 +231,10 @@ test("README.md's two commands are scripts of package.json", async () => {
 
 test("links in the documents lead somewhere", async () => {
   let links = 0;
-  for (const file of ["README.md", "PROTOCOL.md", "CHANGELOG.md", "examples/README.md"]) {
+  const docs = await readdir(join(root, "docs"));
+  const files = ["README.md", "PROTOCOL.md", "CHANGELOG.md", "examples/README.md"]
+    .concat(docs.filter((name) => name.endsWith(".md")).map((name) => `docs/${name}`));
+  for (const file of files) {
     const text = await readFile(join(root, file), "utf8");
     for (const [, target] of text.matchAll(/\]\((?!https?:)([^)#]+)/g)) {
       links++;
@@ -238,26 +244,48 @@ test("links in the documents lead somewhere", async () => {
   assert(links > 4);
 });
 
-test("PROTOCOL.md's exchanges happen as they stand there", async (t) => {
-  const ws = sseAdapter({
+const echo = (options: SSEOptions = {}) =>
+  sseAdapter({
     bidir: true,
+    ...options,
     hooks: {
       open: (peer) => void peer.send("Welcome"),
       message: (peer, message) => void peer.send(message.rawData),
     },
   });
+
+/** Starts a server with the hooks of the documents; gives its port. */
+async function listen(t: TestContext, options?: SSEOptions): Promise<number> {
+  const ws = echo(options);
   const server = t.use(await t.serve((request, info) => ws.fetch(request, info)));
-  t.defer(() => {
-    for (const peers of ws.peers.values()) for (const peer of peers) peer.terminate();
-    return ws.close();
-  });
+  t.defer(() => ws.close(1001, "", { signal: AbortSignal.abort() }));
+  return server.port;
+}
+
+test("PROTOCOL.md's exchanges happen as they stand there", async (t) => {
+  assertEquals(await execute(t, "PROTOCOL.md", { localhost: await listen(t) }), 11);
+});
+
+test("docs/cluster-protocol.md's exchanges happen as they stand there", async (t) => {
+  const sync = cluster(new MemoryBus(t).adapter);
+  const ports = { a: await listen(t, { sync }), b: await listen(t, { sync }) };
+  assertEquals(await execute(t, "docs/cluster-protocol.md", ports), 4);
+});
+
+/** Says each request of a document to the host that it names; gives how many answers fitted. */
+async function execute(
+  t: TestContext,
+  file: string,
+  ports: Record<string, number>,
+): Promise<number> {
   const found = new Map<string, string>();
   let answer: Awaited<ReturnType<typeof rawRequest>> | undefined;
   let stream: Reading | undefined;
   let checked = 0;
-  for (const { language, text } of await blocks("PROTOCOL.md")) {
+  for (const { language, text } of await blocks(file)) {
     if (language === "http request") {
-      answer = t.use(await rawRequest(server.port, ...splitRequest(fill(text, found))));
+      const port = ports[/^Host: (.*)$/m.exec(text)![1]!]!;
+      answer = t.use(await rawRequest(port, ...splitRequest(fill(text, found))));
     } else if (language === "http response") {
       const [head, body] = text.split(/\n\n([\s\S]*)/) as [string, string?];
       checkHead(answer!, head, found);
@@ -270,8 +298,8 @@ test("PROTOCOL.md's exchanges happen as they stand there", async (t) => {
       checked++;
     }
   }
-  assertEquals(checked, 11, `only ${checked} exchanges found`);
-});
+  return checked;
+}
 
 /** What a response's body brings, piece by piece. */
 class Reading {
@@ -338,6 +366,7 @@ function splitRequest(text: string): [string, string[]] {
     : frames
     ? body.replaceAll("\n", "\r\n")
     : body.trimEnd();
-  const length = head.startsWith("POST") ? `\ncontent-length: ${payload.length}` : "";
+  const streams = /^transfer-encoding: chunked$/m.test(head);
+  const length = head.startsWith("POST") && !streams ? `\ncontent-length: ${payload.length}` : "";
   return [`${head.trimEnd()}${length}\n\n`.replaceAll("\n", "\r\n"), payload ? [payload] : []];
 }

@@ -168,7 +168,9 @@ test("the documents of both packages link to what their readers have", async (t)
   const atJsr = new Set(Array.from(listed, ([, url]) => relative(root, fileURLToPath(url!))));
   assert(atJsr.has("README.md"));
   const documents = ["README.md", "PROTOCOL.md"];
-  for (const file of [...documents, "examples/README.md", "docs/proxies.md"]) {
+  const docs = readdirSync(join(root, "docs")).filter((name) => name.endsWith(".md"))
+    .map((name) => `docs/${name}`);
+  for (const file of [...documents, "examples/README.md", ...docs]) {
     for (const link of await links(join(root, file))) {
       const target = join(dirname(file), link);
       assert(/^https?:/.test(link) || atJsr.has(target), `at JSR, ${file} links to ${link}`);

@@ -117,8 +117,9 @@ test("what a cluster needs of server.ts is at most 60 lines", async () => {
 });
 
 for (const file of [...files, "cluster.ts"]) {
-  test(`what ${file} quotes stands in PROTOCOL.md`, async () => {
-    const spec = normal(await read("PROTOCOL.md"));
+  const document = file === "cluster.ts" ? "docs/cluster-protocol.md" : "PROTOCOL.md";
+  test(`what ${file} quotes stands in ${document}`, async () => {
+    const spec = normal(await read(document));
     const quoted = quotations(await read(file));
     assertGreater(quoted.length, 5);
     assertEquals(quoted.filter((part) => !spec.includes(normal(part))), []);
