@@ -61,6 +61,7 @@ const ROUTED_HEADERS = [
   "last-event-id",
   "x-duplex-version",
   "x-duplex-attempt",
+  "x-duplex-poll",
 ];
 
 // --- Limits ---
@@ -823,8 +824,8 @@ class Replays {
     if (this.#requests.has(id) || this.#uplinks.has(id)) {
       throw new Error("A request on the backplane is replayed");
     }
-    const isUplink = method === "POST" && headers["content-type"]?.startsWith(UPLINK_TYPE) &&
-      headers.accept !== STREAM_TYPE;
+    const isUplink = method === "POST" && headers.accept !== STREAM_TYPE &&
+      ("x-duplex-version" in headers || headers["content-type"]?.startsWith(UPLINK_TYPE));
     const seen = isUplink ? this.#uplinks : this.#requests;
     if (seen.size >= MAX_SEEN) {
       if (!isUplink) throw new Error("Too many requests to tell them from replayed ones");
@@ -1184,7 +1185,10 @@ async function readBody(request: Request, most: number): Promise<Bytes | Respons
     body.cancel().catch(() => {}); // a locked one has its reader
     return refuse(411, "This instance takes no streaming body for another's session");
   };
-  if (type.startsWith(UPLINK_TYPE) && headers.get("accept") === STREAM_TYPE) return streams();
+  // The body of a duplex request is open for as long as its answer; that of a poll is finite.
+  const isDuplex = headers.get("accept") === STREAM_TYPE && !headers.has("x-duplex-poll") &&
+    (headers.has("x-duplex-version") || type.startsWith(UPLINK_TYPE));
+  if (isDuplex) return streams();
   const tooLarge = () => {
     body.cancel().catch(() => {});
     return refuse(413, "Too large");

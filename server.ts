@@ -51,12 +51,15 @@ const CLOSE_EVENT = "duplex-close";
 
 /** The WebSocket header that hooks read and answer; a browser's fetch may not set it. */
 const WEBSOCKET_PROTOCOL = "sec-websocket-protocol";
+const OPENING_HEADER = "x-duplex-opening";
+const POLL_HEADER = "x-duplex-poll";
 /** Where h3 and crossws leave the hooks that a request carries. */
 const REQUEST_HOOKS: symbol = Symbol.for("crossws.hooks");
 /** How `console.log` asks Node, Deno and Bun alike. */
 const INSPECT: symbol = Symbol.for("nodejs.util.inspect.custom");
 
 const TOKEN_GRAMMAR = /^[0-9a-f]{16}\.[0-9a-f]{32}$/;
+const OPENING_GRAMMAR = /^[0-9a-f]{32}$/;
 const EVENT_ID_GRAMMAR = /^([0-9a-f]{32})\.(0|[1-9]\d{0,15})$/;
 const NUMBER_GRAMMAR = /^(0|[1-9]\d{0,15})$/;
 const FRAME_GRAMMAR = /^(TEXT|BINARY|CLOSE|PING|PONG|ACK|SEQ)(?: ([0-9A-Fa-f]{1,8}))?\r\n$/;
@@ -537,6 +540,8 @@ class Hub implements Host, Peers {
   readonly #topics: Map<string, Map<string, Set<Session>>> = new Map();
   /** What is left of closed sessions, by token; of plain ones, by the key of their event ids. */
   readonly #tombstones: Map<string, Tombstone> = new Map();
+  /** Full sessions by the id of their opening, until their client shows that it has the token. */
+  readonly #openings: Map<string, FullSession> = new Map();
   /** Plain sessions by the key of their event ids. */
   readonly #keys: Map<string, PlainSession> = new Map();
   #sweepTimer: ReturnType<typeof setTimeout> | undefined;
@@ -622,9 +627,8 @@ class Hub implements Host, Peers {
       if (!wire.isUplink) return await this.#receivePlain(request, wire.token);
       return duplex ? await this.#resume(request, wire) : await this.#receive(request, wire);
     }
-    // "Only with x-duplex-version: 1, content-type: application/websocket-events,
-    // Accept: text/event-stream and a body. Any other POST without a token is 400, so that no
-    // cross-site form reaches a hook."
+    // "Only with x-duplex-version: 1, Accept: text/event-stream and a body. Any other POST without a
+    // token is 400, so that no cross-site form reaches a hook."
     const empty = !request.body || request.headers.get("content-length") === "0";
     if (wire.full && wire.isUplink && duplex && !empty) {
       return await this.#open(request, wire, runtime);
@@ -633,24 +637,49 @@ class Hub implements Host, Peers {
   }
 
   async #open(request: Request, wire: Wire, runtime: Runtime): Promise<Response> {
-    this.#checkRoom();
+    if (!this.#openings.has(wire.opening)) this.#checkRoom();
     const admission = await this.#admit(request);
+    const begun = this.#openings.get(wire.opening);
+    if (begun?.namespace === admission.namespace) {
+      return this.#openAgain(begun, request, wire, admission);
+    }
     this.#checkRoom(); // again: others came while the hook was thinking
     const token = `${this.#instance ??= randomHex(8)}.${randomHex(16)}`;
     const opening = { token, request, admission, runtime };
     const session = wire.full ? new FullSession(this, opening) : new PlainSession(this, opening);
+    if (session instanceof FullSession && wire.opening) {
+      session.opening = wire.opening;
+      this.#openings.set(wire.opening, session);
+    }
     session.peer = new ServerPeer(session, this);
     this.sessions.set(token, session);
     this.#router?.own(token);
     if (session instanceof PlainSession) this.#keys.set(session.key, session);
     getOrMake(this.peers, session.namespace, () => new Set()).add(session.peer);
     this.#startTimer();
-    const stream = session.attach(wire.attempt ?? 0, 0);
+    const stream = session.attach(wire.attempt ?? 0, 0, wire.isPoll ? "preface" : "for good");
     // Before the hook, so that one that ends the session ends its body, too; a read comes after it.
     if (session instanceof FullSession && request.method === "POST") {
       session.readDuplex(request.body!);
     }
     this.inTurn(() => session.callHooks("open"));
+    return new Response(stream, { headers: this.#headersOf(session, admission) });
+  }
+
+  /**
+   * "An opening with an x-duplex-opening that the server has seen, from a client that has not
+   * shown yet that it has the token, opens no second session: it replaces the connection of the
+   * first."
+   */
+  #openAgain(
+    session: FullSession,
+    request: Request,
+    wire: Wire,
+    admission: Admission,
+  ): Response {
+    if (!session.canResumeFrom(0)) throw new Refusal(409, "This session has begun");
+    const stream = session.attach(0, 0, wire.isPoll ? "preface" : "for good");
+    if (request.method === "POST") session.readDuplex(request.body!);
     return new Response(stream, { headers: this.#headersOf(session, admission) });
   }
 
@@ -677,7 +706,12 @@ class Hub implements Host, Peers {
       throw new Refusal(409, "Last-Event-ID is not of this session");
     }
     session.heard();
-    const stream = session.attach(wire.attempt, wire.lastEventId);
+    this.#openings.delete(session.opening);
+    const stream = session.attach(
+      wire.attempt,
+      wire.lastEventId,
+      wire.isPoll ? "news" : "for good",
+    );
     if (request.method === "POST" && request.body) session.readDuplex(request.body);
     return new Response(stream, { headers: this.#headersOf(session) });
   }
@@ -710,7 +744,7 @@ class Hub implements Host, Peers {
     const ends = this.#tombstones.has(key) || session?.readyState === CLOSING;
     if (ends) return new Response(null, { status: 204 });
     if (!session || found !== session || !resumable()) return;
-    const stream = session.attach(session.attempt, Number(received));
+    const stream = session.attach(session.attempt, Number(received), "for good");
     return new Response(stream, { headers: this.#headersOf(session) });
   }
 
@@ -722,6 +756,7 @@ class Hub implements Host, Peers {
       throw new Refusal(400, "A plain session takes plain messages");
     }
     receiver.heard();
+    if (receiver instanceof FullSession) this.#openings.delete(receiver.opening);
     const error = request.body &&
       await readUplink(request.body, receiver, this.maxMessageSize);
     const refusal = error instanceof Refusal ? error : undefined; // else the connection's end
@@ -999,6 +1034,7 @@ class Hub implements Host, Peers {
   /** Forgets a session that has ended; its tombstone tells those who missed the end. */
   bury(session: Session, ending: Ending | undefined): void {
     this.sessions.delete(session.token);
+    if (session instanceof FullSession) this.#openings.delete(session.opening);
     const peers = this.peers.get(session.namespace);
     peers?.delete(session.peer);
     if (!peers?.size) this.peers.delete(session.namespace);
@@ -1295,13 +1331,13 @@ abstract class Session {
   // --- Connections ---
 
   /** Begins the next event stream, after message `received`; the one before it ends. */
-  attach(attempt: number, received: number): ReadableStream<Bytes> {
+  attach(attempt: number, received: number, lasts: Lasting): ReadableStream<Bytes> {
     this.connection?.end();
     this.attempt = attempt;
     this.outbox.rewind(received);
     if (this.readyState === OPEN) this.deadline = Infinity;
     this.#lastWrite = clock();
-    this.connection = new Connection(this, encoder.encode(this.preface(received)));
+    this.connection = new Connection(this, encoder.encode(this.preface(received)), lasts);
     return this.connection.stream;
   }
 
@@ -1390,11 +1426,23 @@ abstract class Session {
     const parts: Bytes[] = [];
     if (connection.preface) parts.push(connection.preface);
     connection.preface = undefined;
+    const known = parts.length;
     this.gather(parts);
     const last = this.ending && !this.outbox.due;
     if (last) parts.push(this.encodeEnding(this.ending!));
+    const isOver = connection.lasts === "preface" ||
+      connection.lasts === "news" && parts.length > known;
     if (parts.length) this.#write(connection, this.hub.flusher.join(parts));
     if (last) this.#afterClose();
+    else if (isOver) this.#endTurn(connection);
+  }
+
+  /** A poll has its answer: the client is away until the next. */
+  #endTurn(connection: Connection): void {
+    connection.end();
+    this.connection = undefined;
+    // "Between polls the session is away …: it keeps its numbers, and the resume timeout runs."
+    this.deadline = Math.min(this.deadline, clock() + this.hub.closeTimeout);
   }
 
   #write(connection: Connection, chunk: Bytes): void {
@@ -1560,13 +1608,18 @@ abstract class Session {
   }
 
   protected beat(): void {
-    if (this.connection?.asked) this.#write(this.connection, HEARTBEAT);
+    const { connection } = this;
+    if (!connection?.asked) return;
+    this.#write(connection, HEARTBEAT);
+    if (connection.lasts !== "for good") this.#endTurn(connection);
   }
 }
 
 /** A session of the full level: PROTOCOL.md, sections 2 to 9. */
 class FullSession extends Session implements Receiver {
   readonly full = true;
+  /** The id that its client gave the opening, or "". */
+  opening = "";
   #ackDue = false;
   #pings: string[] = [];
   #lastHeard: number = clock();
@@ -1575,11 +1628,11 @@ class FullSession extends Session implements Receiver {
 
   // --- Down ---
 
-  override attach(attempt: number, received: number): ReadableStream<Bytes> {
+  override attach(attempt: number, received: number, lasts: Lasting): ReadableStream<Bytes> {
     this.outbox.acknowledge(received);
     this.#pinged = false;
     this.#ackDue = false; // its first event says it
-    return super.attach(attempt, received);
+    return super.attach(attempt, received, lasts);
   }
 
   protected preface(received: number): string {
@@ -1987,6 +2040,9 @@ interface Source {
   lose(connection: Connection): void;
 }
 
+/** How long a connection lasts: until its preface, or anything else, is out. The latter two are polls. */
+type Lasting = "for good" | "preface" | "news";
+
 /** One event stream of a session. It is given bytes when the runtime asks for them, never before. */
 class Connection {
   readonly stream: ReadableStream<Bytes>;
@@ -1994,10 +2050,12 @@ class Connection {
   asked = false;
   /** The first bytes, until they are out. */
   preface: Bytes | undefined;
+  readonly lasts: Lasting;
   #controller!: ReadableStreamDefaultController<Bytes>;
 
-  constructor(source: Source, preface: Bytes) {
+  constructor(source: Source, preface: Bytes, lasts: Lasting) {
     this.preface = preface;
+    this.lasts = lasts;
     this.stream = new ReadableStream<Bytes>({
       start: (controller) => {
         this.#controller = controller;
@@ -2471,11 +2529,20 @@ function readWire({ headers }: Request) {
     /** The full level is asked for. */
     full,
     /** The body is of uplink frames. */
-    isUplink: mediaType(headers) === UPLINK_TYPE,
+    // "The body of a request with x-duplex-version is frames, whatever its content type."
+    isUplink: full || mediaType(headers) === UPLINK_TYPE,
     attempt: optionalNumber(headers, ATTEMPT_HEADER),
+    opening: full && !token ? readOpening(headers) : "",
+    isPoll: full && headers.get(POLL_HEADER) === "1",
     /** Only a full session's is a number. */
     lastEventId: full && token ? optionalNumber(headers, "last-event-id") : undefined,
   };
+}
+
+function readOpening(headers: Headers): string {
+  const id = headers.get(OPENING_HEADER) ?? "";
+  if (id && !OPENING_GRAMMAR.test(id)) throw malformed(OPENING_HEADER);
+  return id;
 }
 
 function mediaType(headers: Headers): string {
