@@ -272,6 +272,27 @@ test("docs/cluster-protocol.md's exchanges happen as they stand there", async (t
   assertEquals(await execute(t, "docs/cluster-protocol.md", ports), 4);
 });
 
+test("docs/conformance.md names tests that exist", async () => {
+  const text = await readFile(join(root, "docs/conformance.md"), "utf8");
+  const rows = [...text.matchAll(/^\| ([SC])(\d+) +\|.*\| ([\w.-]+): (.*?) +\|$/gm)];
+  const lines = text.match(/^\| [SC]\d.*$/gm)!;
+  assertEquals(rows.length, lines.length, "each rule has a test");
+  for (const [at, [, side, number, file, name]] of rows.entries()) {
+    assertEquals(Number(number), rows.slice(0, at).filter((row) => row[1] === side).length + 1);
+    const source = await readFile(join(root, `tests/${file}.test.ts`), "utf8");
+    const names = Array.from(
+      source.matchAll(/\btest\(\s*(["`])([^]*?)\1,/g),
+      (match) => match[2]!.replace(/\$\{[^}]*\}/g, "…").replaceAll("\\", ""),
+    );
+    assert(names.some((known) => fits(name!, known)), `${side}${number}: ${file} has no "${name}"`);
+  }
+});
+
+/** Whether this is the name of a test, in which … stands for what varies. */
+function fits(name: string, known: string): boolean {
+  return known === name || name.endsWith("…") && known.startsWith(name);
+}
+
 /** Says each request of a document to the host that it names; gives how many answers fitted. */
 async function execute(
   t: TestContext,
