@@ -89,7 +89,7 @@ test("README.md's snippets type-check, as do the examples in doc comments", asyn
   const { dir } = t.use(await consumer());
   const snippets = (await blocks("README.md")).filter(({ language }) => language === "ts")
     .map(({ text }) => text);
-  for (const file of ["mod.ts", "server.ts", "client.ts", "cluster.ts"]) {
+  for (const file of ["mod.ts", "server.ts", "client.ts", "cluster.ts", "ai.ts"]) {
     snippets.push(...await examples(file));
   }
   assert(snippets.length >= 8, `only ${snippets.length} snippets found`);
