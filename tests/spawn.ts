@@ -254,7 +254,7 @@ export async function strip(file: string): Promise<Stripped> {
 }
 
 /** Removes types with what the runtime brings along; changes nothing else. */
-function withoutTypes(code: string): string {
+export function withoutTypes(code: string): string {
   const { stripTypeScriptTypes } = nodeModule as {
     stripTypeScriptTypes?: (code: string) => string;
   };

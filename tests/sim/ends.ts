@@ -8,7 +8,7 @@ import type { Hooks, Message, Peer, SSEAdapter } from "../../server.ts";
 import type { Clock, Owner } from "./clock.ts";
 import { diceFor } from "./dice.ts";
 import { type Data, drawMessage, show, sizeOf } from "./messages.ts";
-import type { Instance } from "./network.ts";
+import { type Instance, NAME_HEADER } from "./network.ts";
 import type { Product } from "./product.ts";
 import type { HookTraits, Scenario } from "./scenario.ts";
 
@@ -37,6 +37,9 @@ export interface Closing extends Ending {
 
 export const PUBLICATION = "pub:";
 export const TOPIC = "room";
+/** Of a message that waits, beside its bytes: at most. */
+const MESSAGE_COST = 512;
+const PING = "are you there?";
 
 // --- The client ---
 
@@ -51,12 +54,19 @@ export class Client {
   readonly counts = { open: 0, close: 0, error: 0, drop: 0, resume: 0 };
   closing: Closing | undefined;
   ending: Ending | undefined;
+  /** It has sent a message that is larger than the server takes. */
+  oversized = false;
+  readonly abort: AbortController = new AbortController();
   readonly #stage: Stage;
 
-  constructor(stage: Stage, number: number, connect: (number: number) => WebSocketSSE) {
+  constructor(
+    stage: Stage,
+    number: number,
+    connect: (number: number, signal: AbortSignal) => WebSocketSSE,
+  ) {
     this.#stage = stage;
     this.number = number;
-    const socket = this.socket = connect(number);
+    const socket = this.socket = connect(number, this.abort.signal);
     socket.binaryType = "arraybuffer";
     for (const name of ["open", "error", "drop", "resume"] as const) {
       socket.addEventListener(name, () => {
@@ -92,6 +102,15 @@ export class Client {
     }
   }
 
+  sendTooMuch(): void {
+    if (this.socket.readyState !== 1 || this.#stage.scenario.level === "plain") return;
+    this.oversized = true;
+    const message = "x".repeat(this.#stage.scenario.server.maxMessageSize + 1);
+    this.sent.push(message);
+    this.#stage.note(`${this} sends ${this.sent.length}, which is too large`);
+    this.socket.send(message);
+  }
+
   close(seed: number): void {
     if (this.socket.readyState >= 2) return;
     const dice = diceFor(seed, 1);
@@ -120,6 +139,8 @@ export class Server implements Instance {
   readonly owner: Owner;
   readonly adapter: SSEAdapter;
   readonly sessions: Session[] = [];
+  /** Sessions by what their openings were answered. */
+  readonly names: Map<string, Session> = new Map();
   down = false;
   killed = false;
   /** It has been told to shut down; undefined is not yet done. */
@@ -141,7 +162,11 @@ export class Server implements Instance {
   /** Never throws, says its documentation; then it must not. */
   async fetch(request: Request): Promise<Response> {
     try {
-      return await this.adapter.fetch(request, {});
+      const response = await this.adapter.fetch(request, {});
+      const name = response.headers.get(NAME_HEADER);
+      const session = this.sessions.find(({ peer }) => peer.request === request);
+      if (name && session) this.names.set(name, session);
+      return response;
     } catch (error) {
       this.#stage.violated("fetch threw", String(error));
       return new Response(null, { status: 500 });
@@ -168,7 +193,14 @@ export class Server implements Instance {
       },
       message: (peer, message) => find(peer).take(message),
       close: (peer, { code = 0, reason = "" }) => find(peer).end(code, reason),
-      error: (_, error) => this.#stage.violated("a hook failed", String(error)),
+      pong: (_, data) => {
+        const text = new TextDecoder().decode(data);
+        if (text && text !== PING) this.#stage.violated("pong", text);
+      },
+      error: (peer, error) => {
+        const { failing } = find(peer) ?? {};
+        if (failing !== error) this.#stage.violated("a hook failed", String(error));
+      },
     };
   }
 }
@@ -193,6 +225,8 @@ export class Session {
   closing: Closing | undefined;
   ending: Ending | undefined;
   terminated = false;
+  /** Thrown by the hook of the next message. */
+  failing: Error | undefined;
   readonly #stage: Stage;
   readonly #hooks: HookTraits;
 
@@ -220,8 +254,14 @@ export class Session {
     this.sent.push(data);
     this.largestDown = Math.max(this.largestDown, sizeOf(data));
     this.#stage.note(`${this} sends ${this.sent.length}: ${show(data)}`);
-    if (this.peer.send(data) === 0) this.#stage.violated("send refused", `${this}`);
     const { maxBufferedAmount } = this.#stage.scenario.server;
+    const most = this.peer.bufferedAmount;
+    if (this.peer.send(data) === 0) {
+      this.sent.pop();
+      // What waits costs a little more than its bytes.
+      const full = most + MESSAGE_COST * this.sent.length > maxBufferedAmount;
+      if (!full) this.#stage.violated("send refused", `${this}`);
+    }
     if (this.peer.bufferedAmount > maxBufferedAmount + 3 * this.largestDown + 64) {
       this.#stage.violated("bound", `${this}: bufferedAmount ${this.peer.bufferedAmount}`);
     }
@@ -248,6 +288,14 @@ export class Session {
     this.closing = { code, reason, sent: this.sent.length, at: this.#stage.clock.now };
   }
 
+  ping(): void {
+    this.peer.ping(PING);
+  }
+
+  fail(): void {
+    this.failing = new Error("as planned");
+  }
+
   terminate(): void {
     if (this.ending) return;
     this.#stage.note(`${this} is terminated`);
@@ -264,6 +312,7 @@ export class Session {
     this.#stage.note(`${this} receives ${number}: ${show(data)}`);
     const size = sizeOf(data);
     this.largestUp = Math.max(this.largestUp, size);
+    if (this.failing) throw this.failing;
     const dice = diceFor(this.#stage.scenario.seed, 3, this.client, number);
     this.#react(dice, data, number);
     if (!dice.chance(this.#hooks.slow)) return;

@@ -67,8 +67,9 @@ function judgeClient(world: World, client: Client): void {
     return;
   }
   judgeOrder(world, client, session);
+  if (world.scenario.level === "full") judgeBounds(world, client, session);
   judgeEnd(world, client, session);
-  if (isQuiet(world)) judgeQuiet(world, client);
+  if (isQuiet(world) && !session.terminated) judgeQuiet(world, client);
 }
 
 /** "A prefix of what was sent, in order, undamaged, once." */
@@ -95,6 +96,24 @@ function firstDifference(sent: unknown[], received: unknown[]): string | undefin
   }
 }
 
+/** An event stream, a batch, and control frames beside it; and the CLOSE that outlives them. */
+const MOST_REQUESTS = 4;
+
+/** "A session's unacknowledged bytes by window and one message." */
+function judgeBounds(world: World, client: Client, session: Session): void {
+  const { network, scenario: { server } } = world;
+  const requests = network.most.get(client.number)!;
+  if (requests > MOST_REQUESTS) world.violated("bound", `${client}: ${requests} requests at once`);
+  // Text may grow by its line breaks, base64 by a third; acknowledgements are in no window.
+  const largest = 8 * session.largestDown + 64;
+  const acknowledgements = 64 * (client.sent.length + 20);
+  const most = server.window + largest + acknowledgements + 1024;
+  for (const trip of network.trips) {
+    if (trip.client !== client.number || trip.mostDown <= most) continue;
+    world.violated("bound", `${trip}: ${trip.mostDown} bytes down, of ${most}`);
+  }
+}
+
 function judgeEnd(world: World, client: Client, session: Session): void {
   const [here, there] = [client.ending!, session.ending];
   if (session.server.killed || !there) {
@@ -110,9 +129,27 @@ function judgeEnd(world: World, client: Client, session: Session): void {
     return;
   }
   if (here.code !== there.code || here.reason !== there.reason) world.violated("codes", name);
+  if (isOfTheServer(world, client, session)) return;
   if (!here.wasClean) world.violated("not clean", name);
   judgeComplete(world, client, session);
 }
+
+/** "Close codes of the server's own": where something gave a reason for them. */
+function isOfTheServer({ scenario }: World, client: Client, session: Session): boolean {
+  switch (client.ending!.code) {
+    case 1009:
+      return client.oversized;
+    case 1011:
+      return !!session.failing;
+    case 1013:
+      return scenario.server.maxBufferedAmount < LITTLE;
+    default:
+      return false;
+  }
+}
+
+/** What a few messages fill. */
+const LITTLE = 65536;
 
 /** "All of it at a clean close: what was sent before the closer's close." */
 function judgeComplete(world: World, client: Client, session: Session): void {
@@ -155,6 +192,8 @@ type Excuse = (world: World, client: Client, session: Session | undefined) => bo
 const EXCUSES: Record<string, Excuse> = {
   /** It was asked for. */
   "terminated": (_, __, session) => !!session?.terminated,
+  /** It was asked for at the client, and the server is not told. */
+  "aborted": (_, { abort }) => abort.signal.aborted,
   /** The state of its sessions is gone with an instance. */
   "killed": (_, __, session) => !!session?.server.killed,
   /** "Opening is not idempotent: a client does not repeat it." */

@@ -31,6 +31,9 @@ export interface Traits {
   balance: "random" | "sticky";
 }
 
+/** Names the session in a server's answer. */
+export const NAME_HEADER = "x-crossws-id";
+
 /** A server as the network sees it. */
 export interface Instance {
   readonly owner: Owner;
@@ -53,8 +56,12 @@ export class Network {
   readonly note: NetworkOptions["note"];
   readonly instances: readonly Instance[];
   readonly trips: Set<Trip> = new Set();
-  /** Requests made, faults that hit, by name; the most requests of one client at once. */
-  readonly counts = { requests: 0, most: 0, hits: new Map<string, number>() };
+  /** Requests made, and faults that hit, by name. */
+  readonly counts = { requests: 0, hits: new Map<string, number>() };
+  /** The most requests that a client had under way. */
+  readonly most: Map<number, number> = new Map();
+  /** What the answers that each client was given name its session, the latest first. */
+  readonly names: Map<number, string[]> = new Map();
   readonly #seed: number;
   readonly #faults: readonly Fault[];
   readonly #start: number;
@@ -84,25 +91,16 @@ export class Network {
       const trip = new Trip(this, { client, number, input, init, fate, seed: this.#seed });
       this.counts.requests++;
       this.trips.add(trip);
-      this.counts.most = Math.max(this.counts.most, this.openOf(client));
+      this.most.set(client, Math.max(this.most.get(client) ?? 0, this.#openOf(client)));
       return trip.begin();
     };
   }
 
   /** How many requests of a client are under way, as it sees it. */
-  openOf(client: number): number {
+  #openOf(client: number): number {
     let open = 0;
     for (const trip of this.trips) if (trip.client === client && !trip.clientDone) open++;
     return open;
-  }
-
-  /** The requests whose answers this client was given. */
-  openedBy(client: number): Set<Request> {
-    const requests = new Set<Request>();
-    for (const trip of this.trips) {
-      if (trip.client === client && trip.request) requests.add(trip.request);
-    }
-    return requests;
   }
 
   /** Whether any fault hit a request of this client. */
@@ -172,10 +170,6 @@ export class Trip {
   readonly hit: Set<string>;
   /** The client waits for nothing of this any more. */
   clientDone = false;
-  /** The client has been given the answer's head. */
-  answered = false;
-  /** The request that brought the answer which the client has been given. */
-  request: Request | undefined;
   readonly #network: Network;
   readonly #clock: Clock;
   readonly #dice: Dice;
@@ -215,6 +209,11 @@ export class Trip {
       this.#sides.every(({ given, up, down }) =>
         !given || down.sourceDone && (up.sinkDone || !up.awaited)
       );
+  }
+
+  /** The most bytes that were on their way down at once. */
+  get mostDown(): number {
+    return Math.max(0, ...this.#sides.map(({ down }) => down.most));
   }
 
   toString(): string {
@@ -384,9 +383,8 @@ export class Trip {
   #hand(instance: Instance, side: Side, first: boolean): void {
     if (this.clientDone && first) return; // the client has gone before the request came
     side.given = true;
-    const request = this.#request(side);
-    instance.fetch(request).then((response) => {
-      this.#clock.at(this.#clock.now, () => this.#answer(side, request, response), side.owner);
+    instance.fetch(this.#request(side)).then((response) => {
+      this.#clock.at(this.#clock.now, () => this.#answer(side, response), side.owner);
     });
   }
 
@@ -404,7 +402,7 @@ export class Trip {
   }
 
   /** A server's answer sets out for the client. */
-  #answer(side: Side, request: Request, response: Response): void {
+  #answer(side: Side, response: Response): void {
     const { repeat, loseAnswer } = this.#fate;
     const nth = this.#sides.indexOf(side);
     const wanted = !this.#repeats || nth === (repeat!.answer === "first" ? 0 : 1);
@@ -413,7 +411,7 @@ export class Trip {
     if (this.#dead) return;
     if (loseAnswer) return this.#lose(loseAnswer);
     const { fullDuplex } = this.#network.traits;
-    const give = () => this.#set(() => this.#give(side, request, response));
+    const give = () => this.#set(() => this.#give(side, response));
     const streams = this.#init.body instanceof ReadableStream;
     if (fullDuplex || !streams || this.#requestSent) give();
     else this.#onRequestSent = give;
@@ -428,11 +426,12 @@ export class Trip {
     }
   }
 
-  #give(side: Side, request: Request, { status, headers }: Response): void {
+  #give(side: Side, { status, headers }: Response): void {
     if (this.clientDone || this.#dead) return;
     this.#note(`is answered: ${status}`);
-    this.answered = true;
-    this.request = request;
+    const name = headers.get(NAME_HEADER);
+    const { names } = this.#network;
+    if (name) names.set(this.client, [name, ...names.get(this.client) ?? []]);
     this.#side = side;
     const hasBody = ![204, 304].includes(status);
     if (this.#fate.stalls && !this.#network.traits.plain) side.down.die();

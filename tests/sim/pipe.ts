@@ -42,6 +42,8 @@ export class Pipe {
   readonly stream: ReadableStream<Bytes>;
   /** Bytes that came out at the far end. */
   passed = 0;
+  /** The most bytes that were under way, or waited to be read. */
+  most = 0;
   /** The source has nothing more, or is let go of. */
   sourceDone = false;
   /** The far end has seen the end, or has gone. */
@@ -163,6 +165,7 @@ export class Pipe {
   #send(chunk: Bytes): void {
     const { dice, hold } = this.#options;
     this.#underWay += chunk.length;
+    this.most = Math.max(this.most, this.#underWay);
     if (hold) {
       this.#held.push(chunk);
       this.#heldSize += chunk.length;

@@ -18,8 +18,12 @@ export interface Step {
   seed: number;
   do:
     | "client sends"
+    | "client sends too much"
+    | "client aborts"
     | "server sends"
     | "server publishes"
+    | "server pings"
+    | "server fails"
     | "client closes"
     | "server closes"
     | "server terminates"
@@ -36,6 +40,7 @@ export interface ServerTraits {
   idleTimeout: number;
   resumeTimeout: number;
   window: number;
+  maxMessageSize: number;
   maxBufferedAmount: number;
 }
 
@@ -120,7 +125,8 @@ function drawServer(dice: Dice): ServerTraits {
     idleTimeout: Number(dice.weighted({ 60: 6, 20: 1, 5: 1 })),
     resumeTimeout: Number(dice.weighted({ 30000: 12, 60000: 2, 15000: 2, 0: 0.3 })),
     window: dice.chance(0.4) ? 256 * 1024 : dice.int(64, 8192),
-    maxBufferedAmount: 16 * 1024 * 1024,
+    maxMessageSize: 128 * 1024,
+    maxBufferedAmount: dice.chance(0.95) ? 16 * 1024 * 1024 : dice.int(0, 4096),
   };
 }
 
@@ -166,7 +172,15 @@ function drawScript(dice: Dice, scenario: Scenario, length: number): Step[] {
   for (let client = 0; client < clients; client++) {
     const times = dice.int(0, 6);
     for (let i = 0; i < times; i++) {
-      const what = dice.weighted({ "client sends": 5, "server sends": 5, "server publishes": 1 });
+      const what = dice.weighted({
+        "client sends": 50,
+        "server sends": 50,
+        "server publishes": 10,
+        "server pings": 10,
+        "client sends too much": 1,
+        "client aborts": 1,
+        "server fails": 1,
+      });
       add(what, dice.between(0, length), client, drawCount());
     }
     addClose(dice, add, length, client, drawCount());

@@ -105,11 +105,11 @@ export class World implements Stage {
     else server.adapter.publish(TOPIC, name);
   }
 
-  /** The session that a client has, by the request that opened it. */
+  /** The session that a client has, by what it was answered. */
   sessionOf(client: Client): Session | undefined {
-    const requests = this.network.openedBy(client.number);
-    return this.servers.flatMap((server) => server.sessions)
-      .findLast((session) => requests.has(session.peer.request));
+    for (const name of this.network.names.get(client.number) ?? []) {
+      for (const { names } of this.servers) if (names.has(name)) return names.get(name);
+    }
   }
 
   // --- The run ---
@@ -205,7 +205,7 @@ export class World implements Stage {
   /** What is sent takes its time where the network is slow, at worst each way once more. */
   #transferTime(rate: number): number {
     let bytes = 0;
-    for (const { count, most } of this.scenario.script) bytes += count * most;
+    for (const { count, most } of this.scenario.script) bytes += Math.max(count * most, 1);
     return rate === Infinity ? 0 : 1000 * 4 * bytes / rate;
   }
 
@@ -217,13 +217,14 @@ export class World implements Stage {
   }
 
   #connect(number: number): void {
-    this.clients[number] = new Client(this, number, () => this.#socket(number));
+    this.clients[number] = new Client(this, number, (_, signal) => this.#socket(number, signal));
   }
 
-  #socket(number: number): WebSocketSSE {
+  #socket(number: number, signal: AbortSignal): WebSocketSSE {
     const { transport } = this.scenario;
     return new this.#product.WebSocketSSE(`http://${this.#host}/chat?client=${number}`, {
       transport,
+      signal,
       fetch: this.network.fetchOf(number),
     });
   }
@@ -243,6 +244,10 @@ export class World implements Stage {
     switch (step.do) {
       case "client sends":
         return client.send(seed, count, most);
+      case "client sends too much":
+        return client.sendTooMuch();
+      case "client aborts":
+        return client.abort.abort();
       case "client closes":
         return client.close(seed);
       case "all shut down":
@@ -257,6 +262,10 @@ export class World implements Stage {
           return session.sendSome(seed, count, most);
         case "server publishes":
           return this.publish(undefined, server, `${PUBLICATION}server`);
+        case "server pings":
+          return session.ping();
+        case "server fails":
+          return session.fail();
         case "server closes":
           return session.close(seed);
         case "server terminates":
