@@ -47,32 +47,32 @@ const CLOSING = 2;
 const CLOSED = 3;
 
 /** "A streaming body is ended before 512 KiB in all (proxies cap a request at 1 MB)"; batches, too. */
-const MAX_BODY = 512 * 1024;
-const READ_SIZE = 16 * 1024;
-/** Characters of one event: a stream that never ends its line must not fill the memory. */
-const MAX_EVENT = 128 * 1024 * 1024;
-/** What acknowledgement and answers to pings may take at once. */
-const MAX_CONTROL = 4 * 1024;
-/** What browsers let a page send while it is being left. */
-const MAX_KEEPALIVE = 60 * 1024;
-const OPEN_TIMEOUT = 30_000;
+const MAX_BODY_BYTES = 512 * 1024;
+const READ_BYTES = 16 * 1024;
+/** A stream that never ends its line must not fill the memory. */
+const MAX_EVENT_CHARACTERS = 128 * 1024 * 1024;
+/** For acknowledgement and answers to pings at once. */
+const MAX_CONTROL_BYTES = 4 * 1024;
+/** Browsers let a page send so much while it is being left. */
+const MAX_KEEPALIVE_BYTES = 60 * 1024;
+const OPEN_TIMEOUT_MS = 30_000;
 /** How long a single request that carries both directions has to answer before we ask by GET. */
-const DUPLEX_TIMEOUT = 2_000;
+const DUPLEX_TIMEOUT_MS = 2_000;
 /** After that we say what may be the matter. */
-const ANSWER_TIMEOUT = 5_000;
+const WARN_AFTER_MS = 5_000;
 /** Besides 1 s for every 8 KiB. */
-const POST_TIMEOUT = 15_000;
-const CLOSE_ANSWER_TIMEOUT = 3_000;
-/** The most of any term: timers cannot wait longer, in ms. */
+const POST_TIMEOUT_MS = 15_000;
+const CLOSE_TIMEOUT_MS = 3_000;
+/** The most of any term: timers cannot wait longer. */
 const MAX_TERM = 2 ** 31 - 1;
-const ACK_DELAY = 1_000;
+const ACK_DELAY_MS = 1_000;
 /** Messages that an open uplink stream leaves unacknowledged, short of half a window or that time. */
 const ACK_EVERY = 32;
 /** Answers to pings that may wait. */
 const MAX_PONGS = 16;
 /** Half heartbeats without a byte, after which a stream is taken for dropped. */
 const QUIET_TICKS = 4;
-const WATCH_PERIOD = 250;
+const WATCH_PERIOD_MS = 250;
 /**
  * Watches without a confirmation, after which a stream is left: while it is not even read (it may
  * wait for the page's `headers`), at first, and once it has worked.
@@ -83,20 +83,19 @@ const PATIENCE = 12;
 /** Streams in a row that end unconfirmed, after which another transport is taken, likewise. */
 const FIRST_FAILURES = 2;
 const MAX_FAILURES = 5;
-const MAX_RETRY_DELAY = 2_000;
+/** Drops after which a streaming transport that has never worked is left. */
+const MAX_UNPROVEN_DROPS = 3;
+const MAX_RETRY_DELAY_MS = 2_000;
 const MAX_LEARNED = 100;
-/** It may have been the network, and not what stands in front of the server. */
-const LEARNED_FOR = 600_000;
+/** It may have been the network, and not something in front of the server. */
+const LEARNED_FOR_MS = 600_000;
 
 const encoder: TextEncoder = new TextEncoder();
 const EMPTY: Bytes = new Uint8Array();
 
-type Bytes = Uint8Array<ArrayBuffer>;
-
-/** What was left of the transports for an origin, and until when the next socket begins with it. */
-const learned: Map<string, { transport: Transport; until: number }> = new Map();
-
 // --- Types ---
+
+type Bytes = Uint8Array<ArrayBuffer>;
 
 /** How messages go up: within the one request, by a streaming request, or by one request a batch. */
 export type Transport = "duplex" | "stream" | "post";
@@ -104,7 +103,7 @@ export type Transport = "duplex" | "stream" | "post";
 /** Anything that the `Headers` constructor takes. */
 export type HeadersLike = NonNullable<ConstructorParameters<typeof Headers>[0]>;
 
-/** What {@link WebSocketSSE} takes beyond a `WebSocket`. */
+/** The options that {@link WebSocketSSE} takes beyond a `WebSocket`. */
 export interface WebSocketSSEOptions {
   /** Subprotocols to offer. Default: none. */
   protocols?: string | string[] | undefined;
@@ -137,13 +136,13 @@ export interface WebSocketSSEEventMap {
   error: Event;
   /** The session has ended. */
   close: CloseEvent;
-  /** The connection was lost; what is sent now waits. */
+  /** The connection was lost; a message that is sent now waits. */
   drop: Event;
   /** The connection is back, and nothing was lost. */
   resume: Event;
 }
 
-/** What {@link WebSocketSSE.stats} counts. */
+/** The counts of {@link WebSocketSSE.stats}. */
 export interface WebSocketSSEStats {
   /** Connections resumed. */
   resumes: number;
@@ -159,7 +158,18 @@ export interface WebSocketSSEStats {
 // deno-lint-ignore no-explicit-any
 export type EventHandler<E> = ((this: any, event: E) => any) | null;
 
-/** What the server says when it opens or resumes a session. */
+/** Where a session stands. CONTRIBUTING.md tells what each means; {@link STEPS}, where it leads. */
+type Phase =
+  | "opening"
+  | "open"
+  | "dropped"
+  | "renewing"
+  | "leaving"
+  | "left"
+  | "plain leaving"
+  | "ended";
+
+/** The server's terms, with which it opens or resumes a session. Times in ms, sizes in bytes. */
 interface Terms {
   protocol: string;
   heartbeatInterval: number;
@@ -175,12 +185,23 @@ interface Terms {
 interface Outgoing {
   /** Undefined while a Blob is being read. */
   frame: Bytes | undefined;
-  /** What it adds to `bufferedAmount`. */
+  /** Its share of `bufferedAmount`. */
   size: number;
   isClose: boolean;
 }
 
-// --- Public surface ---
+/** The rooms of one socket that its link and its uplink have in common. */
+interface Parts {
+  readonly session: Session;
+  readonly inbox: Inbox;
+  readonly outbox: Outbox;
+  readonly receipts: Receipts;
+  readonly requests: Requests;
+  readonly transports: Transports;
+  readonly pauses: Pauses;
+}
+
+// --- WebSocketSSE: the face, its events, its close ---
 
 /**
  * A `WebSocket` over plain HTTP: same constructor, same events in the same order,
@@ -229,12 +250,10 @@ export class WebSocketSSE extends EventTarget {
   declare onclose: EventHandler<CloseEvent>;
 
   readonly #url: URL;
-  readonly #target: string;
-  readonly #authorization: string | undefined;
   readonly #protocols: string[];
   readonly #options: WebSocketSSEOptions;
   readonly #handlers: { [name: string]: unknown } = {};
-  readonly #stats: WebSocketSSEStats = { resumes: 0, resent: 0, received: 0, sent: 0 };
+  readonly #counts = { resumes: 0, received: 0, sent: 0 };
   readonly #handle = (event: Event): void => {
     const handler = this.#handlers[event.type];
     if (typeof handler === "function") handler.call(this, event); // any object may be set
@@ -242,72 +261,20 @@ export class WebSocketSSE extends EventTarget {
   readonly #leave = (): void => this.#pageHides();
   readonly #abort = (): void => this.#fail();
 
+  readonly #session: Session = new Session();
+  readonly #parts: Parts;
+  readonly #link: Link;
+  readonly #uplink: Uplink;
+
+  /** As told to the page: its events take their turns after {@link Session.phase}. */
   #readyState: 0 | 1 | 2 | 3 = CONNECTING;
   #binaryType: "blob" | "arraybuffer" = "blob";
   #protocol = "";
   #bufferedAmount = 0;
-  #transport: Transport;
-
-  // The session
-  #token = "";
-  /** Version 1 was granted: numbers, acknowledgements and resumption. Else crossws's plain wire. */
-  #full = false;
-  #terms: Terms | undefined;
-  #attempt = 0;
-  #connection: Exchange | undefined;
-  /** Nothing more goes over the network, whatever is still to be dispatched. */
-  #ended = false;
-  /** By our clock; 0 while there is a connection. */
-  #droppedAt = 0;
-  /** The connection is being replaced by ourselves. */
-  #renewing = false;
-  /** How often the stream was damaged: once is resumed, twice is the end. */
-  #damages = 0;
-  #ticker: ReturnType<typeof setInterval> | undefined;
-  /** Of whatever is waited for: the first events, or the end of a close. */
+  /** Of a close under way. */
   #deadline: ReturnType<typeof setTimeout> | undefined;
-  /** Ends the pauses before retries. */
-  readonly #pauses: Set<() => void> = new Set();
-  /** Resumptions since something last came of a connection. */
-  #retries = 0;
-  /** Set by the server's close: ends the socket, once ours has been answered. */
-  #finishClose: (() => void) | undefined;
-
-  // Down: counted as parsed, dispatched one task each
-  #received = 0;
-  #acknowledged = 0;
-  /** The server is to hear it even if there is nothing new. */
-  #ackDue = false;
-  #unacknowledgedBytes = 0;
-  readonly #inbox: (() => void)[] = [];
-  /** Something has been dispatched in the current task, as far as we know when one ends. */
-  #dispatchedInTask = false;
-
-  // Up: numbered as queued, kept until acknowledged
-  #out: Outgoing[] = [];
-  /** The number of the first message in `#out`. */
-  #first = 1;
-  #pumping = false;
-  /** The number of the first message that was never written. */
-  #fresh = 1;
-  /** Bytes of those before it. They count in the window. */
-  #writtenBytes = 0;
-  #handledBytes = 0;
-  #pongs: Bytes[] = [];
-  #ackTimer: ReturnType<typeof setTimeout> | undefined;
-  /** A body that streams. */
-  #body: Exchange | undefined;
-  /** The batch that is on its way. */
-  #posted: Exchange | undefined;
-  #postedControl: Exchange | undefined;
-  #maxBatch = MAX_BODY;
-  #streamFailures = 0;
-  /** A streaming body has been confirmed in this session. */
-  #streamWorked = false;
-  /** What to remember for the origin, once it has shown that it works. */
-  #unlearned: Transport | undefined;
-  #watch: ReturnType<typeof setInterval> | undefined;
-  #quietWatches = 0;
+  /** What `close` will tell, once our side has been sent. */
+  #verdict: [code: number, reason: string, wasClean: boolean] | undefined;
 
   /**
    * Begins to connect. Events come later, never before the current task ends.
@@ -328,18 +295,23 @@ export class WebSocketSSE extends EventTarget {
     this.#url = parseURL(`${url}`); // as Web IDL has it, no symbol
     this.#protocols = checkProtocols(options.protocols ?? []);
     this.#options = options;
-    const target = new URL(this.#url);
-    // The bytes as they are, since what is escaped need not be UTF-8.
-    const credentials = `${target.username}:${target.password}`
-      .replace(/%([\da-f]{2})/gi, (_, hex) => String.fromCharCode(parseInt(hex, 16)));
-    if (credentials !== ":") this.#authorization = `Basic ${btoa(credentials)}`;
-    target.username = target.password = "";
-    this.#target = target.href.replace(/^ws/, "http");
-    this.#transport = this.#chooseTransport();
+    const session = this.#session;
+    const requests = new Requests(this.#url, options, session);
+    this.#parts = {
+      session,
+      requests,
+      inbox: new Inbox(!!options.fetch),
+      outbox: new Outbox(session),
+      receipts: new Receipts(),
+      transports: new Transports(requests.target, options),
+      pauses: new Pauses(),
+    };
+    this.#link = new Link(this.#parts, this.#reports());
+    this.#uplink = this.#link.uplink;
     options.signal?.addEventListener("abort", this.#abort);
     if ("document" in globalThis) globalThis.addEventListener("pagehide", this.#leave);
     if (options.signal?.aborted) this.#fail();
-    else this.#run();
+    else this.#link.run();
   }
 
   /** The absolute URL, with the credentials that it was given. A fragment is refused. */
@@ -378,44 +350,44 @@ export class WebSocketSSE extends EventTarget {
 
   /** The transport of the uplink now in use. Not of the standard. */
   get transport(): Transport {
-    return this.#transport;
+    return this.#parts.transports.current;
   }
 
   /** Counts since the beginning. Not of the standard. */
   get stats(): WebSocketSSEStats {
-    return { ...this.#stats };
+    return { ...this.#counts, resent: this.#parts.outbox.resent };
   }
 
   /**
-   * Queues a message. What cannot go now waits, through dropped connections too.
+   * Queues a message. It waits where it cannot go now, through dropped connections too.
    *
    * @throws {DOMException} InvalidStateError while connecting, or with `bidir: false`.
    */
   send(data: string | ArrayBufferLike | Blob | ArrayBufferView): void {
     if (!arguments.length) throw new TypeError("No message");
     const message = toMessage(data);
-    if (this.#readyState === CONNECTING || !this.#sends) {
-      throw new DOMException(
-        this.#sends ? "Still connecting" : "bidir is false",
-        "InvalidStateError",
-      );
+    const sends = maySend(this.#options);
+    if (this.#readyState === CONNECTING || !sends) {
+      throw new DOMException(sends ? "Still connecting" : "bidir is false", "InvalidStateError");
     }
+    const { level } = this.#session;
     const [frame, size] = message instanceof Blob
       ? [undefined, message.size]
-      : this.#encode(message);
+      : level.encode(message);
     this.#bufferedAmount += size;
     if (this.#readyState !== OPEN) return;
-    this.#stats.sent++;
-    const entry = this.#enqueue(frame, size);
+    this.#counts.sent++;
+    const entry = this.#parts.outbox.add(frame, size);
+    this.#uplink.pumpSoon();
     if (!(message instanceof Blob)) return;
     message.arrayBuffer().then((buffer) => {
-      [entry.frame] = this.#encode(new Uint8Array(buffer));
-      this.#pump();
+      [entry.frame] = level.encode(new Uint8Array(buffer));
+      this.#uplink.pump();
     }, () => this.#fail());
   }
 
   /**
-   * Starts the closing handshake: what was sent before goes out before.
+   * Starts the closing handshake: messages that were sent before go out before.
    *
    * @param code 1000, or 3000 to 4999. Default: none, which the other side sees as 1005.
    * @param reason At most 123 bytes of UTF-8.
@@ -434,18 +406,18 @@ export class WebSocketSSE extends EventTarget {
     if (this.#readyState >= CLOSING) return;
     const connecting = this.#readyState === CONNECTING;
     this.#readyState = CLOSING;
-    if (this.#ended || this.#finishClose) return; // `close` is on its way
-    if (connecting || !this.#full && !this.#out.length) return this.#fail(!connecting);
-    if (!this.#full) { // crossws's wire has no close: what was sent before is all that can go
-      this.#finishClose = () => this.#end(1006, "", false, false);
-      this.#deadline = setTimeout(this.#finishClose, OPEN_TIMEOUT);
-      return;
-    }
-    this.#enqueueClose(code ?? (text.length ? 1000 : undefined), text);
+    const { phase, level } = this.#session;
+    if (phase === "left" || phase === "ended") return; // `close` is on its way
+    if (connecting) return this.#fail();
+    const frame = level.close(code ?? (text.length ? 1000 : 1005), text);
+    if (!frame) return this.#leavePlain();
+    this.#session.enter("leaving");
+    this.#parts.outbox.add(frame, 0, true);
+    this.#uplink.pumpSoon();
     this.#awaitClose();
   }
 
-  // --- As Web IDL defines them ---
+  // As Web IDL defines them
 
   static {
     for (const [name, value] of Object.entries({ CONNECTING, OPEN, CLOSING, CLOSED })) {
@@ -485,102 +457,27 @@ export class WebSocketSSE extends EventTarget {
     }
   }
 
-  get #sends(): boolean {
-    return (this.#options.bidir ?? this.#options.bdir) !== false;
+  // Reports from below
+
+  #reports(): LinkHost {
+    return {
+      offered: this.#protocols,
+      sends: maySend(this.#options),
+      onOpen: (protocol) => this.#onOpen(protocol),
+      onMessage: (data) => this.#onMessage(data),
+      onBreak: () => this.#onBreak(),
+      onOutage: () => this.#onOutage(),
+      onRenewal: () => this.#onRenewal(),
+      onResume: () => this.#onResume(),
+      onProgress: (size) => this.#onProgress(size),
+      onClose: (code, reason, isComplete) => this.#onClose(code, reason, isComplete),
+      onFail: (code, reason) => this.#fail(code, reason),
+    };
   }
 
-  // --- Opening ---
-
-  /** The life of the session: one connection after the other, until it ends. */
-  async #run(): Promise<void> {
-    try {
-      let connection = await this.#open();
-      while (!this.#ended) {
-        await this.#read(connection);
-        if (this.#ended || this.#finishClose) return;
-        if (!this.#terms) return this.#fail();
-        connection = await this.#resume();
-      }
-    } catch {
-      this.#fail(); // whatever it was, the page learns no more of it than of a failed WebSocket
-    }
-  }
-
-  /** "duplex" between runtimes; "stream" in Chromium over HTTP/2; "post" elsewhere. */
-  #chooseTransport(): Transport {
-    const { transport = "auto", stream } = this.#options;
-    if (transport !== "auto") return transport;
-    if (stream === false) return "post";
-    const known = learned.get(this.#url.host);
-    if (known && clock() < known.until) return known.transport;
-    if (isRuntime()) return "duplex";
-    // Who has the attribute can stream the body of a request; Firefox and WebKit make text of it.
-    return "duplex" in Request.prototype && speaksHTTP2(this.#target) ? "stream" : "post";
-  }
-
-  async #open(): Promise<Exchange> {
-    const protocols = this.#protocols.join(", ");
-    const headers: Record<string, string> = protocols ? { [PROTOCOL_HEADER]: protocols } : {};
-    if (this.#transport === "duplex") {
-      const connection = await this.#connect(headers, OPEN_TIMEOUT, DUPLEX_TIMEOUT);
-      // Anything but our own answer, or a refusal for good, may be the fault of the transport.
-      // crossws answers with a plain stream: another request would open another peer there.
-      if (connection.isStream || [401, 403, 429, 503].includes(connection.status)) {
-        return this.#accept(connection);
-      }
-      connection.end();
-      if (this.#transport === "duplex") this.#leaveTransport("stream");
-    }
-    return this.#accept(await this.#connect(headers, OPEN_TIMEOUT));
-  }
-
-  /** Asks for an event stream; with the duplex transport the request carries the uplink, too. */
-  async #connect(
-    headers: Record<string, string>,
-    timeout: number,
-    answerTimeout?: number,
-  ): Promise<Exchange> {
-    if (this.#ended) throw new Error("Closed");
-    const connection = this.#connection = this.#transport === "duplex"
-      ? new Exchange(this.#first, (body) => this.#fill(body))
-      : new Exchange();
-    await this.#ask(connection, {
-      extra: { accept: STREAM_TYPE, ...headers },
-      timeout,
-      answerTimeout,
-    });
-    // No answer at all: the request is held until its body ends, as any streaming one would be.
-    // (Whatever else ends it lets go of it first.)
-    if (this.#connection?.stream && connection.abort.signal.aborted) this.#leaveTransport("post");
-    return connection;
-  }
-
-  /** Checks what came back for an opening request; the session is open with its first events. */
-  #accept(connection: Exchange): Exchange {
-    if (this.#ended || !connection.isStream) {
-      connection.end();
-      throw new Error(`Refused: ${connection.status}`);
-    }
-    this.#deadline = setTimeout(() => this.#fail(), OPEN_TIMEOUT);
-    this.#full = connection.isFull;
-    this.#token = connection.response!.headers.get(TOKEN_HEADER) ?? "";
-    if (!this.#full) {
-      connection.finish();
-      this.#transport = "post";
-      learn(this.#url.host, "post");
-      if (this.#token || !this.#sends) this.#openedPlain();
-    }
-    return connection;
-  }
-
-  #openedPlain(): void {
-    this.#opened(this.#connection!.response!.headers.get("sec-websocket-protocol") ?? "");
-  }
-
-  #opened(protocol: string): void {
-    clearTimeout(this.#deadline);
-    if (protocol && !this.#protocols.includes(protocol)) return this.#fail();
-    this.#deliver(() => {
+  #onOpen(protocol: string): void {
+    this.#session.enter("open");
+    this.#parts.inbox.add(() => {
       if (this.#readyState !== CONNECTING) return;
       this.#readyState = OPEN;
       this.#protocol = protocol;
@@ -588,201 +485,10 @@ export class WebSocketSSE extends EventTarget {
     });
   }
 
-  /** Waits for the answer, and not for ever. Every request of this socket goes by here. */
-  async #ask(
-    exchange: Exchange,
-    { bytes, timeout, answerTimeout, keepalive, extra }: {
-      bytes?: Bytes | undefined;
-      timeout?: number | undefined;
-      /** From when the request is made, instead of from now. */
-      answerTimeout?: number | undefined;
-      keepalive?: boolean;
-      extra?: Record<string, string>;
-    },
-  ): Promise<void> {
-    const { stream, abort: { signal } } = exchange;
-    const { headers: given, credentials, fetch: send = fetch } = this.#options;
-    const body = stream ?? bytes;
-    const endIn = (ms?: number) => ms && setTimeout(() => exchange.end(), ms);
-    let timer = endIn(timeout);
-    const warning = "document" in globalThis && setTimeout(() => this.#warn(), ANSWER_TIMEOUT);
-    // What the options give need not settle.
-    const end = new Promise<undefined>((resolve) =>
-      signal.addEventListener("abort", () => resolve(undefined))
-    );
-    try {
-      // A function is asked each time.
-      const headers = new Headers(
-        typeof given === "function" ? await Promise.race([given(), end]) : given,
-      );
-      this.#setHeaders(headers, exchange, !!body);
-      for (const name in extra) headers.set(name, extra[name]!);
-      signal.throwIfAborted();
-      if (answerTimeout) {
-        clearTimeout(timer);
-        timer = endIn(answerTimeout);
-      }
-      const asked = send(this.#target, {
-        method: body ? "POST" : "GET",
-        headers,
-        signal,
-        redirect: "manual",
-        ...credentials && { credentials },
-        keepalive,
-        body,
-        duplex: "half",
-      } as RequestInit);
-      exchange.response = await Promise.race([asked, end]);
-      this.#dispatchedInTask = false; // what comes of the network comes in a task of its own
-    } catch {
-      // as good as an answer that says nothing
-    } finally {
-      clearTimeout(timer);
-      clearTimeout(warning || undefined);
-    }
-  }
-
-  #setHeaders(headers: Headers, { stream }: Exchange, hasBody: boolean): void {
-    if (this.#authorization && !headers.has("authorization")) {
-      headers.set("authorization", this.#authorization);
-    }
-    if (this.#full || !this.#token) headers.set(VERSION_HEADER, VERSION);
-    if (this.#token) headers.set(TOKEN_HEADER, this.#token);
-    if (stream || hasBody && this.#full) headers.set("content-type", UPLINK_TYPE);
-  }
-
-  /** Six event streams take all that a browser has for an origin; whatever comes then waits. */
-  #warn(): void {
-    if (this.#droppedAt || speaksHTTP2(this.#target)) return;
-    console.warn(
-      `${this.#url.host} does not answer. Over HTTP/1.1 all tabs share 6 connections: serve HTTP/2`,
-    );
-  }
-
-  // --- Down ---
-
-  /** Reads one event stream to its end, whichever way that comes. */
-  async #read(connection: Exchange): Promise<void> {
-    const reader = connection.reader = readerOf(connection.response!.body!);
-    const parser = new EventParser((type, data) => {
-      if (connection !== this.#connection) return;
-      try {
-        this.#onEvent(type, data);
-      } catch {
-        this.#distrust(); // what cannot be parsed would be sent again for ever
-      }
-    });
-    // Left to itself, Deno's decoder drops a mark in mid-stream that comes byte by byte.
-    const text = new TextDecoder("utf-8", { ignoreBOM: true });
-    let first = true;
-    try {
-      for (;;) {
-        const reading = reader.read();
-        const waited = !await Promise.race([reading, soon()]);
-        const { done, value } = await reading;
-        // What was there already may come in the task of what was before it.
-        if (waited) this.#dispatchedInTask = false;
-        // An old reader must not go on counting once a resumption has told the count.
-        if (done || connection !== this.#connection) break;
-        connection.quietTicks = 0;
-        const decoded = text.decode(value, { stream: true });
-        parser.push(first && decoded[0] === "\uFEFF" ? decoded.slice(1) : decoded);
-        first &&= !decoded;
-        if (parser.partial > MAX_EVENT) this.#fail();
-        // After, since what came with duplex-open is yet to be acknowledged.
-        this.#unacknowledgedBytes += value.length;
-        this.#acknowledgeWindow(parser.partial);
-        await this.#dispatchInbox(); // the next chunk waits until this one is dispatched
-      }
-    } catch {
-      // the connection broke: as good as its end
-    }
-    connection.end();
-    if (connection === this.#connection) this.#connection = undefined;
-  }
-
-  #onEvent(type: string, data: string): void {
-    if (!this.#full && type.startsWith("duplex-")) return; // on crossws's wire, nothing of ours
-    // Any other event stream: we could not send.
-    if (!this.#full && !this.#token && this.#sends && type !== TOKEN_EVENT) return this.#fail();
-    switch (type) {
-      case "":
-      case "message":
-        return this.#receive(data);
-      case JSON_EVENT: {
-        const text: unknown = JSON.parse(data);
-        // What is no string is as bad as what is no JSON.
-        return typeof text === "string" ? this.#receive(text) : this.#distrust();
-      }
-      case BINARY_EVENT:
-        return this.#receive(fromBase64(data));
-      case TOKEN_EVENT:
-        if (!this.#full && !this.#token) {
-          this.#token = data; // the header could not be read
-          this.#openedPlain();
-        }
-        return this.#pump();
-      case OPEN_EVENT:
-        return this.#onOpen(JSON.parse(data));
-      case ACK_EVENT: {
-        const [received, handled] = data.split(" ").map(Number) as [number, number];
-        if (handled > this.#handledBytes) {
-          this.#handledBytes = handled;
-          this.#awaitClose(); // that takes something off the queue is progress, too
-        }
-        return this.#confirm(received);
-      }
-      case PING_EVENT: {
-        const [sent, payload] = data.split(" ");
-        // "The number of a duplex-ping, that does not fit the client's own count means damage."
-        if (Number(sent) !== this.#received) return this.#distrust();
-        this.#pongs.push(frame("PONG", fromBase64(payload ?? "")));
-        if (this.#pongs.length > MAX_PONGS) this.#pongs.shift();
-        return this.#pump();
-      }
-      case CLOSE_EVENT:
-        return this.#onClose(JSON.parse(data));
-    }
-  }
-
-  #onOpen(terms: Terms): void {
-    if (!this.#full || !this.#token) return;
-    const { next, attempt, received, handled, window, heartbeatInterval, resumeTimeout } = terms;
-    if (
-      next !== this.#received + 1 || attempt !== this.#attempt ||
-      typeof terms.protocol !== "string" ||
-      !(received >= 0 && handled >= 0 && heartbeatInterval >= 1) ||
-      [window, heartbeatInterval, resumeTimeout].some((term) => !(term >= 0 && term <= MAX_TERM))
-    ) return this.#distrust();
-    const opening = !this.#terms;
-    this.#terms = terms;
-    this.#handledBytes = Math.max(this.#handledBytes, handled);
-    this.#acknowledged = this.#received;
-    this.#ackDue = false;
-    this.#unacknowledgedBytes = 0;
-    this.#tick();
-    if (opening) this.#opened(terms.protocol);
-    else {
-      this.#droppedAt = 0;
-      this.#streamFailures = 0;
-      for (const wake of this.#pauses) wake(); // the network is back
-      if (!this.#renewing) {
-        this.#stats.resumes++;
-        this.#deliver(() => this.dispatchEvent(new Event("resume")));
-      }
-      this.#renewing = false;
-    }
-    if (this.#connection?.open) this.#body ??= this.#connection;
-    this.#confirm(terms.received);
-  }
-
-  /** "The client's count advances when the event's blank line is parsed, whatever becomes of the event then." */
-  #receive(data: string | Bytes): void {
-    this.#received++;
-    this.#retries = 0;
-    this.#deliver(() => {
+  #onMessage(data: string | Bytes): void {
+    this.#parts.inbox.add(() => {
       if (this.#readyState !== OPEN) return;
-      this.#stats.received++;
+      this.#counts.received++;
       const value = typeof data === "string"
         ? data
         : this.#binaryType === "blob"
@@ -792,474 +498,124 @@ export class WebSocketSSE extends EventTarget {
     });
   }
 
-  #deliver(task: () => void): void {
-    this.#inbox.push(task);
-    if (!this.#connection?.reader) this.#dispatchInbox(); // else the reader's loop does it
-  }
-
-  /** Each event in a task of its own, so that promises settle in between. */
-  async #dispatchInbox(): Promise<void> {
-    while (this.#inbox.length) {
-      // Where nothing was dispatched in this task there is no need to wait for another.
-      if (this.#mayBePageTask || !this.#connection?.reader) await new Promise<void>(nextTask);
-      this.#dispatchedInTask = true;
-      this.#inbox.shift()?.();
+  /** The connection has ended; false if it is not to be resumed. */
+  #onBreak(): boolean {
+    const { phase, terms } = this.#session;
+    if (phase === "dropped" || phase === "renewing" || phase === "leaving") return true;
+    if (phase === "open" && terms) {
+      this.#drop();
+      return true;
     }
+    if (phase === "open" || phase === "opening") this.#fail();
+    return false;
   }
 
-  /** The page may have run in this task: an own `fetch` can answer within the caller's. */
-  get #mayBePageTask(): boolean {
-    return this.#dispatchedInTask || !!this.#options.fetch;
+  /** The connection is replaced by ourselves, which nobody is to notice. */
+  #onRenewal(): void {
+    if (this.#session.phase === "open") this.#session.enter("renewing");
   }
 
-  /** `bufferedAmount` never falls within a task of the page. */
-  #lowerBufferedAmount(size: number): void {
-    const fall = () => this.#bufferedAmount -= size;
-    if (this.#mayBePageTask) nextTask(fall);
-    else fall();
+  /** A renewal that does not come at once is a drop like any other. */
+  #onOutage(): void {
+    if (this.#session.phase === "renewing") this.#drop();
   }
 
-  /** "The client acknowledges with ACK at half a window." A part of an event counts for the next time. */
-  #acknowledgeWindow(partial: number): void {
-    if (!this.#terms || this.#received === this.#acknowledged) return;
-    if (this.#unacknowledgedBytes >= this.#terms.window / 2) {
-      this.#unacknowledgedBytes = 3 * partial; // characters have up to 3 bytes
-      this.#acknowledge();
-    } else if (this.#body) {
-      // "On an open uplink stream 1 s after the first message that it has not acknowledged": free there.
-      this.#ackTimer ??= setTimeout(() => {
-        this.#ackTimer = undefined;
-        if (this.#body) this.#acknowledge();
-      }, ACK_DELAY);
-    }
+  #onResume(): void {
+    const { phase } = this.#session;
+    if (phase !== "renewing") this.#counts.resumes++;
+    if (phase === "leaving") return;
+    this.#session.enter("open");
+    if (phase === "dropped") this.#tell("resume");
   }
 
-  // --- Drops and resumption ---
-
-  /** One ticker: streams that went quiet, and keep-alive of ours. */
-  #tick(): void {
-    clearInterval(this.#ticker);
-    this.#ticker = setInterval(() => {
-      const connection = this.#connection;
-      if (connection?.reader) this.#retries = 0;
-      // "The client takes two intervals without a byte for a drop." Ticks, not clocks: after a
-      // long pause of this process they say nothing of the network.
-      // Nor while the page is behind: then nothing is read.
-      const reads = connection?.reader && !this.#inbox.length;
-      if (reads && ++connection.quietTicks > QUIET_TICKS) this.#hangUp();
-      if (this.#body?.open && this.#body.asked && !this.#body.wroteSinceTick) {
-        this.#body.write([frame("PING", EMPTY)]);
-      }
-      if (this.#body) this.#body.wroteSinceTick = false;
-    }, this.#terms!.heartbeatInterval / 2);
+  #drop(): void {
+    this.#session.enter("dropped");
+    this.#tell("drop");
   }
 
-  /** Ends all requests; if there is a session, `#run` goes on to resume it. */
-  #hangUp(): void {
-    this.#endBody();
-    for (const exchange of [this.#connection, this.#posted, this.#postedControl]) exchange?.end();
-    this.#connection = undefined; // what is left in its parser must not count
+  #tell(type: string): void {
+    this.#parts.inbox.add(() => this.dispatchEvent(new Event(type)));
   }
 
-  #distrust(): void {
-    if (++this.#damages > 1) this.#fail();
-    else this.#hangUp();
-  }
-
-  async #resume(): Promise<Exchange> {
-    this.#hangUp(); // whatever cut the connection may hold the others for ever
-    // Where drops come sooner than the verdict on a stream, it would be tried for ever.
-    if (this.#fresh > this.#first && !this.#streamWorked && this.#stats.resumes > 2) {
-      this.#transport = "post";
-    }
-    if (!this.#droppedAt) {
-      this.#droppedAt = clock();
-      this.#dropped();
-    }
-    const { resumeTimeout, heartbeatInterval } = this.#terms!;
-    const patience = Math.max(Math.min(resumeTimeout / 3, 2 * heartbeatInterval), 1000);
-    const deadline = this.#droppedAt + resumeTimeout;
-    while (await this.#pause(this.#retries++, deadline)) {
-      const connection = await this.#connect({
-        [ATTEMPT_HEADER]: `${++this.#attempt}`,
-        "last-event-id": `${this.#received}`,
-      }, Math.min(deadline - clock(), patience) || 1);
-      if (connection.isFull) {
-        this.#token = connection.response!.headers.get(TOKEN_HEADER) ?? this.#token;
-        return connection;
-      }
-      connection.end();
-      // "A streaming body at an instance that is not the session's." For this socket only.
-      if (connection.status === 411) this.#transport = "post";
-      else if (!isTransient(connection.status)) break;
-      else if (this.#renewing) {
-        this.#renewing = false;
-        this.#dropped();
-      }
-    }
-    throw new Error("Not resumed");
-  }
-
-  #dropped(): void {
-    this.#deliver(() => this.dispatchEvent(new Event("drop")));
-  }
-
-  /** Waits longer each time, and never in step with other clients. False: it is too late to try again. */
-  async #pause(retries: number, deadline = Infinity): Promise<boolean> {
-    const delay = Math.min(MAX_RETRY_DELAY, 50 * 2 ** retries, deadline - clock());
-    if (retries && delay > 0 && !this.#ended) {
-      await new Promise<void>((resolve) => {
-        const wake = () => {
-          clearTimeout(timer);
-          this.#pauses.delete(wake);
-          resolve();
-        };
-        const timer = setTimeout(wake, delay * (0.5 + Math.random() / 2));
-        this.#pauses.add(wake);
-      });
-    }
-    return delay > 0 && !this.#ended;
-  }
-
-  // --- Up ---
-
-  /** A message as it goes, and its own size. A copy, since the caller may change the bytes. */
-  #encode(message: string | Bytes): [Bytes, number] {
-    if (!this.#full) { // plain: the body of a request is the message
-      const bytes = typeof message === "string" ? encoder.encode(message) : message.slice();
-      return [bytes, bytes.length];
-    }
-    if (typeof message !== "string") return [frame("BINARY", message), message.length];
-    // Most text is ASCII, so that its length is known and one encoding makes the frame.
-    const head = `TEXT ${message.length.toString(16)}\r\n`;
-    const bytes = encoder.encode(`${head}${message}\r\n`);
-    const size = bytes.length - head.length - 2;
-    if (size === message.length) return [bytes, size];
-    return [frame("TEXT", bytes.subarray(head.length, -2)), size];
-  }
-
-  /** What is sent in one task goes together. */
-  #enqueue(bytes: Bytes | undefined, size: number, isClose = false): Outgoing {
-    const entry: Outgoing = { frame: bytes, size, isClose };
-    this.#out.push(entry);
-    if (!this.#pumping) {
-      this.#pumping = true;
-      queueMicrotask(() => {
-        this.#pumping = false;
-        this.#pump();
-      });
-    }
-    return entry;
-  }
-
-  #enqueueClose(code: number | undefined, reason: Bytes): void {
-    const payload = code === undefined
-      ? EMPTY
-      : concat([new Uint8Array([code >> 8, code & 255]), reason]);
-    this.#enqueue(frame("CLOSE", payload), 0, true);
-  }
-
-  /** Message `number`, if it may be written now. */
-  #due(number: number): Outgoing | undefined {
-    const entry = this.#out[number - this.#first];
-    // "The client's window counts the bytes begun less the bytes handled." And "a sender below its
-    // window may begin one message of any size; at it, only control frames and CLOSE."
-    const allowed = number < this.#fresh || entry?.isClose || !this.#terms ||
-      this.#writtenBytes - this.#handledBytes < this.#terms.window;
-    return entry?.frame && allowed ? entry : undefined;
-  }
-
-  /** What may be written now, as far as it fits in the body; mostly one message of any size does. */
-  #take(body: Exchange, most: number, atLeastOne = true): Bytes[] {
-    const parts: Bytes[] = [];
-    for (;;) {
-      const number = Math.max(body.next, this.#first);
-      const entry = this.#due(number);
-      const size = entry?.frame?.length ?? 0;
-      const fits = body.used + size <= most || atLeastOne && !body.used;
-      if (!entry || !fits) return parts;
-      // SEQ is "the number of the next message in this body": those before have been acknowledged.
-      if (this.#full && (!body.used || number !== body.next)) {
-        parts.push(frame("SEQ", encoder.encode(`${number}`)));
-      }
-      parts.push(entry.frame!);
-      body.used += size || 1; // crossws's wire has empty ones
-      body.next = number + 1;
-      if (number < this.#fresh) this.#stats.resent++;
-      else {
-        this.#writtenBytes += size;
-        this.#fresh = body.next;
-      }
-    }
-  }
-
-  /** Messages up to this number have arrived. */
-  #confirm(received: number): void {
-    if (this.#ended) return; // an answer that was on its way
-    if (received < this.#first) return this.#pump();
-    if (!(received < this.#fresh)) return this.#distrust(); // it was never sent
-    let size = 0;
-    for (const entry of this.#out.splice(0, received - this.#first + 1)) size += entry.size;
-    this.#lowerBufferedAmount(size);
-    this.#first = received + 1;
-    this.#retries = 0;
-    this.#quietWatches = 0;
-    this.#streamFailures = 0;
-    if (this.#unlearned) learn(this.#url.host, this.#unlearned);
-    this.#unlearned = undefined;
-    if (this.#body) this.#body.confirmed = this.#streamWorked = true;
+  /** The server has taken something of ours: of so much of `bufferedAmount`, it has all. */
+  #onProgress(size: number): void {
+    this.#parts.inbox.afterTask(() => this.#bufferedAmount -= size);
     this.#awaitClose();
-    if (!this.#out.length) this.#finishClose?.();
-    this.#pump();
+    if (this.#verdict && this.#parts.outbox.isEmpty) this.#finish();
   }
 
-  /** Sends what can be sent, over what is there. */
-  #pump(): void {
-    if (this.#ended || !(this.#full ? this.#terms : this.#token)) return;
-    const body = this.#body;
-    if (body?.open) return this.#fill(body);
-    // Ended, by us or by who read it, and nothing of it is to be confirmed.
-    if (body && body.next <= this.#first) this.#replaceBody(body);
-    if (this.#transport !== "post" && this.#droppedAt) return; // the resumption brings a new stream
-    if (this.#due(this.#first) && !this.#body && !this.#posted) {
-      const sending = this.#transport === "post" ? this.#post() : this.#stream();
-      return void sending.catch(() => this.#fail()); // an own fetch may answer with anything
-    }
-    // "A POST with control frames alone may run beside it."
-    if (this.#owesControl && !this.#postedControl) this.#postControl().catch(() => this.#fail());
-  }
-
-  /** At once, since the server may wait for it; or what carried the last one may be lost. */
-  #acknowledge(): void {
-    this.#ackDue = true;
-    this.#pump();
-  }
-
-  /** The server waits for what would otherwise go with the next body. */
-  get #owesControl(): boolean {
-    return this.#ackDue || !!this.#pongs.length;
-  }
-
-  /** Acknowledgement and answers to pings go along with any body that is sent anyway. */
-  #takeControl(): Bytes[] {
-    const parts = this.#pongs;
-    this.#pongs = [];
-    // On an open stream, where each would cost a frame, not with every message.
-    const due = this.#terms && this.#received > this.#acknowledged + (this.#body ? ACK_EVERY : 0);
-    if (this.#ackDue || due) {
-      this.#ackDue = false;
-      this.#acknowledged = this.#received;
-      parts.push(frame("ACK", encoder.encode(`${this.#received}`)));
-    }
-    return parts;
-  }
-
-  // Streaming
-
-  /** "The uplink as long streaming POSTs", one after the other. */
-  async #stream(): Promise<void> {
-    const body = this.#body = new Exchange(this.#first, (body) => this.#fill(body));
-    this.#startWatch(); // it may never be read
-    const { status } = await this.#send(body);
-    if (this.#ended || this.#body !== body) return; // confirmed, or ended by ourselves
-    this.#endBody();
-    // One that has worked was cut; one that has not may never work, or the network is down.
-    const most = this.#streamWorked ? MAX_FAILURES : FIRST_FAILURES;
-    if (status === 411 || status === 413 || !body.confirmed && ++this.#streamFailures > most) {
-      this.#leaveTransport("post");
-    } else if (isFinal(status)) return this.#fail();
-    else if (this.#streamFailures) {
-      this.#posted = body; // as if it were one: nothing is sent meanwhile
-      await this.#pause(this.#streamFailures);
-      this.#posted = undefined;
-    }
-    this.#acknowledge();
-  }
-
-  /** Gives a streaming body what is due, when its reader has asked. */
-  #fill(body: Exchange): void {
-    if (!body.open) return;
-    if (body === this.#body && this.#due(this.#first)) this.#startWatch();
-    if (!body.asked) return;
-    if (body !== this.#body) { // a duplex request whose answer is still to come
-      if (!body.total) body.write([frame("PING", EMPTY)]); // some fetches send no header before a byte
-      return;
-    }
-    // Where much is received, what is no message adds up, too.
-    const control = body.total - body.used;
-    const parts = [...this.#takeControl(), ...this.#take(body, MAX_BODY - control)];
-    if (parts.length) body.write(parts);
-    // The body has had its share: what follows goes in another, once this one is confirmed.
-    if (this.#due(Math.max(body.next, this.#first)) || body.total > MAX_BODY - MAX_CONTROL) {
-      body.finish();
-    }
-    if (!body.open && body.next <= this.#first) this.#pump();
-  }
-
-  /** A duplex request is replaced as a whole: its resumption, which nobody notices, brings another. */
-  #replaceBody(body: Exchange): void {
-    this.#body = undefined;
-    if (body !== this.#connection || !this.#terms!.resumeTimeout) return;
-    this.#droppedAt = clock();
-    this.#renewing = true;
-    body.end();
-  }
-
-  #endBody(): void {
-    this.#body?.end();
-    this.#body = undefined;
-    this.#stopWatch();
-  }
-
-  /** "A stream counts as working only while every message is confirmed within 3 s, the first within 1.5 s." */
-  #startWatch(): void {
-    this.#watch ??= setInterval(() => {
-      const body = this.#body;
-      if (!body || !this.#due(this.#first)) return this.#stopWatch();
-      const patience = body.confirmed ? PATIENCE : body.total ? FIRST_PATIENCE : UNREAD_PATIENCE;
-      if (++this.#quietWatches < patience) return;
-      this.#leaveTransport(this.#transport === "duplex" ? "stream" : "post");
-      if (body === this.#connection) { // its other half is our event stream
-        body.open = false;
-        this.#body = undefined;
-      }
-      this.#endBody();
-      this.#acknowledge();
-    }, WATCH_PERIOD);
-  }
-
-  #stopWatch(): void {
-    clearInterval(this.#watch);
-    this.#watch = undefined;
-    this.#quietWatches = 0;
-  }
-
-  /** "Else it is abandoned for the next transport …. The client remembers that for the origin for ten minutes." */
-  #leaveTransport(next: Transport): void {
-    this.#transport = next;
-    if ((this.#options.transport ?? "auto") === "auto") this.#unlearned = next;
-  }
-
-  // Posting
-
-  /**
-   * "All that is queued goes in one POST …. One message POST is in flight, the next batch collects
-   * meanwhile." On crossws's wire one message a request.
-   */
-  async #post(): Promise<void> {
-    let since = 0;
-    for (let retries = 0; !this.#ended && this.#due(this.#first);) {
-      const batch = this.#posted = new Exchange(this.#first);
-      const parts = [...this.#takeControl(), ...this.#take(batch, this.#full ? this.#maxBatch : 0)];
-      const body = concat(parts);
-      const { status } = await this.#send(batch, body, POST_TIMEOUT + body.length / 8);
-      if (this.#first > batch.first) since = retries = 0; // as told by the answer, or by the event stream
-      // Whoever says 413, a proxy, too: a message that is too large alone is "also 413".
-      else if (status === 413 && batch.next === batch.first + 1) {
-        return this.#end(1009, "Message too large", false);
-      } else if (isFinal(status) && status !== 413 || !this.#full) return this.#fail();
-      else {
-        this.#ackDue = true; // what it carried may be lost
-        if (status === 413) {
-          this.#maxBatch = batch.used >> 1;
-          continue;
-        }
-        since ||= clock();
-        const patience = this.#terms!.resumeTimeout || OPEN_TIMEOUT;
-        if (!await this.#pause(++retries, since + patience)) return this.#fail();
-      }
-    }
-    this.#posted = undefined;
-    this.#pump();
-  }
-
-  async #postControl(): Promise<void> {
-    for (let retries = 0; this.#owesControl && !this.#ended;) {
-      const exchange = this.#postedControl = new Exchange();
-      const { response } = await this.#send(exchange, concat(this.#takeControl()), POST_TIMEOUT);
-      if (response?.ok) continue;
-      if (isFinal(exchange.status)) this.#hangUp(); // the resume will tell what is the matter
-      else {
-        this.#ackDue = true;
-        await this.#pause(++retries);
-      }
-    }
-    this.#postedControl = undefined;
-  }
-
-  /** Sends one body and takes what its answer confirms. */
-  async #send(exchange: Exchange, bytes?: Bytes, timeout?: number): Promise<Exchange> {
-    await this.#ask(exchange, { bytes, timeout });
-    const { response, first } = exchange;
-    if (response) exchange.finish(); // before another is begun
-    response?.body?.cancel().catch(() => {});
-    if (response?.ok) {
-      this.#confirm(this.#full ? Number(response.headers.get(RECEIVED_HEADER)) : first);
-    }
-    return exchange;
-  }
-
-  // --- Ends ---
+  // The end
 
   /** The server's close: its own, or the answer to ours. Ours goes out, then the socket is closed. */
-  #onClose({ code, reason, sent }: { code: number; reason: string; sent: number }): void {
-    if (this.#ended || this.#finishClose) return;
-    if (!Number.isInteger(code) || typeof reason !== "string") return this.#distrust();
-    const ours = this.#readyState === CLOSING;
-    const wasClean = ours || this.#received === sent;
-    this.#deliver(() => {
+  #onClose(code: number, reason: string, isComplete: boolean): void {
+    const { phase, level } = this.#session;
+    if (phase !== "open" && phase !== "leaving") return;
+    this.#session.enter("left");
+    this.#parts.inbox.add(() => {
       if (this.#readyState === OPEN) this.#readyState = CLOSING;
     });
-    this.#endBody();
-    this.#transport = "post";
-    this.#finishClose = () => this.#end(code, reason, wasClean);
-    clearTimeout(this.#deadline);
+    this.#verdict = [code, reason, isComplete || phase === "leaving"];
     // If the server cannot be told, that is no reason to keep the page waiting.
-    this.#deadline = setTimeout(this.#finishClose, CLOSE_ANSWER_TIMEOUT);
-    if (!ours) this.#enqueueClose(code === 1005 ? undefined : code, encoder.encode(reason));
-    else if (!this.#out.length) this.#finishClose();
-    else this.#pump();
-  }
-
-  /** A server that answers nothing must not hold us; one that takes what is queued has its time. */
-  #awaitClose(): void {
-    if (this.#readyState !== CLOSING || this.#finishClose) return;
     clearTimeout(this.#deadline);
-    this.#deadline = setTimeout(() => this.#fail(), this.#terms!.resumeTimeout || OPEN_TIMEOUT);
+    this.#deadline = setTimeout(() => this.#finish(), CLOSE_TIMEOUT_MS);
+    if (phase === "open") {
+      this.#parts.outbox.add(level.close(code, encoder.encode(reason)), 0, true);
+    }
+    this.#uplink.postOnly();
+    if (this.#parts.outbox.isEmpty) this.#finish();
   }
 
-  /** As a WebSocket fails: `error`, then `close` with 1006; "quietly" without the former. */
-  #fail(quietly = false): void {
-    if (this.#finishClose) this.#finishClose();
-    else this.#end(1006, "", false, !quietly);
+  /** A server that answers nothing must not hold us; one that takes messages has its time. */
+  #awaitClose(): void {
+    if (this.#session.phase !== "leaving") return;
+    clearTimeout(this.#deadline);
+    const patience = this.#session.terms!.resumeTimeout || OPEN_TIMEOUT_MS;
+    this.#deadline = setTimeout(() => this.#fail(), patience);
+  }
+
+  /** "This wire has no close from the client: what it sent before goes out, then it leaves." */
+  #leavePlain(): void {
+    this.#session.enter("plain leaving");
+    this.#verdict = [1006, "", false];
+    if (this.#parts.outbox.isEmpty) this.#finish();
+    else this.#deadline = setTimeout(() => this.#finish(), OPEN_TIMEOUT_MS);
+  }
+
+  #finish(): void {
+    this.#end(...this.#verdict!);
+  }
+
+  /** As a WebSocket fails: `error`, then `close` with 1006. After a close by either side, by that. */
+  #fail(code = 1006, reason = ""): void {
+    if (this.#verdict) this.#finish();
+    else this.#end(code, reason, false);
   }
 
   /** Stops everything on the network at once; the last events come in their turn. */
-  #end(code: number, reason: string, wasClean: boolean, failed = !wasClean && code === 1006): void {
-    if (this.#ended) return;
-    this.#ended = true;
-    clearInterval(this.#ticker);
+  #end(code: number, reason: string, wasClean: boolean): void {
+    if (this.#session.isOver) return;
+    const hasFailed = code === 1006 && !this.#verdict;
+    this.#session.enter("ended");
     clearTimeout(this.#deadline);
-    clearTimeout(this.#ackTimer);
-    this.#hangUp();
-    for (const wake of this.#pauses) wake();
+    this.#link.end();
+    this.#uplink.end();
+    this.#parts.pauses.end();
     this.#options.signal?.removeEventListener("abort", this.#abort);
     if ("document" in globalThis) globalThis.removeEventListener("pagehide", this.#leave);
-    this.#deliver(() => {
+    this.#parts.inbox.add(() => {
       this.#readyState = CLOSED;
-      if (failed) this.dispatchEvent(new Event("error"));
+      if (hasFailed) this.dispatchEvent(new Event("error"));
       this.dispatchEvent(closeEvent(code, reason, wasClean));
     });
   }
 
   /** A page that is left sends what is unacknowledged and CLOSE, as far as 64 KiB of keepalive go. */
   #pageHides(): void {
-    if (this.#ended) return;
-    if (this.#terms) {
-      if (this.#readyState === OPEN) this.#enqueueClose(1001, EMPTY);
-      const last = new Exchange(this.#first);
-      const bytes = concat(this.#take(last, MAX_KEEPALIVE, false));
-      this.#ask(last, { bytes, keepalive: true });
+    const { isOver, terms, level } = this.#session;
+    if (isOver) return;
+    if (terms) {
+      if (this.#readyState === OPEN) this.#parts.outbox.add(level.close(1001, EMPTY), 0, true);
+      this.#uplink.flush();
     }
     this.#end(1001, "", false);
   }
@@ -1298,53 +654,1073 @@ export const WebsocketSSE: typeof WebSocketSSE = WebSocketSSE;
 
 export default WebSocketSSE;
 
-// --- One request ---
+// --- Link: the connection down: opened, read, resumed ---
+
+/** The reports of a {@link Link}, and what it must know to open. */
+interface LinkHost extends UplinkHost {
+  /** Subprotocols. */
+  readonly offered: string[];
+  /** Whether the page may send. */
+  readonly sends: boolean;
+  /** The session has begun. */
+  onOpen(protocol: string): void;
+  onMessage(data: string | Bytes): void;
+  /** The connection has ended. False: it is not to be resumed. */
+  onBreak(): boolean;
+  /** An attempt to resume has failed. */
+  onOutage(): void;
+  /** The connection is about to be replaced by ourselves. */
+  onRenewal(): void;
+  onResume(): void;
+  /** `isComplete`: all that the server sent has come. */
+  onClose(code: number, reason: string, isComplete: boolean): void;
+}
+
+/** One connection after the other, until the session ends. */
+class Link implements Carrier {
+  readonly #session: Session;
+  readonly #inbox: Inbox;
+  readonly #receipts: Receipts;
+  readonly #requests: Requests;
+  readonly #transports: Transports;
+  readonly #pauses: Pauses;
+  readonly #host: LinkHost;
+  readonly uplink: Uplink;
+
+  #connection: Exchange | undefined;
+  #attempt = 0;
+  /** Resumptions since something last came of a connection. */
+  #retries = 0;
+  /** By our clock; 0 while there is a connection. */
+  #lostAt = 0;
+  /** How often the stream was damaged: once is resumed, twice is the end. */
+  #damages = 0;
+  #ticker: ReturnType<typeof setInterval> | undefined;
+  /** Of the first events. */
+  #deadline: ReturnType<typeof setTimeout> | undefined;
+  #unacknowledgedBytes = 0;
+
+  constructor(parts: Parts, host: LinkHost) {
+    this.#session = parts.session;
+    this.#inbox = parts.inbox;
+    this.#receipts = parts.receipts;
+    this.#requests = parts.requests;
+    this.#transports = parts.transports;
+    this.#pauses = parts.pauses;
+    this.#host = host;
+    this.uplink = new Uplink(parts, this, host);
+  }
+
+  /** The life of the session. */
+  async run(): Promise<void> {
+    try {
+      let connection = await this.#open();
+      for (;;) {
+        await this.#read(connection);
+        if (!this.#host.onBreak()) return;
+        connection = await this.#resume();
+      }
+    } catch {
+      this.#host.onFail(); // whatever it was, the page learns no more of it than of a failed WebSocket
+    }
+  }
+
+  /** Ends all requests; where there is a session, `run` goes on to resume it. */
+  hangUp(): void {
+    this.uplink.hangUp();
+    this.#connection?.end();
+    this.#connection = undefined; // what is left in its parser must not count
+    this.#inbox.isRead = false;
+  }
+
+  /** Something does not fit: "the client ends the stream and resumes, once; the second time it fails". */
+  distrust(): void {
+    if (++this.#damages > 1) this.#host.onFail();
+    else this.hangUp();
+  }
+
+  /** "A duplex request is replaced as a whole": `run` goes on with another. */
+  renew(): void {
+    this.#host.onRenewal();
+    this.#connection?.end();
+  }
+
+  end(): void {
+    clearInterval(this.#ticker);
+    clearTimeout(this.#deadline);
+    this.hangUp();
+  }
+
+  // Opening
+
+  async #open(): Promise<Exchange> {
+    const protocols = this.#host.offered.join(", ");
+    const headers: Record<string, string> = protocols ? { [PROTOCOL_HEADER]: protocols } : {};
+    if (this.#transports.current === "duplex") {
+      const connection = await this.#connect(headers, OPEN_TIMEOUT_MS, DUPLEX_TIMEOUT_MS);
+      // Anything but our own answer, or a refusal for good, may be the fault of the transport.
+      // crossws answers with a plain stream: another request would open another peer there.
+      if (connection.isStream || [401, 403, 429, 503].includes(connection.status)) {
+        return this.#accept(connection);
+      }
+      connection.end();
+      if (this.#transports.current === "duplex") this.#transports.leave("stream");
+    }
+    return this.#accept(await this.#connect(headers, OPEN_TIMEOUT_MS));
+  }
+
+  /** Asks for an event stream; with the duplex transport the request carries the uplink, too. */
+  async #connect(
+    headers: Record<string, string>,
+    timeout: number,
+    answerTimeout?: number,
+  ): Promise<Exchange> {
+    if (this.#session.isOver) throw new Error("Closed");
+    const connection = this.#connection = this.#transports.current === "duplex"
+      ? this.uplink.exchange()
+      : new Exchange();
+    await this.#requests.ask(connection, {
+      headers: { accept: STREAM_TYPE, ...headers },
+      timeout,
+      answerTimeout,
+    });
+    this.#inbox.inNewTask();
+    // No answer at all: the request is held until its body ends, as any streaming one would be.
+    // (Whatever else ends it lets go of it first.)
+    if (this.#connection?.body && connection.isEnded) this.#transports.leave("post");
+    return connection;
+  }
+
+  /** Checks the answer to an opening request; the session is open with its first events. */
+  #accept(connection: Exchange): Exchange {
+    if (this.#session.isOver || !connection.isStream) {
+      connection.end();
+      throw new Error(`Refused: ${connection.status}`);
+    }
+    this.#deadline = setTimeout(() => this.#host.onFail(), OPEN_TIMEOUT_MS);
+    this.#session.token = connection.header(TOKEN_HEADER);
+    if (connection.isFull) return connection;
+    this.#session.level = PLAIN;
+    connection.body?.finish();
+    this.#transports.settle("post");
+    if (this.#session.token || !this.#host.sends) this.#openPlain();
+    return connection;
+  }
+
+  #openPlain(): void {
+    this.#opened(this.#connection!.header("sec-websocket-protocol"));
+  }
+
+  #opened(protocol: string): void {
+    clearTimeout(this.#deadline);
+    if (protocol && !this.#host.offered.includes(protocol)) return this.#host.onFail();
+    this.#host.onOpen(protocol);
+  }
+
+  // Reading
+
+  /** Reads one event stream to its end, whichever way that comes. */
+  async #read(connection: Exchange): Promise<void> {
+    const reader = connection.reader = readerOf(connection.response!.body!);
+    this.#inbox.isRead = connection === this.#connection;
+    const parser = this.#parser(connection);
+    // Left to itself, Deno's decoder drops a mark in mid-stream that comes byte by byte.
+    const text = new TextDecoder("utf-8", { ignoreBOM: true });
+    let first = true;
+    try {
+      for (;;) {
+        const reading = reader.read();
+        const waited = !await Promise.race([reading, soon()]);
+        const { done, value } = await reading;
+        // What was there already may come in the task of what was before it.
+        if (waited) this.#inbox.inNewTask();
+        // An old reader must not go on counting once a resumption has told the count.
+        if (done || connection !== this.#connection) break;
+        connection.quietTicks = 0;
+        const decoded = text.decode(value, { stream: true });
+        parser.push(first && decoded[0] === "\uFEFF" ? decoded.slice(1) : decoded);
+        first &&= !decoded;
+        if (parser.partial > MAX_EVENT_CHARACTERS) this.#host.onFail();
+        // After, since what came with duplex-open is yet to be acknowledged.
+        this.#unacknowledgedBytes += value.length;
+        this.#acknowledge(parser.partial);
+        await this.#inbox.dispatch(); // the next chunk waits until this one is dispatched
+      }
+    } catch {
+      // the connection broke: as good as its end
+    }
+    connection.end();
+    if (connection !== this.#connection) return;
+    this.#connection = undefined;
+    this.#inbox.isRead = false;
+  }
+
+  #parser(connection: Exchange): EventParser {
+    const isFull = this.#session.level === FULL;
+    return new EventParser((type, data) => {
+      if (connection !== this.#connection) return;
+      try {
+        if (isFull) this.#onEvent(type, data);
+        else this.#onPlainEvent(type, data);
+      } catch {
+        this.distrust(); // what cannot be parsed would be sent again for ever
+      }
+    });
+  }
+
+  #onEvent(type: string, data: string): void {
+    switch (type) {
+      case "":
+      case "message":
+        return this.#receive(data);
+      case JSON_EVENT: {
+        const text: unknown = JSON.parse(data);
+        // What is no string is as bad as what is no JSON.
+        return typeof text === "string" ? this.#receive(text) : this.distrust();
+      }
+      case BINARY_EVENT:
+        return this.#receive(fromBase64(data));
+      case OPEN_EVENT:
+        return this.#onTerms(JSON.parse(data));
+      case ACK_EVENT: {
+        const [received, handled] = data.split(" ").map(Number) as [number, number];
+        this.#retries = 0;
+        return this.uplink.confirm(received, handled);
+      }
+      case PING_EVENT: {
+        const [sent, payload] = data.split(" ");
+        // "The number of a duplex-ping, that does not fit the client's own count means damage."
+        if (Number(sent) !== this.#receipts.received) return this.distrust();
+        this.#receipts.pong(fromBase64(payload ?? ""));
+        return this.uplink.pump();
+      }
+      case CLOSE_EVENT: {
+        const { code, reason, sent } = JSON.parse(data);
+        if (!Number.isInteger(code) || typeof reason !== "string") return this.distrust();
+        return this.#host.onClose(code, reason, sent === this.#receipts.received);
+      }
+    }
+  }
+
+  /** "On this level a client takes no event whose name begins with duplex-." */
+  #onPlainEvent(type: string, data: string): void {
+    if (type === TOKEN_EVENT) {
+      if (this.#session.token) return;
+      this.#session.token = data; // the header could not be read
+      return this.#openPlain();
+    }
+    if (type.startsWith("duplex-")) return;
+    // Any other event stream: we could not send.
+    if (!this.#session.token && this.#host.sends) return this.#host.onFail();
+    if (!type || type === "message") this.#host.onMessage(data);
+  }
+
+  #onTerms(terms: Terms): void {
+    const { next, attempt, received, handled, window, heartbeatInterval, resumeTimeout } = terms;
+    if (
+      next !== this.#receipts.received + 1 || attempt !== this.#attempt ||
+      typeof terms.protocol !== "string" ||
+      !(received >= 0 && handled >= 0 && heartbeatInterval >= 1) ||
+      [window, heartbeatInterval, resumeTimeout].some((term) => !(term >= 0 && term <= MAX_TERM))
+    ) return this.distrust();
+    const isOpening = !this.#session.terms;
+    this.#session.terms = terms;
+    this.#lostAt = 0;
+    this.#receipts.settle();
+    this.#unacknowledgedBytes = 0;
+    clearInterval(this.#ticker);
+    this.#ticker = setInterval(() => this.#tick(), heartbeatInterval / 2);
+    if (isOpening) this.#opened(terms.protocol);
+    else {
+      this.#pauses.wake(); // the network is back
+      this.#host.onResume();
+    }
+    this.uplink.begin(this.#connection!);
+    this.uplink.confirm(received, handled);
+  }
+
+  /** "The client's count advances when the event's blank line is parsed, whatever becomes of the event then." */
+  #receive(data: string | Bytes): void {
+    this.#receipts.received++;
+    this.#retries = 0;
+    this.#host.onMessage(data);
+  }
+
+  /** "The client acknowledges with ACK at half a window." A part of an event counts for the next time. */
+  #acknowledge(partial: number): void {
+    const { terms } = this.#session;
+    if (!terms || !this.#receipts.isBehind) return;
+    if (this.#unacknowledgedBytes >= terms.window / 2) {
+      this.#unacknowledgedBytes = 3 * partial; // characters have up to 3 bytes
+      this.uplink.acknowledge();
+    } else this.uplink.acknowledgeLater();
+  }
+
+  /** One ticker: streams that went quiet, and keep-alive of ours. */
+  #tick(): void {
+    const connection = this.#connection;
+    if (connection?.reader) {
+      this.#retries = 0;
+      // "The client takes two intervals without a byte for a drop." Ticks, not clocks: after a
+      // long pause of this process they say nothing of the network.
+      // Nor while the page is behind: then nothing is read.
+      if (!this.#inbox.isBehind && ++connection.quietTicks > QUIET_TICKS) this.hangUp();
+    }
+    this.uplink.keepAlive();
+  }
+
+  // Resuming
+
+  async #resume(): Promise<Exchange> {
+    this.hangUp(); // whatever cut the connection may hold the others for ever
+    if (!this.#lostAt) {
+      this.#lostAt = clock();
+      if (this.#session.phase !== "renewing") this.uplink.onDrop();
+    }
+    const { resumeTimeout, heartbeatInterval } = this.#session.terms!;
+    const patience = Math.max(Math.min(resumeTimeout / 3, 2 * heartbeatInterval), 1000);
+    const deadline = this.#lostAt + resumeTimeout;
+    while (await this.#pauses.wait(this.#retries++, deadline)) {
+      const connection = await this.#connect({
+        [ATTEMPT_HEADER]: `${++this.#attempt}`,
+        "last-event-id": `${this.#receipts.received}`,
+      }, Math.min(deadline - clock(), patience) || 1);
+      if (connection.isFull) {
+        // "A client takes the one that the latest answer names": the session may have moved.
+        this.#session.token = connection.header(TOKEN_HEADER) || this.#session.token;
+        return connection;
+      }
+      connection.end();
+      // "A streaming body at an instance that is not the session's." For this socket only.
+      if (connection.status === 411) this.#transports.current = "post";
+      else if (!isTransient(connection.status)) break;
+      else this.#host.onOutage();
+    }
+    throw new Error("Not resumed");
+  }
+}
+
+// --- Uplink: what goes up, by which transport ---
+
+/** The reports of an {@link Uplink}. */
+interface UplinkHost {
+  /** The server has handled or received something: of so much of `bufferedAmount`, all. */
+  onProgress(size: number): void;
+  onFail(code?: number, reason?: string): void;
+}
+
+/** The connection that an {@link Uplink} goes with. */
+interface Carrier {
+  /** What the server says does not fit. */
+  distrust(): void;
+  /** Something is the matter with any request: a resumption will tell what. */
+  hangUp(): void;
+  /** The body of the connection has taken all that it may. */
+  renew(): void;
+}
+
+/** Sends what is in the outbox, and what the server waits to hear, over what is there. */
+class Uplink {
+  readonly #session: Session;
+  readonly #inbox: Inbox;
+  readonly #outbox: Outbox;
+  readonly #receipts: Receipts;
+  readonly #requests: Requests;
+  readonly #transports: Transports;
+  readonly #pauses: Pauses;
+  readonly #carrier: Carrier;
+  readonly #host: UplinkHost;
+
+  /** There is a connection, whose session is open or resumed. */
+  #isLinked = false;
+  /** Its body streams: the connection itself, or a request beside it. */
+  #stream: Exchange | undefined;
+  /** A batch that is on its way, or waits to be sent again. */
+  #batch: Exchange | undefined;
+  /** A POST with control frames alone. */
+  #control: Exchange | undefined;
+  /** Nothing is sent after a stream that failed. */
+  #isPausing = false;
+  #isScheduled = false;
+  #maxBatch = MAX_BODY_BYTES;
+  #ackTimer: ReturnType<typeof setTimeout> | undefined;
+  #watch: ReturnType<typeof setInterval> | undefined;
+  #quietWatches = 0;
+
+  constructor(parts: Parts, carrier: Carrier, host: UplinkHost) {
+    this.#session = parts.session;
+    this.#inbox = parts.inbox;
+    this.#outbox = parts.outbox;
+    this.#receipts = parts.receipts;
+    this.#requests = parts.requests;
+    this.#transports = parts.transports;
+    this.#pauses = parts.pauses;
+    this.#carrier = carrier;
+    this.#host = host;
+  }
+
+  /** A request whose body this fills: the connection's, once it has begun, or a stream of our own. */
+  exchange(): Exchange {
+    // Some fetches send no header before a byte of the body.
+    const body = new Body(
+      () => this.#fill(exchange),
+      this.#isLinked ? EMPTY : frame("PING", EMPTY),
+    );
+    const exchange = new Exchange(body);
+    return exchange;
+  }
+
+  /** A connection has opened the session, or resumed it. */
+  begin(connection: Exchange): void {
+    if (this.#session.isOver) return;
+    this.#isLinked = true;
+    this.#transports.failures = 0;
+    if (connection.body?.isOpen) this.#stream ??= connection;
+  }
+
+  /** Ends all that is on its way; a batch goes again by itself, all else when there is a connection. */
+  hangUp(): void {
+    this.#isLinked = false;
+    this.#endStream();
+    this.#batch?.end();
+    this.#control?.end();
+  }
+
+  /** The connection was lost. */
+  onDrop(): void {
+    this.#transports.onDrop(this.#outbox.hasBegun);
+  }
+
+  end(): void {
+    clearTimeout(this.#ackTimer);
+    this.hangUp();
+  }
+
+  /** Nothing streams any more. */
+  postOnly(): void {
+    this.#endStream();
+    this.#transports.current = "post";
+    this.pumpSoon();
+  }
+
+  /** Messages up to this number have arrived, and so many bytes of all have been handled. */
+  confirm(received: number, handled = 0): void {
+    if (this.#session.isOver) return; // an answer that was on its way
+    if (this.#outbox.handle(handled)) this.#host.onProgress(0);
+    if (received < this.#outbox.firstUnacked) return this.pump();
+    if (!(received < this.#outbox.nextUnsent)) return this.#carrier.distrust();
+    const size = this.#outbox.confirm(received);
+    this.#quietWatches = 0;
+    this.#transports.onConfirm(!!this.#stream);
+    if (this.#stream) this.#stream.body!.isConfirmed = true;
+    this.#host.onProgress(size);
+    this.pump();
+  }
+
+  /** Messages of one task go together. */
+  pumpSoon(): void {
+    if (this.#isScheduled) return;
+    this.#isScheduled = true;
+    queueMicrotask(() => {
+      this.#isScheduled = false;
+      this.pump();
+    });
+  }
+
+  /** Sends what can be sent. */
+  pump(): void {
+    const { phase } = this.#session;
+    if (phase === "opening" || phase === "ended") return;
+    const stream = this.#stream;
+    if (stream) {
+      const body = stream.body!;
+      if (body.isOpen) return this.#fill(stream);
+      // Ended, by us or by its reader, and nothing of it is to be confirmed.
+      if (body.next <= this.#outbox.firstUnacked) this.#leaveStream();
+    }
+    const posts = this.#transports.current === "post";
+    if (!posts && !this.#isLinked) return; // the resumption brings a new stream
+    if (this.#outbox.isDue && !this.#stream && !this.#batch && !this.#isPausing) {
+      const sending = posts ? this.#post() : this.#postStream();
+      return void sending.catch(() => this.#host.onFail()); // an own fetch may answer with anything
+    }
+    // "A POST with control frames alone may run beside it."
+    if (!this.#receipts.isOwed || this.#control) return;
+    this.#postControl().catch(() => this.#host.onFail());
+  }
+
+  /** At once, since the server may wait for it; or what carried the last one may be lost. */
+  acknowledge(): void {
+    this.#receipts.isDue = true;
+    this.pump();
+  }
+
+  /** "On an open uplink stream 1 s after the first message that it has not acknowledged": free there. */
+  acknowledgeLater(): void {
+    if (!this.#stream) return;
+    this.#ackTimer ??= setTimeout(() => {
+      this.#ackTimer = undefined;
+      if (this.#stream) this.acknowledge();
+    }, ACK_DELAY_MS);
+  }
+
+  /** "On an open uplink stream the client writes a PING when it wrote nothing for half an interval." */
+  keepAlive(): void {
+    const body = this.#stream?.body;
+    if (!body) return;
+    if (body.isOpen && body.isAsked && !body.wroteSinceTick) body.write([frame("PING", EMPTY)]);
+    body.wroteSinceTick = false;
+  }
+
+  /** All that is not acknowledged, as far as a page that is left may send it. */
+  flush(): void {
+    const bytes = concat(this.#outbox.take(new Load(), MAX_KEEPALIVE_BYTES, false));
+    this.#requests.ask(new Exchange(), { bytes, keepalive: true });
+  }
+
+  // By streams
+
+  /** "The uplink as long streaming POSTs", one after the other. */
+  async #postStream(): Promise<void> {
+    const stream = this.#stream = this.exchange();
+    const body = stream.body!;
+    this.#startWatch(); // it may never be read
+    await this.#send(stream, body);
+    if (this.#session.isOver || this.#stream !== stream) return; // confirmed, or ended by ourselves
+    this.#endStream();
+    const { status } = stream;
+    if (status === 411 || status === 413 || !body.isConfirmed && this.#transports.fail()) {
+      this.#transports.leave("post");
+    } else if (isFinal(status)) return this.#host.onFail();
+    else {
+      this.#isPausing = true;
+      await this.#pauses.wait(this.#transports.failures);
+      this.#isPausing = false;
+    }
+    this.acknowledge();
+  }
+
+  /** Gives a streaming body what is due, when its reader has asked. */
+  #fill(stream: Exchange): void {
+    const body = stream.body!;
+    // A duplex request whose answer is still to come waits for its session.
+    if (stream !== this.#stream || !body.isOpen) return;
+    if (this.#outbox.isDue) this.#startWatch();
+    if (!body.isAsked) return;
+    // Where much is received, what is no message adds up, too.
+    const control = body.total - body.used;
+    const parts = [
+      ...this.#receipts.take(ACK_EVERY),
+      ...this.#outbox.take(body, MAX_BODY_BYTES - control),
+    ];
+    if (parts.length) body.write(parts);
+    // The body has had its share: what follows goes in another, once this one is confirmed.
+    if (this.#outbox.isDueAfter(body) || body.total > MAX_BODY_BYTES - MAX_CONTROL_BYTES) {
+      body.finish();
+      if (body.next <= this.#outbox.firstUnacked) this.pump();
+    }
+  }
+
+  /** The stream has ended, and all of it is confirmed. */
+  #leaveStream(): void {
+    const isConnection = !!this.#stream?.reader;
+    this.#stream = undefined;
+    if (!isConnection || !this.#session.terms!.resumeTimeout) return;
+    this.#isLinked = false;
+    this.#carrier.renew();
+  }
+
+  #endStream(): void {
+    this.#stream?.end();
+    this.#stream = undefined;
+    this.#stopWatch();
+  }
+
+  /** "A stream counts as working only while every message is confirmed within 3 s, the first within 1.5 s." */
+  #startWatch(): void {
+    this.#watch ??= setInterval(() => {
+      const body = this.#stream?.body;
+      if (!body || !this.#outbox.isDue) return this.#stopWatch();
+      const patience = body.isConfirmed ? PATIENCE : body.total ? FIRST_PATIENCE : UNREAD_PATIENCE;
+      if (++this.#quietWatches >= patience) this.#abandonStream();
+    }, WATCH_PERIOD_MS);
+  }
+
+  #stopWatch(): void {
+    clearInterval(this.#watch);
+    this.#watch = undefined;
+    this.#quietWatches = 0;
+  }
+
+  /** "Else it is abandoned for the next transport, and what was not acknowledged is sent again there." */
+  #abandonStream(): void {
+    this.#transports.leave(this.#transports.current === "duplex" ? "stream" : "post");
+    if (this.#stream?.reader) { // its other half is our event stream
+      this.#stream.body!.forget();
+      this.#stream = undefined;
+    }
+    this.#endStream();
+    this.acknowledge();
+  }
+
+  // By posting
+
+  /**
+   * "All that is queued goes in one POST …. One message POST is in flight, the next batch collects
+   * meanwhile." On crossws's wire one message a request.
+   */
+  async #post(): Promise<void> {
+    let since = 0;
+    for (let retries = 0; !this.#session.isOver && this.#outbox.isDue;) {
+      const load = new Load();
+      const batch = this.#batch = new Exchange();
+      const most = Math.min(this.#maxBatch, this.#session.level.maxBatch);
+      const bytes = concat([...this.#receipts.take(), ...this.#outbox.take(load, most)]);
+      await this.#send(batch, load, bytes, POST_TIMEOUT_MS + bytes.length / 8);
+      if (this.#session.isOver) return;
+      // As told by the answer, or by the event stream.
+      if (this.#outbox.firstUnacked > load.first) since = retries = 0;
+      else {
+        this.#receipts.isDue = true; // what it carried may be lost
+        since ||= clock();
+        if (!this.#mayRetry(batch.status, load)) return;
+        const patience = this.#session.terms!.resumeTimeout || OPEN_TIMEOUT_MS;
+        if (batch.status !== 413 && !await this.#pauses.wait(++retries, since + patience)) {
+          return this.#host.onFail();
+        }
+      }
+    }
+    this.#batch = undefined;
+    this.pump();
+  }
+
+  /** Whether a batch may go again, smaller if it was too large. */
+  #mayRetry(status: number, load: Load): boolean {
+    // Whoever says 413, a proxy, too: a message that is too large alone is "also 413".
+    if (status === 413 && load.next === load.first + 1) {
+      this.#host.onFail(1009, "Message too large");
+    } else if (isFinal(status) && status !== 413 || !this.#session.terms) this.#host.onFail();
+    else {
+      if (status === 413) this.#maxBatch = load.used >> 1;
+      return true;
+    }
+    return false;
+  }
+
+  async #postControl(): Promise<void> {
+    for (let retries = 0; this.#receipts.isOwed && !this.#session.isOver;) {
+      const control = this.#control = new Exchange();
+      const bytes = concat(this.#receipts.take());
+      await this.#send(control, new Load(), bytes, POST_TIMEOUT_MS);
+      if (control.response?.ok) continue;
+      if (isFinal(control.status)) this.#carrier.hangUp();
+      else {
+        this.#receipts.isDue = true;
+        await this.#pauses.wait(++retries);
+      }
+    }
+    this.#control = undefined;
+  }
+
+  /** Sends one body, and takes what its answer confirms. */
+  async #send(exchange: Exchange, load: Load, bytes?: Bytes, timeout?: number): Promise<void> {
+    await this.#requests.ask(exchange, { bytes, timeout });
+    this.#inbox.inNewTask();
+    const { response, body } = exchange;
+    if (!response) return;
+    body?.finish(); // before another is begun
+    response.body?.cancel().catch(() => {});
+    if (response.ok) this.confirm(this.#session.level.confirmed(response, load.first));
+  }
+}
+
+// --- Transports: what streams here, and what was learned of it ---
+
+/** What was left of the transports for an origin, and until when the next socket begins with it. */
+const learned: Map<string, { transport: Transport; until: number }> = new Map();
+
+/** The choice of a transport for the uplink. */
+class Transports {
+  readonly #host: string;
+  readonly #isOurChoice: boolean;
+  /** For this socket; {@link leave} and {@link settle} tell the next one, too. */
+  current: Transport;
+  /** Streams in a row that ended unconfirmed. */
+  failures = 0;
+  /** A streaming body has been confirmed in this session. */
+  #hasWorked = false;
+  #drops = 0;
+  /** To be remembered once it has shown that it works. */
+  #unlearned: Transport | undefined;
+
+  constructor(target: string, options: WebSocketSSEOptions) {
+    this.#host = new URL(target).host;
+    const { transport = "auto", stream } = options;
+    this.#isOurChoice = transport === "auto";
+    this.current = transport !== "auto"
+      ? transport
+      : stream === false
+      ? "post"
+      : this.#best(target);
+  }
+
+  /** "duplex" between runtimes; "stream" in Chromium over HTTP/2; "post" elsewhere. */
+  #best(target: string): Transport {
+    const known = learned.get(this.#host);
+    if (known && clock() < known.until) return known.transport;
+    if (isRuntime()) return "duplex";
+    // Who has the attribute can stream the body of a request; Firefox and WebKit make text of it.
+    return "duplex" in Request.prototype && speaksHTTP2(target) ? "stream" : "post";
+  }
+
+  /** "Else it is abandoned for the next transport …. The client remembers that for the origin for ten minutes." */
+  leave(next: Transport): void {
+    this.current = next;
+    if (this.#isOurChoice) this.#unlearned = next;
+  }
+
+  /** There is no other transport at this server. */
+  settle(only: Transport): void {
+    this.current = only;
+    this.#learn(only);
+  }
+
+  onConfirm(byStream: boolean): void {
+    this.failures = 0;
+    this.#hasWorked ||= byStream;
+    if (this.#unlearned) this.#learn(this.#unlearned);
+    this.#unlearned = undefined;
+  }
+
+  /** A stream ended unconfirmed. True: too often; the network alone does not explain it. */
+  fail(): boolean {
+    // One that has worked was cut; one that has not may never work, or the network is down.
+    return ++this.failures > (this.#hasWorked ? MAX_FAILURES : FIRST_FAILURES);
+  }
+
+  /** Where drops come sooner than the verdict on a stream, it would be tried for ever. */
+  onDrop(hasBegun: boolean): void {
+    if (++this.#drops > MAX_UNPROVEN_DROPS && hasBegun && !this.#hasWorked) this.current = "post";
+  }
+
+  #learn(transport: Transport): void {
+    learned.delete(this.#host); // the oldest stand first
+    if (learned.size >= MAX_LEARNED) learned.delete(learned.keys().next().value!);
+    learned.set(this.#host, { transport, until: clock() + LEARNED_FOR_MS });
+  }
+}
+
+// --- Inbox: one task an event ---
+
+/** Dispatches the page's events, each in a task of its own, so that promises settle in between. */
+class Inbox {
+  readonly #tasks: (() => void)[] = [];
+  readonly #hasOwnFetch: boolean;
+  /** Something has been dispatched in the current task, as far as we know when one ends. */
+  #isUsedTask = false;
+  /** A stream's reader dispatches between its chunks. */
+  isRead = false;
+
+  constructor(hasOwnFetch: boolean) {
+    this.#hasOwnFetch = hasOwnFetch;
+  }
+
+  get isBehind(): boolean {
+    return !!this.#tasks.length;
+  }
+
+  add(task: () => void): void {
+    this.#tasks.push(task);
+    if (!this.isRead) this.dispatch();
+  }
+
+  async dispatch(): Promise<void> {
+    while (this.#tasks.length) {
+      // Where nothing was dispatched in this task there is no need to wait for another.
+      if (this.#mayBePageTask || !this.isRead) await new Promise<void>(nextTask);
+      this.#isUsedTask = true;
+      this.#tasks.shift()?.();
+    }
+  }
+
+  /** Something has come of the network, which it does in a task of its own. */
+  inNewTask(): void {
+    this.#isUsedTask = false;
+  }
+
+  /** Runs at once, but never within a task of the page: `bufferedAmount` does not fall there. */
+  afterTask(task: () => void): void {
+    if (this.#mayBePageTask) nextTask(task);
+    else task();
+  }
+
+  /** The page may have run in this task: an own `fetch` can answer within the caller's. */
+  get #mayBePageTask(): boolean {
+    return this.#isUsedTask || this.#hasOwnFetch;
+  }
+}
+
+// --- Outbox: messages up, their numbers and the window ---
+
+/** Messages on their way up: numbered as queued, kept until acknowledged. */
+class Outbox {
+  readonly #session: Session;
+  #queue: Outgoing[] = [];
+  /** The number of the first message in the queue. */
+  firstUnacked = 1;
+  /** The number of the first message that was never written. */
+  nextUnsent = 1;
+  /** Bytes of those before it. */
+  #begunBytes = 0;
+  #handledBytes = 0;
+  /** Messages that were written again. */
+  resent = 0;
+
+  constructor(session: Session) {
+    this.#session = session;
+  }
+
+  get isEmpty(): boolean {
+    return !this.#queue.length;
+  }
+
+  /** Something was written, and is not acknowledged. */
+  get hasBegun(): boolean {
+    return this.nextUnsent > this.firstUnacked;
+  }
+
+  /** "The client's window counts the bytes begun less the bytes handled." */
+  get inFlight(): number {
+    return this.#begunBytes - this.#handledBytes;
+  }
+
+  add(frame: Bytes | undefined, size: number, isClose = false): Outgoing {
+    const entry: Outgoing = { frame, size, isClose };
+    this.#queue.push(entry);
+    return entry;
+  }
+
+  /** There is a message that may be written now. */
+  get isDue(): boolean {
+    return !!this.#due(this.firstUnacked);
+  }
+
+  isDueAfter(load: Load): boolean {
+    return !!this.#due(Math.max(load.next, this.firstUnacked));
+  }
+
+  /** Message `number`, if it may be written now. */
+  #due(number: number): Outgoing | undefined {
+    const entry = this.#queue[number - this.firstUnacked];
+    const { terms } = this.#session;
+    // "A sender below its window may begin one message of any size; at it, only control frames and CLOSE."
+    const allowed = number < this.nextUnsent || entry?.isClose || !terms ||
+      this.inFlight < terms.window;
+    return entry?.frame && allowed ? entry : undefined;
+  }
+
+  /** Frames that may be written now, as far as they fit; mostly one message of any size does. */
+  take(load: Load, most: number, atLeastOne = true): Bytes[] {
+    const parts: Bytes[] = [];
+    for (;;) {
+      const number = Math.max(load.next, this.firstUnacked);
+      const entry = this.#due(number);
+      const size = entry?.frame?.length ?? 0;
+      const fits = load.used + size <= most || atLeastOne && !load.used;
+      if (!entry || !fits) return parts;
+      // Those before have been acknowledged: by now, or when the body began.
+      if (number !== load.next) parts.push(this.#session.level.seq(number));
+      parts.push(entry.frame!);
+      load.first ||= number;
+      load.next = number + 1;
+      load.used += size || 1; // crossws's wire has empty ones
+      if (number < this.nextUnsent) this.resent++;
+      else {
+        this.#begunBytes += size;
+        this.nextUnsent = load.next;
+      }
+    }
+  }
+
+  /** Messages up to this number have arrived; returns what they added to `bufferedAmount`. */
+  confirm(received: number): number {
+    let size = 0;
+    const count = received - this.firstUnacked + 1;
+    for (const entry of this.#queue.splice(0, count)) size += entry.size;
+    this.firstUnacked = received + 1;
+    return size;
+  }
+
+  /** So many bytes of all have been handled; returns whether that is more than before. */
+  handle(bytes: number): boolean {
+    const isMore = bytes > this.#handledBytes;
+    if (isMore) this.#handledBytes = bytes;
+    return isMore;
+  }
+}
+
+// --- Receipts: what the server is to hear of what came down ---
+
+/** Acknowledgements, and answers to pings. They go along with any body that is sent anyway. */
+class Receipts {
+  /** The number of the last message that has come. */
+  received = 0;
+  #acknowledged = 0;
+  /** The server is to hear it even if there is nothing new. */
+  isDue = false;
+  #pongs: Bytes[] = [];
+
+  /** The server waits for what would otherwise go with the next body. */
+  get isOwed(): boolean {
+    return this.isDue || !!this.#pongs.length;
+  }
+
+  /** Something has come that is not acknowledged. */
+  get isBehind(): boolean {
+    return this.received > this.#acknowledged;
+  }
+
+  pong(payload: Bytes): void {
+    this.#pongs.push(frame("PONG", payload));
+    if (this.#pongs.length > MAX_PONGS) this.#pongs.shift();
+  }
+
+  /** The server knows: `Last-Event-ID` told it. */
+  settle(): void {
+    this.#acknowledged = this.received;
+    this.isDue = false;
+  }
+
+  /** `least`: on an open stream each would cost a frame, so it does not go with every message. */
+  take(least = 0): Bytes[] {
+    const parts = this.#pongs;
+    this.#pongs = [];
+    if (this.isDue || this.received > this.#acknowledged + least) {
+      this.settle();
+      parts.push(frame("ACK", encoder.encode(`${this.received}`)));
+    }
+    return parts;
+  }
+}
+
+// --- Requests: one at a time, or both directions in one ---
+
+/** How a request is made, besides what all of a socket have in common. */
+interface RequestDetails {
+  bytes?: Bytes | undefined;
+  timeout?: number | undefined;
+  /** From when the request is made, instead of from now. */
+  answerTimeout?: number | undefined;
+  keepalive?: boolean;
+  headers?: Record<string, string>;
+}
+
+/** Makes all requests of a socket. */
+class Requests {
+  readonly target: string;
+  readonly #authorization: string | undefined;
+  readonly #options: WebSocketSSEOptions;
+  readonly #session: Session;
+
+  constructor(url: URL, options: WebSocketSSEOptions, session: Session) {
+    const target = new URL(url);
+    // The bytes as they are, since what is escaped need not be UTF-8.
+    const credentials = `${target.username}:${target.password}`
+      .replace(/%([\da-f]{2})/gi, (_, hex) => String.fromCharCode(parseInt(hex, 16)));
+    if (credentials !== ":") this.#authorization = `Basic ${btoa(credentials)}`;
+    target.username = target.password = "";
+    this.target = target.href.replace(/^ws/, "http");
+    this.#options = options;
+    this.#session = session;
+  }
+
+  /** Waits for the answer, and not for ever; none is as good as one that says nothing. */
+  async ask(exchange: Exchange, details: RequestDetails): Promise<void> {
+    const { bytes, timeout, answerTimeout, keepalive } = details;
+    const { credentials, fetch: send = fetch } = this.#options;
+    const { signal } = exchange.abort;
+    const body = exchange.body?.stream ?? bytes;
+    const endIn = (ms?: number) => ms && setTimeout(() => exchange.end(), ms);
+    let timer = endIn(timeout);
+    const warning = "document" in globalThis && setTimeout(() => this.#warn(), WARN_AFTER_MS);
+    // What the options give need not settle.
+    const end = new Promise<undefined>((resolve) =>
+      signal.addEventListener("abort", () => resolve(undefined))
+    );
+    try {
+      const headers = new Headers(await Promise.race([this.#given(), end]));
+      this.#setHeaders(headers, !!body, details.headers);
+      signal.throwIfAborted();
+      if (answerTimeout) {
+        clearTimeout(timer);
+        timer = endIn(answerTimeout);
+      }
+      const asked = send(this.target, {
+        method: body ? "POST" : "GET",
+        headers,
+        signal,
+        redirect: "manual",
+        ...credentials && { credentials },
+        keepalive,
+        body,
+        duplex: "half",
+      } as RequestInit);
+      exchange.response = await Promise.race([asked, end]);
+    } catch {
+      // as good as an answer that says nothing
+    } finally {
+      clearTimeout(timer);
+      clearTimeout(warning || undefined);
+    }
+  }
+
+  /** A function is asked each time. */
+  #given(): HeadersLike | undefined | Promise<HeadersLike> {
+    const { headers } = this.#options;
+    return typeof headers === "function" ? headers() : headers;
+  }
+
+  #setHeaders(headers: Headers, hasBody: boolean, own: Record<string, string> = {}): void {
+    const { token, level } = this.#session;
+    if (this.#authorization && !headers.has("authorization")) {
+      headers.set("authorization", this.#authorization);
+    }
+    if (token) headers.set(TOKEN_HEADER, token);
+    if (level.version) headers.set(VERSION_HEADER, level.version);
+    if (hasBody && level.contentType) headers.set("content-type", level.contentType);
+    for (const name in own) headers.set(name, own[name]!);
+  }
+
+  /** Six event streams take all that a browser has for an origin; whatever comes then waits. */
+  #warn(): void {
+    if (this.#session.phase === "dropped" || speaksHTTP2(this.target)) return;
+    console.warn(
+      `${
+        new URL(this.target).host
+      } does not answer. Over HTTP/1.1 all tabs share 6 connections: serve HTTP/2`,
+    );
+  }
+}
 
 /**
- * One request: an event stream, or messages on their way up, as bytes or as a stream that is
- * filled when its reader asks, so that what waits goes as one chunk. The duplex transport's is both.
+ * One request: an event stream, or messages on their way up, as bytes or by a {@link Body} that
+ * streams. The duplex transport's is both.
  */
 class Exchange {
   readonly abort: AbortController = new AbortController();
+  readonly body: Body | undefined;
   response: Response | undefined;
   /** Of the event stream. */
   reader: Reader | undefined;
   /** Ticks of half a heartbeat since its last byte. */
   quietTicks = 0;
 
-  /** The body, where it streams. */
-  readonly stream: ReadableStream<Bytes> | undefined;
-  open = false;
-  asked = false;
-  wroteSinceTick = false;
-  /** Something has been confirmed while this body was in use. */
-  confirmed = false;
-  /** The number of the first message, if there may be one. */
-  readonly first: number;
-  /** The number of the next message. */
-  next: number;
-  /** Bytes of the streaming body so far. */
-  total = 0;
-  /** Bytes of messages so far. */
-  used = 0;
-  #controller!: ReadableStreamDefaultController<Bytes>;
+  constructor(body?: Body) {
+    this.body = body;
+  }
 
-  constructor(first = 0, fill?: (body: Exchange) => void) {
-    this.first = this.next = first;
-    if (!fill) return;
-    this.open = true;
-    this.stream = new ReadableStream<Bytes>({
-      start: (controller) => {
-        this.#controller = controller;
-      },
-      pull: () => {
-        this.asked = true;
-        fill(this);
-      },
-      cancel: () => {
-        this.open = false;
-      },
-    }, { highWaterMark: 0 });
+  get isEnded(): boolean {
+    return this.abort.signal.aborted;
   }
 
   /** 0 before the answer. */
@@ -1353,13 +1729,67 @@ class Exchange {
   }
 
   get isStream(): boolean {
-    return this.status === 200 &&
-      !!this.response!.headers.get("content-type")?.startsWith(STREAM_TYPE);
+    return this.status === 200 && this.header("content-type").startsWith(STREAM_TYPE);
   }
 
   /** Version 1 was granted. */
   get isFull(): boolean {
-    return this.status === 200 && this.response!.headers.get(VERSION_HEADER) === VERSION;
+    return this.status === 200 && this.header(VERSION_HEADER) === VERSION;
+  }
+
+  /** Of the answer; "" where there is none. */
+  header(name: string): string {
+    return this.response?.headers.get(name) ?? "";
+  }
+
+  /** Ends both directions; a read in progress ends, too. */
+  end(): void {
+    // Deno reports the error of a body that it has not begun to read as uncaught.
+    if (!this.body?.total) this.abort.abort();
+    this.body?.abandon();
+    this.reader?.cancel().catch(() => {});
+    this.abort.abort();
+  }
+}
+
+/** The messages that one body takes of the outbox. */
+class Load {
+  /** The number of the first of them; 0: none yet. */
+  first = 0;
+  /** The number of the next one; 0: to be told by a `SEQ`. */
+  next = 0;
+  /** Bytes so far. */
+  used = 0;
+}
+
+/** A body that streams: filled when its reader asks, so that what waits goes as one chunk. */
+class Body extends Load {
+  readonly stream: ReadableStream<Bytes>;
+  isOpen = true;
+  isAsked = false;
+  wroteSinceTick = false;
+  /** Something has been confirmed while this body was in use. */
+  isConfirmed = false;
+  /** Bytes of messages and all else so far. */
+  total = 0;
+  #controller!: ReadableStreamDefaultController<Bytes>;
+
+  /** `preface` goes by itself. */
+  constructor(fill: () => void, preface: Bytes) {
+    super();
+    this.stream = new ReadableStream<Bytes>({
+      start: (controller) => {
+        this.#controller = controller;
+      },
+      pull: () => {
+        this.isAsked = true;
+        if (preface.length && !this.total) this.write([preface]);
+        fill();
+      },
+      cancel: () => {
+        this.isOpen = false;
+      },
+    }, { highWaterMark: 0 });
   }
 
   /** Only when asked. */
@@ -1367,27 +1797,152 @@ class Exchange {
     const chunk = concat(parts);
     this.total += chunk.length;
     this.wroteSinceTick = true;
-    this.asked = false; // before enqueue, which may ask again
+    this.isAsked = false; // before enqueue, which may ask again
     this.#controller.enqueue(chunk);
   }
 
-  /** A clean end of the body: all that was written is to arrive. */
+  /** A clean end: all that was written is to arrive. */
   finish(): void {
-    if (this.open) this.#controller.close();
-    this.open = false;
+    if (this.isOpen) this.#controller.close();
+    this.isOpen = false;
   }
 
-  /** Ends both directions; a read in progress ends, too. */
-  end(): void {
-    // Deno reports the error of a body that it has not begun to read as uncaught.
-    if (!this.total) this.abort.abort();
-    // By an error: an abort looks like the body's end to some, and would deliver a part.
-    if (this.open) this.#controller.error(new Error("Abandoned"));
-    this.open = false;
-    this.reader?.cancel().catch(() => {});
-    this.abort.abort();
+  /** By an error: an abort looks like the body's end to some, and would deliver a part. */
+  abandon(): void {
+    if (this.isOpen) this.#controller.error(new Error("Abandoned"));
+    this.isOpen = false;
+  }
+
+  /** Writes nothing more and ends nothing: the other half of the request is in use. */
+  forget(): void {
+    this.isOpen = false;
   }
 }
+
+/** Pauses before retries. */
+class Pauses {
+  readonly #wakers: Set<() => void> = new Set();
+  #isOver = false;
+
+  /** Waits longer each time, and never in step with other clients. False: it is too late to try again. */
+  async wait(retries: number, deadline = Infinity): Promise<boolean> {
+    const delay = Math.min(MAX_RETRY_DELAY_MS, 50 * 2 ** retries, deadline - clock());
+    if (retries && delay > 0 && !this.#isOver) {
+      await new Promise<void>((resolve) => {
+        const wake = () => {
+          clearTimeout(timer);
+          this.#wakers.delete(wake);
+          resolve();
+        };
+        const timer = setTimeout(wake, delay * (0.5 + Math.random() / 2));
+        this.#wakers.add(wake);
+      });
+    }
+    return delay > 0 && !this.#isOver;
+  }
+
+  /** Ends those that are running. */
+  wake(): void {
+    for (const wake of this.#wakers) wake();
+  }
+
+  /** Ends all, those to come, too. */
+  end(): void {
+    this.#isOver = true;
+    this.wake();
+  }
+}
+
+// --- Session: its phase, and what the server granted ---
+
+/** Where each phase may lead. Any other step is a fault of ours. */
+const STEPS: Readonly<Record<Phase, readonly Phase[]>> = {
+  opening: ["open", "ended"],
+  open: ["dropped", "renewing", "leaving", "left", "plain leaving", "ended"],
+  dropped: ["open", "leaving", "ended"],
+  renewing: ["open", "dropped", "leaving", "ended"],
+  leaving: ["left", "ended"],
+  left: ["ended"],
+  "plain leaving": ["ended"],
+  ended: [],
+};
+
+/** What a socket's rooms know of its session: the socket moves its phase, the link writes the rest. */
+class Session {
+  #phase: Phase = "opening";
+  level: Level = FULL;
+  token = "";
+  /** Undefined before a session of the full level is open. */
+  terms: Terms | undefined;
+
+  get phase(): Phase {
+    return this.#phase;
+  }
+
+  /** Nothing more goes over the network, whatever is still to be dispatched. */
+  get isOver(): boolean {
+    return this.#phase === "ended";
+  }
+
+  enter(phase: Phase): void {
+    if (!STEPS[this.#phase].includes(phase)) throw new Error(`From ${this.#phase} to ${phase}`);
+    this.#phase = phase;
+  }
+}
+
+// --- Levels: the two wires ---
+
+/** The uplink of one of the two levels. */
+interface Level {
+  readonly version?: string;
+  readonly contentType?: string;
+  /** Bytes of messages in one POST; 0: one message. */
+  readonly maxBatch: number;
+  /** A message as it goes, and its own size. A copy, since the caller may change the bytes. */
+  encode(message: string | Bytes): [frame: Bytes, size: number];
+  /** The frame that tells the number of the next message. */
+  seq(number: number): Bytes;
+  /** The frame of a close, where the wire has one. */
+  close(code: number, reason: Bytes): Bytes | undefined;
+  /** The number of the last message that the answer to a request acknowledges. */
+  confirmed(answer: Response, first: number): number;
+}
+
+/** Version 1: numbers, acknowledgements and resumption. */
+const FULL: Level = {
+  version: VERSION,
+  contentType: UPLINK_TYPE,
+  maxBatch: MAX_BODY_BYTES,
+  encode(message) {
+    if (typeof message !== "string") return [frame("BINARY", message), message.length];
+    // Most text is ASCII, so that its length is known and one encoding makes the frame.
+    const head = `TEXT ${message.length.toString(16)}\r\n`;
+    const bytes = encoder.encode(`${head}${message}\r\n`);
+    const size = bytes.length - head.length - 2;
+    if (size === message.length) return [bytes, size];
+    return [frame("TEXT", bytes.subarray(head.length, -2)), size];
+  },
+  seq: (number) => frame("SEQ", encoder.encode(`${number}`)),
+  // "Two bytes of code (big-endian) and the reason, or nothing: 1005."
+  close: (code, reason) =>
+    frame(
+      "CLOSE",
+      code === 1005 ? EMPTY : concat([new Uint8Array([code >> 8, code & 255]), reason]),
+    ),
+  confirmed: (answer) => Number(answer.headers.get(RECEIVED_HEADER)),
+};
+
+/** crossws's wire: the body of a request is the message, and its success says that it has arrived. */
+const PLAIN: Level = {
+  maxBatch: 0,
+  encode(message) {
+    const bytes = typeof message === "string" ? encoder.encode(message) : message.slice();
+    return [bytes, bytes.length];
+  },
+  seq: () => EMPTY,
+  close: () => undefined,
+  confirmed: (_, first) => first,
+};
 
 // --- Event streams ---
 
@@ -1469,7 +2024,7 @@ interface Reader {
 function readerOf(body: ReadableStream<Uint8Array>): Reader {
   try {
     const reader = body.getReader({ mode: "byob" });
-    let buffer = new ArrayBuffer(READ_SIZE);
+    let buffer = new ArrayBuffer(READ_BYTES);
     return {
       async read() {
         const chunk = await reader.read(new Uint8Array(buffer));
@@ -1484,6 +2039,10 @@ function readerOf(body: ReadableStream<Uint8Array>): Reader {
 }
 
 // --- Small things ---
+
+function maySend({ bidir, bdir }: WebSocketSSEOptions): boolean {
+  return (bidir ?? bdir) !== false;
+}
 
 /** A frame of the uplink: WebSocket-over-HTTP. */
 function frame(type: string, payload: Bytes): Bytes {
@@ -1530,12 +2089,6 @@ function checkProtocols(value: string | string[]): string[] {
     throw new DOMException("Subprotocols must be distinct tokens", "SyntaxError");
   }
   return protocols;
-}
-
-function learn(host: string, transport: Transport): void {
-  learned.delete(host); // the oldest stand first
-  if (learned.size >= MAX_LEARNED) learned.delete(learned.keys().next().value!);
-  learned.set(host, { transport, until: clock() + LEARNED_FOR });
 }
 
 /** Node 20 has no CloseEvent. */
