@@ -745,6 +745,10 @@ class Link implements Carrier {
     this.#connection?.end();
   }
 
+  onHeard(): void {
+    this.#retries = 0;
+  }
+
   end(): void {
     clearInterval(this.#ticker);
     clearTimeout(this.#deadline);
@@ -884,7 +888,6 @@ class Link implements Carrier {
         return this.#onTerms(JSON.parse(data));
       case ACK_EVENT: {
         const [received, handled] = data.split(" ").map(Number) as [number, number];
-        this.#retries = 0;
         return this.uplink.confirm(received, handled);
       }
       case PING_EVENT: {
@@ -1017,6 +1020,8 @@ interface Carrier {
   hangUp(): void;
   /** The body of the connection has taken all that it may. */
   renew(): void;
+  /** The server has been heard: the network is well. */
+  onHeard(): void;
 }
 
 /** Sends what is in the outbox, and what the server waits to hear, over what is there. */
@@ -1110,6 +1115,7 @@ class Uplink {
     if (received < this.#outbox.firstUnacked) return this.pump();
     if (!(received < this.#outbox.nextUnsent)) return this.#carrier.distrust();
     const size = this.#outbox.confirm(received);
+    this.#carrier.onHeard();
     this.#quietWatches = 0;
     this.#transports.onConfirm(!!this.#stream);
     if (this.#stream) this.#stream.body!.isConfirmed = true;
