@@ -58,6 +58,11 @@ export async function startChromium(): Promise<Chromium> {
         await Promise.allSettled(removals);
       });
       const context = await browser.newContext({ ignoreHTTPSErrors: true, ...options });
+      context.on("weberror", (error) => t.complaints.add(`page: ${error.error().stack}`));
+      context.on("console", (message) => {
+        if (!["warning", "error"].includes(message.type())) return;
+        t.complaints.add(`page: console.${message.type()}: ${message.text()}`);
+      });
       t.defer(() => context.close());
       return context;
     },

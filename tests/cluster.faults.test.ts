@@ -149,6 +149,8 @@ for (
   ] as const
 ) {
   test(`Redis ${how} for 5 s: local traffic goes on, what is routed arrives once`, async (t) => {
+    // crossws's driver leaves the errors of its subscriber to nobody.
+    if (how === "dies") t.expect("[ioredis] Unhandled error event: Error: connect ECONNREFUSED");
     const { redis, instances, proxy } = await launchAll(t, { TIMEOUT: "1500" });
     const local = new Talker(t, `http://127.0.0.1:${instances[0]!.port}`, "local", {
       transport: "post",
@@ -329,13 +331,13 @@ for (const runtime of ["deno", "bun"] as const) {
         assertMatch(String(await messages.next()), new RegExp(`^hello ${n} \\(said at instance`));
       }
     }
-    assertEquals(child.stderr(), "");
   }, { skip, timeout: 30_000 });
 }
 
 for (const runtime of ["deno", "bun"] as const) {
   test(`examples/cluster.ts on ${runtime} says how to get Redis where there is none`, async (t) => {
     const env = { PORT: "0", PATH: "/nowhere" };
+    t.expect("This needs Redis", "docker run", "exited by 1");
     const child = await t.spawn(runtime, "examples/cluster.ts", { env });
     assertEquals((await child.exited).code, 1);
     assertMatch(child.stderr(), /needs Redis: apt-get install redis-server, .*REDIS_PORT=6379/s);

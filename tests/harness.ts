@@ -12,6 +12,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { jsr } from "./assert.ts";
+import { between, Complaints, type Expected, hear, lines } from "./complaints.ts";
 import {
   binary,
   type Child,
@@ -61,14 +62,16 @@ export interface TestOptions {
 
 export type TestBody = (t: TestContext) => void | Promise<void>;
 
-/** What a test opens and must be closed, in reverse, when it ends. */
+/** What a test opens and must be closed, in reverse, when it ends; and what is complained of meanwhile. */
 export class TestContext {
   readonly name: string;
+  readonly complaints: Complaints = new Complaints();
   #stack = new AsyncDisposableStack();
   #ended = new AbortController();
 
   constructor(name: string) {
     this.name = name;
+    this.expect("TimeoutNegativeWarning"); // a fault of the client's, to be mended
   }
 
   /** Aborted when the test ends. */
@@ -84,6 +87,14 @@ export class TestContext {
     return this.#stack.use(resource);
   }
 
+  /**
+   * Names what may be complained of in this test: an error that nobody handles, a warning, a line
+   * on the stderr of a child. By anything else it fails.
+   */
+  expect(...complaints: Expected[]): void {
+    this.complaints.expect(...complaints);
+  }
+
   async serve(handler: Handler, options?: ServeOptions): Promise<TestServer> {
     return this.use(await serve(handler, options));
   }
@@ -93,7 +104,13 @@ export class TestContext {
     file: string,
     options?: SpawnOptions,
   ): Promise<Child> {
-    return this.use(await spawn(runtime, file, options));
+    const child = await spawn(runtime, file, options);
+    this.defer(async () => {
+      const { code } = await child.exited;
+      if (code) this.complaints.add(`${runtime} ${file}: it exited by ${code}`);
+      this.complaints.add(...lines(child.stderr()).map((line) => `${runtime} ${file}: ${line}`));
+    });
+    return this.use(child);
   }
 
   /** Called by `test`. */
@@ -121,6 +138,11 @@ const declare = await declarer();
 /** The runner's own way to declare a test. */
 async function declarer(): Promise<Declare> {
   if (runtime === "deno") {
+    // Deno loads this for each file: what comes after its last test fails the file.
+    Deno.test?.afterAll?.(() => {
+      const late = between.take();
+      if (late.length > 0) throw new Error(`after the last test:\n${late.join("\n")}`);
+    });
     return (name, fn, _timeout, ignore) => Deno.test({ name, fn, ignore });
   }
   // In a variable, so that Deno's type checker does not look for it.
@@ -151,6 +173,7 @@ export async function run(
   notes.length = 0;
   const context = new TestContext(name);
   const failures: unknown[] = [];
+  const leave = hear(context.complaints);
   try {
     await within((async () => await body(context))(), timeout, `"${name}"`);
   } catch (error) {
@@ -161,6 +184,9 @@ export async function run(
   } catch (error) {
     failures.push(error);
   }
+  leave();
+  const complaints = context.complaints.take();
+  if (complaints.length > 0) failures.push(new Error(`unexpected:\n${complaints.join("\n")}`));
   if (failures.length > 0) throw failure(failures);
 }
 
@@ -172,11 +198,11 @@ export function note(text: string): void {
 }
 
 function failure(failures: unknown[]): unknown {
-  const [error, second] = failures;
-  if (second) console.error("also, while cleaning up:", second);
+  const [error, ...more] = failures;
+  for (const each of more) console.log("also, at its end:", each);
   // A DOMException's message cannot be added to.
   if (!(error instanceof Error) || error instanceof DOMException) {
-    notes.forEach((text) => console.error(text));
+    notes.forEach((text) => console.log(text));
   } else if (notes.length > 0) {
     // Some runners print the stack, which repeats the message, some both.
     const text = `\n[${notes.join("; ")}]`;

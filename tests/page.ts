@@ -17,17 +17,32 @@ export interface TestPage {
   log: unknown[];
   /** What console.warn was told. */
   warnings: string[];
+  /** Errors that nothing handled, and what the console was told of errors and warnings. */
+  complaints: string[];
   connect(url: string, options?: WebSocketSSEOptions): WebSocketSSE;
   /** Whether it was shown from the back/forward cache. */
   persisted?: boolean;
 }
 
 const html = `<!DOCTYPE html><title>client</title><link rel="icon" href="data:,">
+<script>
+globalThis.warnings = [];
+globalThis.complaints = [];
+const complain = (text) => void globalThis.complaints.push(text);
+addEventListener("error", ({ error, message }) => complain(message + "\\n" + error?.stack));
+addEventListener("unhandledrejection", ({ reason }) => complain(reason + "\\n" + reason?.stack));
+for (const name of ["warn", "error"]) {
+  const print = console[name];
+  console[name] = (text) => {
+    if (name === "warn") globalThis.warnings.push(String(text));
+    complain(\`console.\${name}: \${text}\`);
+    print.call(console, text);
+  };
+}
+</script>
 <script type="module">
 import { WebSocketSSE } from "/client.js";
 globalThis.sockets = [];
-globalThis.warnings = [];
-console.warn = (text) => globalThis.warnings.push(String(text));
 globalThis.connect = (url, options) => {
   const log = globalThis.log = [];
   const socket = globalThis.socket = new WebSocketSSE(url, options);

@@ -46,3 +46,10 @@ test("run.mjs fails when a file cannot be loaded", async () => {
   assertEquals(code, 1);
   assertEquals(lastLine(output), "0 passed, 1 failed");
 }, { timeout: 30_000 });
+
+test("a test fails by what is complained of in it, unless it expects that", async () => {
+  const { output } = await runTests("tests/fixtures/complaining.ts", {});
+  const failed = [...output.matchAll(/^failed \(\w+\): (.*)$/gm)].map(([, name]) => name!);
+  assertEquals(failed.filter((name) => !name.startsWith("fails: ")), []);
+  assertEquals(lastLine(output), "2 passed, 12 failed");
+}, { timeout: 30_000 });

@@ -1,5 +1,5 @@
 /**
- * Firefox by WebDriver BiDi, WebKit by its WebDriver: as much of them as our tests need. One
+ * Firefox by WebDriver BiDi, WebKit by its WebDriver, of which no library is needed. One
  * browser a test file; each test has a session and a window of its own.
  *
  * @module
@@ -11,7 +11,10 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import type { Readable } from "node:stream";
-import { command, freePort, once, runtime, type TestContext, until, within } from "./harness.ts";
+import { inspect } from "node:util";
+import puppeteer, { type Page } from "puppeteer-core";
+import type { Complaints } from "./complaints.ts";
+import { command, freePort, runtime, type TestContext, until, within } from "./harness.ts";
 
 /** A window. Functions run in its page: they see nothing of where they are written. */
 export interface Tab {
@@ -64,95 +67,36 @@ export async function startFirefox(): Promise<Browser> {
       );
       return text && JSON.parse(text) as { ws_port: number };
     }, { timeout: START, interval: 50 });
-    const bidi = await BiDi.connect(`ws://127.0.0.1:${port}/session`);
-    t.defer(() => bidi.close());
-    await bidi.send("session.new", {
-      capabilities: { alwaysMatch: { acceptInsecureCerts: true } },
+    const browser = await puppeteer.connect({
+      protocol: "webDriverBiDi",
+      browserWSEndpoint: `ws://127.0.0.1:${port}/session`,
+      acceptInsecureCerts: true,
     });
-    const { context } = await bidi.send<{ context: string }>("browsingContext.create", {
-      type: "window",
-    });
-    t.defer(() => bidi.send("browsingContext.close", { context }));
-    return new FirefoxTab(bidi, context);
+    t.defer(() => browser.disconnect()); // and ends the session: Firefox has one at a time
+    const context = await browser.createBrowserContext();
+    t.defer(() => context.close());
+    return new FirefoxTab(await context.newPage(), t.complaints);
   };
 }
 
-/** Commands and their answers over a WebSocket. */
-class BiDi {
-  readonly #socket: WebSocket;
-  readonly #waiting = new Map<number, (answer: Answer) => void>();
-  #id = 0;
-
-  private constructor(socket: WebSocket) {
-    this.#socket = socket;
-    socket.addEventListener("message", ({ data }) => {
-      const answer = JSON.parse(data) as Answer;
-      this.#waiting.get(answer.id)?.(answer);
-      this.#waiting.delete(answer.id);
-    });
-  }
-
-  static async connect(url: string): Promise<BiDi> {
-    const socket = new WebSocket(url);
-    await once(socket, "open", { timeout: START });
-    return new BiDi(socket);
-  }
-
-  async send<R>(method: string, params: unknown): Promise<R> {
-    const id = ++this.#id;
-    const { promise, resolve } = Promise.withResolvers<Answer>();
-    this.#waiting.set(id, resolve);
-    this.#socket.send(JSON.stringify({ id, method, params }));
-    const answer = await within(promise, START, method);
-    if (answer.type !== "success") throw new Error(`${method}: ${answer.error} ${answer.message}`);
-    return answer.result as R;
-  }
-
-  /** Ends the session, too: Firefox has one at a time. */
-  async close(): Promise<void> {
-    await this.send("session.end", {});
-    const closed = once(this.#socket, "close");
-    this.#socket.close();
-    await closed;
-  }
-}
-
-interface Answer {
-  id: number;
-  type: string;
-  result: unknown;
-  error?: string;
-  message?: string;
-}
-
 class FirefoxTab implements Tab {
-  readonly #bidi: BiDi;
-  readonly #context: string;
+  readonly #page: Page;
 
-  constructor(bidi: BiDi, context: string) {
-    this.#bidi = bidi;
-    this.#context = context;
+  constructor(page: Page, complaints: Complaints) {
+    this.#page = page;
+    page.on("pageerror", (error) => complaints.add(`page: ${inspect(error)}`));
+    page.on("console", (message) => {
+      if (!["warn", "error"].includes(message.type())) return;
+      complaints.add(`page: console.${message.type()}: ${message.text()}`);
+    });
   }
 
   async goto(url: string): Promise<void> {
-    await this.#bidi.send("browsingContext.navigate", {
-      context: this.#context,
-      url,
-      wait: "complete",
-    });
+    await this.#page.goto(url, { timeout: START });
   }
 
   async run<A extends unknown[], R>(body: (...args: A) => R, ...args: A): Promise<Awaited<R>> {
-    const { result, exceptionDetails } = await this.#bidi.send<{
-      result: { value: string };
-      exceptionDetails?: { text: string };
-    }>("script.evaluate", {
-      expression: script(body, args),
-      awaitPromise: true,
-      target: { context: this.#context },
-    });
-    if (exceptionDetails) throw new Error(exceptionDetails.text);
-    return JSON.parse(result.value).value;
+    return JSON.parse(await this.#page.evaluate(script(body, args)) as string).value;
   }
 
   wait<A extends unknown[]>(body: (...args: A) => unknown, ...args: A): Promise<void> {
@@ -193,7 +137,9 @@ export async function startWebKit(): Promise<Browser> {
       },
     });
     t.defer(() => ask("DELETE", `${url}/session/${sessionId}`));
-    return new WebKitTab(`${url}/session/${sessionId}`);
+    const tab = new WebKitTab(`${url}/session/${sessionId}`, t.complaints);
+    t.defer(() => tab.listen());
+    return tab;
   };
 }
 
@@ -240,12 +186,21 @@ async function ask<R>(method: string, url: string, body?: unknown): Promise<R> {
 
 class WebKitTab implements Tab {
   readonly #session: string;
+  readonly #complaints: Complaints;
 
-  constructor(session: string) {
+  constructor(session: string, complaints: Complaints) {
     this.#session = session;
+    this.#complaints = complaints;
+  }
+
+  /** Its driver tells nothing of errors: our pages keep them, until they are left. */
+  async listen(): Promise<void> {
+    const said = await this.run(() => (globalThis as { complaints?: string[] }).complaints);
+    this.#complaints.add(...(said ?? []).map((text) => `page: ${text}`));
   }
 
   async goto(url: string): Promise<void> {
+    await this.listen();
     await ask("POST", `${this.#session}/url`, { url });
   }
 
