@@ -61,6 +61,7 @@ for (const file of files) {
 
 for (const call of ["setTimeout(() => {})", "fetch('http://localhost:1')", "Math.random()"]) {
   test(`${call} while loading would be noticed`, async (t) => {
+    t.expect("while loading", "exited by 1");
     const folder = await mkdtemp(join(tmpdir(), "duplex-load-"));
     t.defer(() => rm(folder, { recursive: true }));
     const file = join(folder, "module.mjs");
