@@ -1,10 +1,11 @@
 /**
- * PROTOCOL.md can be implemented by a stranger: a client in Python, written from that text with
- * the standard library alone, talks with this server through cuts.
+ * PROTOCOL.md can be implemented by a stranger: a client and a server in Python, written from that
+ * text with the standard library alone, talk with ours through cuts.
  */
 import { spawn } from "node:child_process";
 import { join } from "node:path";
 import { text } from "node:stream/consumers";
+import { WebSocketSSE } from "../client.ts";
 import { type CloseDetails, sseAdapter, type SSEOptions } from "../server.ts";
 import { chaos, type ChaosOptions, type ChaosProxy } from "./chaos.ts";
 import {
@@ -13,6 +14,8 @@ import {
   command,
   deferred,
   needs,
+  note,
+  once,
   root,
   sleep,
   test,
@@ -112,22 +115,16 @@ test(
         },
         message(_, { rawData }) {
           if (!same(rawData, message(received))) wrong.push([received, rawData]);
-          if (received++ === 0) cut(); // not before: an opening is not repeated
+          received++;
         },
       },
     }, { delay: [1, 5] });
-    // In each way that a connection is lost: by a reset, by an end in order, in silence.
-    const cut = async () => {
-      for (let n = 1; received < COUNT && !t.signal.aborted; n++) {
-        await sleep(20 + n * 37 % 60, t.signal);
-        if (n % 16 === 0) proxy.stallAll({ newcomers: false });
-        else proxy.cutAll(n % 3 ? "rst" : "fin");
-      }
-    };
+    const cutting = cutAgain(t, proxy, () => received === COUNT); // the opening, too
     const seen = await stranger(t, url, {
       ...{ send: COUNT, receive: COUNT, pause: 0.015 },
       close: [4001, "enough: ä€\u{1F600}"],
     });
+    await cutting;
     assertEquals([seen.wrong, seen.received, seen.more], [[], COUNT, 0]);
     assertEquals([wrong, received, opened], [[], COUNT, 1]);
     assertEquals([seen.code, seen.reason, seen.clean], [4001, "enough: ä€\u{1F600}", true]);
@@ -168,6 +165,67 @@ for (const [code, reason] of [[1000, "bye"], [4999, "ä".repeat(61)], [1005, ""]
     },
     { skip: needs("python3") },
   );
+}
+
+/** Starts the server in Python, behind a proxy that cuts. */
+async function foreign(t: TestContext): Promise<ChaosProxy> {
+  const args = [join(root, "tests/fixtures/duplex_server.py")];
+  const child = spawn(command("python3")!, args, { stdio: ["ignore", "pipe", "inherit"] });
+  const exited = new Promise((resolve) => child.on("close", resolve));
+  t.defer(() => {
+    child.kill("SIGKILL");
+    return exited;
+  });
+  const line = await new Promise<string>((resolve) =>
+    child.stdout.once("data", (data) => resolve(`${data}`))
+  );
+  return t.use(await chaos(JSON.parse(line).port, { delay: [1, 5] }));
+}
+
+for (const transport of ["duplex", "stream", "post"] as const) {
+  test(
+    `our client gets ${COUNT} echoes of a server in Python through cuts, exactly once, by ${transport}`,
+    async (t) => {
+      const proxy = await foreign(t);
+      const socket = new WebSocketSSE(`${proxy.url}/chat?room=1`, { transport });
+      socket.binaryType = "arraybuffer";
+      const closed = new Promise<CloseEvent>((resolve) => socket.onclose = resolve);
+      const events: string[] = [];
+      for (const type of ["open", "error"]) socket.addEventListener(type, () => events.push(type));
+      await once(socket, "message"); // "Welcome"
+      const transports = new Set([socket.transport]);
+      let received = 0;
+      const wrong: unknown[] = [];
+      socket.onmessage = ({ data }) => {
+        const got = typeof data === "string" ? data : new Uint8Array(data);
+        if (!same(got, message(received))) wrong.push([received, got]);
+        transports.add(socket.transport);
+        if (++received === COUNT) socket.send("close 4001 enough: ä€\u{1F600}");
+      };
+      const cutting = cutAgain(t, proxy, () => received === COUNT);
+      for (let index = 0; index < COUNT; index++) {
+        socket.send(message(index));
+        if (index % 20 === 19) await sleep(15, t.signal);
+      }
+      const { code, reason, wasClean } = await closed;
+      await cutting;
+      assertEquals([wrong, received, events], [[], COUNT, ["open"]]);
+      assertEquals([code, reason, wasClean], [4001, "enough: ä€\u{1F600}", true]);
+      assertGreater(socket.stats.resumes, 4);
+      assertGreater(socket.stats.resent, 0);
+      note(`${[...transports]}`);
+    },
+    { timeout: 60_000, skip: needs("python3") },
+  );
+}
+
+/** Cuts in each way that a connection is lost: by a reset, by an end in order, in silence. */
+async function cutAgain(t: TestContext, proxy: ChaosProxy, isOver: () => boolean): Promise<void> {
+  for (let n = 1; !isOver() && !t.signal.aborted; n++) {
+    await sleep(20 + n * 37 % 60, t.signal);
+    if (n % 16 === 0) proxy.stallAll({ newcomers: false });
+    else proxy.cutAll(n % 3 ? "rst" : "fin");
+  }
 }
 
 function same(a: unknown, b: string | Uint8Array): boolean {
