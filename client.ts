@@ -31,6 +31,8 @@ const VERSION_HEADER = "x-duplex-version";
 const PROTOCOL_HEADER = "x-duplex-protocol";
 const ATTEMPT_HEADER = "x-duplex-attempt";
 const RECEIVED_HEADER = "x-duplex-received";
+const OPENING_HEADER = "x-duplex-opening";
+const POLL_HEADER = "x-duplex-poll";
 const TOKEN_EVENT = "crossws-id";
 const OPEN_EVENT = "duplex-open";
 const JSON_EVENT = "duplex-json";
@@ -58,6 +60,15 @@ const MAX_KEEPALIVE_BYTES = 60 * 1024;
 const OPEN_TIMEOUT_MS = 30_000;
 /** How long a single request that carries both directions has to answer before we ask by GET. */
 const DUPLEX_TIMEOUT_MS = 2_000;
+/** How long a stream has for its first event at an opening, and once it has been answered. */
+const FIRST_EVENT_TIMEOUT_MS = 3_000;
+/** How long a resumption has to be answered, before the next one is a poll. */
+const ANSWER_TIMEOUT_MS = 5_000;
+/** How long a stream that is tried while polls work has for its first event: nothing comes meanwhile. */
+const TRIAL_TIMEOUT_MS = 1_500;
+/** When a stream is tried after polls: at first, where it may have been the network, and at most. */
+const TRIAL_AFTER_MS = 30_000;
+const UNSURE_TRIAL_AFTER_MS = 5_000;
 /** After that we say what may be the matter. */
 const WARN_AFTER_MS = 5_000;
 /** Besides 1 s for every 8 KiB. */
@@ -97,8 +108,11 @@ const EMPTY: Bytes = new Uint8Array();
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
-/** How messages go up: within the one request, by a streaming request, or by one request a batch. */
-export type Transport = "duplex" | "stream" | "post";
+/**
+ * How messages go up: within the one request, by a streaming request, or by one request a batch;
+ * "poll": likewise, and those down come in the answers of one request after the other.
+ */
+export type Transport = "duplex" | "stream" | "post" | "poll";
 
 /** Anything that the `Headers` constructor takes. */
 export type HeadersLike = NonNullable<ConstructorParameters<typeof Headers>[0]>;
@@ -717,8 +731,10 @@ class Link implements Carrier {
       let connection = await this.#open();
       for (;;) {
         await this.#read(connection);
-        if (!this.#host.onBreak()) return;
-        connection = await this.#resume();
+        const { isPoll, hasBegun, isHeld } = connection;
+        const isOurs = isPoll && hasBegun || isHeld; // ended by us, or as was agreed
+        if (isOurs ? this.#session.isEnding : !this.#host.onBreak()) return;
+        connection = await this.#resume(isPoll && hasBegun ? "turn" : isHeld ? "held" : "lost");
       }
     } catch {
       this.#host.onFail(); // whatever it was, the page learns no more of it than of a failed WebSocket
@@ -759,8 +775,13 @@ class Link implements Carrier {
 
   async #open(): Promise<Exchange> {
     const protocols = this.#host.offered.join(", ");
-    const headers: Record<string, string> = protocols ? { [PROTOCOL_HEADER]: protocols } : {};
-    if (this.#transports.current === "duplex") {
+    const headers: Record<string, string> = {
+      // "Opening is not idempotent: a client repeats it only with x-duplex-opening."
+      [OPENING_HEADER]: crypto.randomUUID().replaceAll("-", ""),
+      ...protocols && { [PROTOCOL_HEADER]: protocols },
+    };
+    const transports = this.#transports;
+    if (transports.current === "duplex") {
       const connection = await this.#connect(headers, OPEN_TIMEOUT_MS, DUPLEX_TIMEOUT_MS);
       // Anything but our own answer, or a refusal for good, may be the fault of the transport.
       // crossws answers with a plain stream: another request would open another peer there.
@@ -768,23 +789,38 @@ class Link implements Carrier {
         return this.#accept(connection);
       }
       connection.end();
-      if (this.#transports.current === "duplex") this.#transports.leave("stream");
+      if (transports.current === "duplex") transports.leave("stream");
     }
+    if (!transports.polls) {
+      const connection = await this.#connect(headers, OPEN_TIMEOUT_MS, FIRST_EVENT_TIMEOUT_MS);
+      if (!connection.isUnanswered) return this.#accept(connection);
+      transports.descend(true);
+    }
+    const connection = await this.#connect(headers, OPEN_TIMEOUT_MS);
+    if (connection.isFull) return this.#accept(connection);
+    connection.end();
+    transports.ascend(); // a server that knows no polls may have been slow
     return this.#accept(await this.#connect(headers, OPEN_TIMEOUT_MS));
   }
 
-  /** Asks for an event stream; with the duplex transport the request carries the uplink, too. */
+  /**
+   * Asks for an event stream, or for a piece of one; with the duplex transport the request carries
+   * the uplink, too. `isPatient`: a poll need not be answered before there is news.
+   */
   async #connect(
     headers: Record<string, string>,
     timeout: number,
     answerTimeout?: number,
+    isPatient = false,
   ): Promise<Exchange> {
     if (this.#session.isOver) throw new Error("Closed");
+    const isPoll = this.#transports.polls;
     const connection = this.#connection = this.#transports.current === "duplex"
       ? this.uplink.exchange()
-      : new Exchange();
+      : new Exchange(undefined, isPoll);
     await this.#requests.ask(connection, {
-      headers: { accept: STREAM_TYPE, ...headers },
+      headers: { accept: STREAM_TYPE, ...headers, ...isPoll && { [POLL_HEADER]: "1" } },
+      bytes: isPoll ? this.uplink.poll(isPatient) : undefined,
       timeout,
       answerTimeout,
     });
@@ -801,13 +837,25 @@ class Link implements Carrier {
       connection.end();
       throw new Error(`Refused: ${connection.status}`);
     }
-    this.#deadline = setTimeout(() => this.#host.onFail(), OPEN_TIMEOUT_MS);
     this.#session.token = connection.header(TOKEN_HEADER);
-    if (connection.isFull) return connection;
+    if (connection.isFull) return this.#await(connection, FIRST_EVENT_TIMEOUT_MS);
+    this.#deadline = setTimeout(() => this.#host.onFail(), OPEN_TIMEOUT_MS);
     this.#session.level = PLAIN;
     connection.body?.finish();
     this.#transports.settle("post");
     if (this.#session.token || !this.#host.sends) this.#openPlain();
+    return connection;
+  }
+
+  /** Whoever answers, and holds the events, holds back a stream. */
+  #await(connection: Exchange, patience: number): Exchange {
+    clearTimeout(this.#deadline);
+    this.#deadline = setTimeout(() => {
+      if (connection !== this.#connection) return;
+      connection.isHeld = !connection.isPoll;
+      if (connection.isHeld) this.#transports.descend(true);
+      connection.end();
+    }, connection.isPoll ? OPEN_TIMEOUT_MS : patience);
     return connection;
   }
 
@@ -895,7 +943,8 @@ class Link implements Carrier {
         // "The number of a duplex-ping, that does not fit the client's own count means damage."
         if (Number(sent) !== this.#receipts.received) return this.distrust();
         this.#receipts.pong(fromBase64(payload ?? ""));
-        return this.uplink.pump();
+        if (!this.#connection?.isPoll) this.uplink.pump(); // else it goes with the next one
+        return;
       }
       case CLOSE_EVENT: {
         const { code, reason, sent } = JSON.parse(data);
@@ -927,8 +976,12 @@ class Link implements Carrier {
       [window, heartbeatInterval, resumeTimeout].some((term) => !(term >= 0 && term <= MAX_TERM))
     ) return this.distrust();
     const isOpening = !this.#session.terms;
+    const wasLost = this.#lostAt > 0;
     this.#session.terms = terms;
     this.#lostAt = 0;
+    clearTimeout(this.#deadline);
+    this.#connection!.hasBegun = true;
+    this.#transports.onEvent(this.#connection!.isPoll);
     this.#receipts.settle();
     this.#unacknowledgedBytes = 0;
     clearInterval(this.#ticker);
@@ -936,7 +989,7 @@ class Link implements Carrier {
     if (isOpening) this.#opened(terms.protocol);
     else {
       this.#pauses.wake(); // the network is back
-      this.#host.onResume();
+      if (wasLost) this.#host.onResume();
     }
     this.uplink.begin(this.#connection!);
     this.uplink.confirm(received, handled);
@@ -952,7 +1005,8 @@ class Link implements Carrier {
   /** "The client acknowledges with ACK at half a window." A part of an event counts for the next time. */
   #acknowledge(partial: number): void {
     const { terms } = this.#session;
-    if (!terms || !this.#receipts.isBehind) return;
+    // The next poll acknowledges, too.
+    if (!terms || !this.#receipts.isBehind || this.#connection?.isPoll) return;
     if (this.#unacknowledgedBytes >= terms.window / 2) {
       this.#unacknowledgedBytes = 3 * partial; // characters have up to 3 bytes
       this.uplink.acknowledge();
@@ -974,32 +1028,61 @@ class Link implements Carrier {
 
   // Resuming
 
-  async #resume(): Promise<Exchange> {
-    this.hangUp(); // whatever cut the connection may hold the others for ever
-    if (!this.#lostAt) {
-      this.#lostAt = clock();
-      if (this.#session.phase !== "renewing") this.uplink.onDrop();
-    }
-    const { resumeTimeout, heartbeatInterval } = this.#session.terms!;
+  /**
+   * The next connection. "turn": the last one was a poll that has been answered; "held": a stream
+   * whose events did not come. Neither is a loss.
+   */
+  async #resume(why: "lost" | "held" | "turn"): Promise<Exchange> {
+    const { resumeTimeout, heartbeatInterval } = this.#session.terms ?? UNTOLD;
+    if (why === "lost" || !this.#session.terms) this.#lose();
+    else if (why === "turn") this.#transports.tryStream();
+    if (!this.#lostAt) this.#retries = 0;
+    const isTrial = why === "turn" && !this.#transports.polls;
     const patience = Math.max(Math.min(resumeTimeout / 3, 2 * heartbeatInterval), 1000);
-    const deadline = this.#lostAt + resumeTimeout;
+    const deadline = this.#lostAt ? this.#lostAt + resumeTimeout : Infinity;
     while (await this.#pauses.wait(this.#retries++, deadline)) {
-      const connection = await this.#connect({
-        [ATTEMPT_HEADER]: `${++this.#attempt}`,
-        "last-event-id": `${this.#receipts.received}`,
-      }, Math.min(deadline - clock(), patience) || 1);
+      const isPatient = why === "turn" && this.#transports.polls;
+      const timeout = isPatient
+        ? heartbeatInterval + patience
+        : isTrial
+        ? TRIAL_TIMEOUT_MS
+        : this.#transports.posts && !this.#transports.polls
+        ? Math.min(patience, ANSWER_TIMEOUT_MS)
+        : patience;
+      const connection = await this.#connect(
+        {
+          [ATTEMPT_HEADER]: `${++this.#attempt}`,
+          "last-event-id": `${this.#receipts.received}`,
+        },
+        Math.min(deadline - clock(), timeout) || 1,
+        undefined,
+        isPatient,
+      );
       if (connection.isFull) {
         // "A client takes the one that the latest answer names": the session may have moved.
         this.#session.token = connection.header(TOKEN_HEADER) || this.#session.token;
-        return connection;
+        return this.#await(connection, isTrial ? TRIAL_TIMEOUT_MS : FIRST_EVENT_TIMEOUT_MS);
       }
       connection.end();
+      if (this.#session.isEnding) throw new Error("Closed");
+      if (connection.isUnanswered) this.#transports.alternate();
+      if (!this.#lostAt) { // a turn that failed
+        if (!isTrial && !this.#host.onBreak()) throw new Error("Closed");
+        return this.#resume(isTrial ? "held" : "lost");
+      }
       // "A streaming body at an instance that is not the session's." For this socket only.
       if (connection.status === 411) this.#transports.current = "post";
       else if (!isTransient(connection.status)) break;
       else this.#host.onOutage();
     }
     throw new Error("Not resumed");
+  }
+
+  #lose(): void {
+    this.hangUp(); // whatever cut the connection may hold the others for ever
+    if (this.#lostAt) return;
+    this.#lostAt = clock();
+    if (this.#session.phase !== "renewing") this.uplink.onDrop();
   }
 }
 
@@ -1075,6 +1158,13 @@ class Uplink {
     return exchange;
   }
 
+  /** The body of a poll. A PING is answered at once; without one, the answer waits for news. */
+  poll(isPatient: boolean): Bytes {
+    const { received } = this.#receipts;
+    const last = isPatient ? frame("ACK", encoder.encode(`${received}`)) : frame("PING", EMPTY);
+    return concat([...this.#receipts.take(), last]);
+  }
+
   /** A connection has opened the session, or resumed it. */
   begin(connection: Exchange): void {
     if (this.#session.isOver) return;
@@ -1144,7 +1234,7 @@ class Uplink {
       // Ended, by us or by its reader, and nothing of it is to be confirmed.
       if (body.next <= this.#outbox.firstUnacked) this.#leaveStream();
     }
-    const posts = this.#transports.current === "post";
+    const { posts } = this.#transports;
     if (!posts && !this.#isLinked) return; // the resumption brings a new stream
     if (this.#outbox.isDue && !this.#stream && !this.#batch && !this.#isPausing) {
       const sending = posts ? this.#post() : this.#postStream();
@@ -1356,6 +1446,13 @@ class Transports {
   /** A streaming body has been confirmed in this session. */
   #hasWorked = false;
   #drops = 0;
+  /** The transport to go back to from polls. */
+  #above: Transport = "post";
+  /** While polls work: when a stream is tried; else 0. */
+  #trialAt = 0;
+  #trialAfter = TRIAL_AFTER_MS;
+  /** Something holds streams. */
+  #isSure = false;
   /** To be remembered once it has shown that it works. */
   #unlearned: Transport | undefined;
 
@@ -1383,6 +1480,57 @@ class Transports {
   leave(next: Transport): void {
     this.current = next;
     if (this.#isOurChoice) this.#unlearned = next;
+  }
+
+  /** Messages go up by a request a batch. */
+  get posts(): boolean {
+    return this.current === "post" || this.polls;
+  }
+
+  /** Messages come down by a request a piece. */
+  get polls(): boolean {
+    return this.current === "poll";
+  }
+
+  /** A stream was held. `isSure`: it cannot have been the network. */
+  descend(isSure: boolean): void {
+    if (this.polls) return;
+    this.#above = this.current;
+    this.current = "poll";
+    this.#isSure ||= isSure;
+    this.#trialAt = 0;
+  }
+
+  /** A stream is tried again. */
+  ascend(): void {
+    if (this.polls) this.current = this.#above;
+  }
+
+  /** There was no answer: it may be the network, or the transport. */
+  alternate(): void {
+    if (this.polls) this.ascend();
+    else this.descend(false);
+  }
+
+  /** Now and then, while polls work. */
+  tryStream(): void {
+    if (!this.#isOurChoice && this.#above === "poll" || clock() < this.#trialAt) return;
+    this.#trialAfter = Math.min(2 * this.#trialAfter, LEARNED_FOR_MS);
+    this.#isSure = true; // if it is held again
+    this.ascend();
+  }
+
+  /** The first event of a connection has come. */
+  onEvent(byPoll: boolean): void {
+    if (!byPoll) {
+      if (this.#trialAt) learned.delete(this.#host);
+      this.#trialAt = 0;
+      this.#trialAfter = TRIAL_AFTER_MS;
+      return;
+    }
+    if (this.#trialAt) return;
+    this.#trialAt = clock() + (this.#isSure ? this.#trialAfter : UNSURE_TRIAL_AFTER_MS);
+    if (this.#isOurChoice && this.#isSure) this.#learn("poll");
   }
 
   /** There is no other transport at this server. */
@@ -1715,18 +1863,30 @@ class Requests {
 class Exchange {
   readonly abort: AbortController = new AbortController();
   readonly body: Body | undefined;
+  /** Its answer ends with the first news. */
+  readonly isPoll: boolean;
+  /** The server has said its terms. */
+  hasBegun = false;
+  /** It was answered by a stream without an event. */
+  isHeld = false;
   response: Response | undefined;
   /** Of the event stream. */
   reader: Reader | undefined;
   /** Ticks of half a heartbeat since its last byte. */
   quietTicks = 0;
 
-  constructor(body?: Body) {
+  constructor(body?: Body, isPoll = false) {
     this.body = body;
+    this.isPoll = isPoll;
   }
 
   get isEnded(): boolean {
     return this.abort.signal.aborted;
+  }
+
+  /** We have given up waiting for its answer. */
+  get isUnanswered(): boolean {
+    return this.isEnded && !this.response;
   }
 
   /** 0 before the answer. */
@@ -1861,6 +2021,9 @@ class Pauses {
 
 // --- Session: its phase, and what the server granted ---
 
+/** Until the server has said its terms. */
+const UNTOLD = { resumeTimeout: OPEN_TIMEOUT_MS, heartbeatInterval: 15_000 };
+
 /** Where each phase may lead. Any other step is a fault of ours. */
 const STEPS: Readonly<Record<Phase, readonly Phase[]>> = {
   opening: ["open", "ended"],
@@ -1883,6 +2046,11 @@ class Session {
 
   get phase(): Phase {
     return this.#phase;
+  }
+
+  /** The server's close has come, or nothing more goes over the network. */
+  get isEnding(): boolean {
+    return this.#phase === "left" || this.isOver;
   }
 
   /** Nothing more goes over the network, whatever is still to be dispatched. */

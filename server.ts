@@ -39,6 +39,8 @@ const VERSION_HEADER = "x-duplex-version";
 const PROTOCOL_HEADER = "x-duplex-protocol";
 const ATTEMPT_HEADER = "x-duplex-attempt";
 const RECEIVED_HEADER = "x-duplex-received";
+const OPENING_HEADER = "x-duplex-opening";
+const POLL_HEADER = "x-duplex-poll";
 const TOKEN_EVENT = "crossws-id";
 const OPEN_EVENT = "duplex-open";
 const JSON_EVENT = "duplex-json";
@@ -51,8 +53,6 @@ const CLOSE_EVENT = "duplex-close";
 
 /** The WebSocket header that hooks read and answer; a browser's fetch may not set it. */
 const WEBSOCKET_PROTOCOL = "sec-websocket-protocol";
-const OPENING_HEADER = "x-duplex-opening";
-const POLL_HEADER = "x-duplex-poll";
 /** Where h3 and crossws leave the hooks that a request carries. */
 const REQUEST_HOOKS: symbol = Symbol.for("crossws.hooks");
 /** How `console.log` asks Node, Deno and Bun alike. */
