@@ -48,6 +48,11 @@ const OPEN = 1;
 const CLOSING = 2;
 const CLOSED = 3;
 
+/**
+ * A type that the lists of web application firewalls have, for a server behind one: what is sent
+ * is no multipart, and nothing that looks for its parts is known to look further.
+ */
+const KNOWN_TYPE = "multipart/related";
 /** "A streaming body is ended before 512 KiB in all (proxies cap a request at 1 MB)"; batches, too. */
 const MAX_BODY_BYTES = 512 * 1024;
 const READ_BYTES = 16 * 1024;
@@ -710,8 +715,10 @@ class Link implements Carrier {
   /** How often the stream was damaged: once is resumed, twice is the end. */
   #damages = 0;
   #ticker: ReturnType<typeof setInterval> | undefined;
-  /** Of the first events. */
+  /** Of the first events of a connection. */
   #deadline: ReturnType<typeof setTimeout> | undefined;
+  /** Of an opening that has been answered. */
+  #limit: ReturnType<typeof setTimeout> | undefined;
   #unacknowledgedBytes = 0;
 
   constructor(parts: Parts, host: LinkHost) {
@@ -768,6 +775,7 @@ class Link implements Carrier {
   end(): void {
     clearInterval(this.#ticker);
     clearTimeout(this.#deadline);
+    clearTimeout(this.#limit);
     this.hangUp();
   }
 
@@ -785,7 +793,9 @@ class Link implements Carrier {
       const connection = await this.#connect(headers, OPEN_TIMEOUT_MS, DUPLEX_TIMEOUT_MS);
       // Anything but our own answer, or a refusal for good, may be the fault of the transport.
       // crossws answers with a plain stream: another request would open another peer there.
-      if (connection.isStream || [401, 403, 429, 503].includes(connection.status)) {
+      // But a firewall may refuse a content type that it does not know by 403.
+      const { status, isOurs } = connection;
+      if (connection.isStream || [401, 429, 503].includes(status) || status === 403 && isOurs) {
         return this.#accept(connection);
       }
       connection.end();
@@ -838,8 +848,8 @@ class Link implements Carrier {
       throw new Error(`Refused: ${connection.status}`);
     }
     this.#session.token = connection.header(TOKEN_HEADER);
+    this.#limit = setTimeout(() => this.#host.onFail(), OPEN_TIMEOUT_MS);
     if (connection.isFull) return this.#await(connection, FIRST_EVENT_TIMEOUT_MS);
-    this.#deadline = setTimeout(() => this.#host.onFail(), OPEN_TIMEOUT_MS);
     this.#session.level = PLAIN;
     connection.body?.finish();
     this.#transports.settle("post");
@@ -864,7 +874,7 @@ class Link implements Carrier {
   }
 
   #opened(protocol: string): void {
-    clearTimeout(this.#deadline);
+    clearTimeout(this.#limit);
     if (protocol && !this.#host.offered.includes(protocol)) return this.#host.onFail();
     this.#host.onOpen(protocol);
   }
@@ -1432,9 +1442,6 @@ class Uplink {
 
 // --- Transports: what streams here, and what was learned of it ---
 
-/** What was left of the transports for an origin, and until when the next socket begins with it. */
-const learned: Map<string, { transport: Transport; until: number }> = new Map();
-
 /** The choice of a transport for the uplink. */
 class Transports {
   readonly #host: string;
@@ -1470,7 +1477,7 @@ class Transports {
   /** "duplex" between runtimes; "stream" in Chromium over HTTP/2; "post" elsewhere. */
   #best(target: string): Transport {
     const known = learned.get(this.#host);
-    if (known && clock() < known.until) return known.transport;
+    if (known) return known;
     if (isRuntime()) return "duplex";
     // Who has the attribute can stream the body of a request; Firefox and WebKit make text of it.
     return "duplex" in Request.prototype && speaksHTTP2(target) ? "stream" : "post";
@@ -1523,26 +1530,26 @@ class Transports {
   /** The first event of a connection has come. */
   onEvent(byPoll: boolean): void {
     if (!byPoll) {
-      if (this.#trialAt) learned.delete(this.#host);
+      if (this.#trialAt) learned.forget(this.#host);
       this.#trialAt = 0;
       this.#trialAfter = TRIAL_AFTER_MS;
       return;
     }
     if (this.#trialAt) return;
     this.#trialAt = clock() + (this.#isSure ? this.#trialAfter : UNSURE_TRIAL_AFTER_MS);
-    if (this.#isOurChoice && this.#isSure) this.#learn("poll");
+    if (this.#isOurChoice && this.#isSure) learned.set(this.#host, "poll");
   }
 
   /** There is no other transport at this server. */
   settle(only: Transport): void {
     this.current = only;
-    this.#learn(only);
+    learned.set(this.#host, only);
   }
 
   onConfirm(byStream: boolean): void {
     this.failures = 0;
     this.#hasWorked ||= byStream;
-    if (this.#unlearned) this.#learn(this.#unlearned);
+    if (this.#unlearned) learned.set(this.#host, this.#unlearned);
     this.#unlearned = undefined;
   }
 
@@ -1555,12 +1562,6 @@ class Transports {
   /** Where drops come sooner than the verdict on a stream, it would be tried for ever. */
   onDrop(hasBegun: boolean): void {
     if (++this.#drops > MAX_UNPROVEN_DROPS && hasBegun && !this.#hasWorked) this.current = "post";
-  }
-
-  #learn(transport: Transport): void {
-    learned.delete(this.#host); // the oldest stand first
-    if (learned.size >= MAX_LEARNED) learned.delete(learned.keys().next().value!);
-    learned.set(this.#host, { transport, until: clock() + LEARNED_FOR_MS });
   }
 }
 
@@ -1757,6 +1758,33 @@ class Receipts {
   }
 }
 
+// --- Findings: what was learned of origins ---
+
+/** For the next sockets, and for ten minutes: it may have been the network, and nothing in front. */
+class Findings<T> {
+  readonly #found: Map<string, { value: T; until: number }> = new Map();
+
+  get(host: string): T | undefined {
+    const found = this.#found.get(host);
+    if (found && clock() < found.until) return found.value;
+  }
+
+  set(host: string, value: T): void {
+    this.forget(host); // the oldest stand first
+    if (this.#found.size >= MAX_LEARNED) this.forget(this.#found.keys().next().value!);
+    this.#found.set(host, { value, until: clock() + LEARNED_FOR_MS });
+  }
+
+  forget(host: string): void {
+    this.#found.delete(host);
+  }
+}
+
+/** What was left of the transports: the next socket begins with it. */
+const learned: Findings<Transport> = new Findings();
+/** The content type that gets through. */
+const types: Findings<string> = new Findings();
+
 // --- Requests: one at a time, or both directions in one ---
 
 /** How a request is made, besides what all of a socket have in common. */
@@ -1775,6 +1803,8 @@ class Requests {
   readonly #authorization: string | undefined;
   readonly #options: WebSocketSSEOptions;
   readonly #session: Session;
+  readonly #host: string;
+  #type: string;
 
   constructor(url: URL, options: WebSocketSSEOptions, session: Session) {
     const target = new URL(url);
@@ -1786,6 +1816,8 @@ class Requests {
     this.target = target.href.replace(/^ws/, "http");
     this.#options = options;
     this.#session = session;
+    this.#host = target.host;
+    this.#type = types.get(this.#host) ?? UPLINK_TYPE;
   }
 
   /** Waits for the answer, and not for ever; none is as good as one that says nothing. */
@@ -1820,12 +1852,24 @@ class Requests {
         duplex: "half",
       } as RequestInit);
       exchange.response = await Promise.race([asked, end]);
+      if (bytes && this.#changeType(exchange)) return await this.ask(exchange, details);
     } catch {
       // as good as an answer that says nothing
     } finally {
       clearTimeout(timer);
       clearTimeout(warning || undefined);
     }
+  }
+
+  /** "A client that is refused with it, by something in between, says multipart/related instead." */
+  #changeType(exchange: Exchange): boolean {
+    const known = types.get(this.#host);
+    if (exchange.isOurs && known !== this.#type) types.set(this.#host, this.#type);
+    const isRefused = [400, 403, 406, 415].includes(exchange.status) && !exchange.isOurs;
+    if (!isRefused || known || this.#type === KNOWN_TYPE) return false;
+    exchange.response!.body?.cancel().catch(() => {});
+    this.#type = KNOWN_TYPE;
+    return this.#session.level === FULL;
   }
 
   /** A function is asked each time. */
@@ -1841,7 +1885,7 @@ class Requests {
     }
     if (token) headers.set(TOKEN_HEADER, token);
     if (level.version) headers.set(VERSION_HEADER, level.version);
-    if (hasBody && level.contentType) headers.set("content-type", level.contentType);
+    if (hasBody && level === FULL) headers.set("content-type", this.#type);
     for (const name in own) headers.set(name, own[name]!);
   }
 
@@ -1896,6 +1940,11 @@ class Exchange {
 
   get isStream(): boolean {
     return this.status === 200 && this.header("content-type").startsWith(STREAM_TYPE);
+  }
+
+  /** The server itself has answered. */
+  get isOurs(): boolean {
+    return !!(this.header(VERSION_HEADER) || this.header(RECEIVED_HEADER));
   }
 
   /** Version 1 was granted. */
@@ -2069,7 +2118,6 @@ class Session {
 /** The uplink of one of the two levels. */
 interface Level {
   readonly version?: string;
-  readonly contentType?: string;
   /** Bytes of messages in one POST; 0: one message. */
   readonly maxBatch: number;
   /** A message as it goes, and its own size. A copy, since the caller may change the bytes. */
@@ -2085,7 +2133,6 @@ interface Level {
 /** Version 1: numbers, acknowledgements and resumption. */
 const FULL: Level = {
   version: VERSION,
-  contentType: UPLINK_TYPE,
   maxBatch: MAX_BODY_BYTES,
   encode(message) {
     if (typeof message !== "string") return [frame("BINARY", message), message.length];

@@ -3,7 +3,9 @@
  * them and with what docs/proxies.md says. No test tells what an attack is; some messages look like
  * one.
  */
-import { assertEquals, needs, test, type TestContext } from "./harness.ts";
+import { chaos } from "./chaos.ts";
+import { assert, assertEquals, needs, test, type TestContext } from "./harness.ts";
+import { connect, listen, Queue } from "./pair.ts";
 import { proxy, type ProxyOptions } from "./proxies.ts";
 
 const skip = needs("apache", "modsecurity", "owasp-crs", "openssl");
@@ -109,3 +111,95 @@ test("OWASP CRS, told to leave bodies at our path alone, lets all pass", async (
     all(204, bodies.length),
   );
 }, { timeout, skip });
+
+interface Site {
+  readonly url: string;
+  readonly received: Queue<string>;
+  /** The content types of the requests that have a body, in order. */
+  types(): string[];
+}
+
+/** A server of ours behind the firewall, and a recorder before it. */
+async function site(t: TestContext, options: ProxyOptions = {}): Promise<Site> {
+  const received = new Queue<string>();
+  const { port: server } = await listen(t, {
+    hooks: {
+      message(peer, message) {
+        received.push(message.text());
+        peer.send(message.rawData);
+      },
+    },
+  });
+  const { port } = await proxy(t, "modsecurity", server, options);
+  const recorder = t.use(await chaos(port, { record: () => true }));
+  return {
+    url: `${recorder.url}/chat`,
+    received,
+    types: () =>
+      recorder.recordings.map(({ head }) => /^content-type: *([^;\r]+)/im.exec(head)?.[1] ?? "")
+        .filter(Boolean),
+  };
+}
+
+const same = (one: unknown, other: unknown) =>
+  typeof one === "string"
+    ? one === other
+    : `${new Uint8Array(one as Uint8Array)}` === `${new Uint8Array(other as ArrayBuffer)}`;
+
+for (const transport of ["auto", "post", "poll"] as const) {
+  test(`OWASP CRS, as shipped: 200 of 200 messages both ways, from "${transport}"`, async (t) => {
+    const { url, types } = await site(t);
+    const first = connect(t, url, { transport });
+    await first.opened;
+    for (let n = 0; n < 200; n++) {
+      const data = kinds[n % 10]!(n);
+      first.socket.send(data as string);
+      const echo = await first.messages.next({ timeout: 20_000 });
+      assert(same(data, echo), `message ${n}`);
+    }
+    assertEquals(first.events, ["open"]);
+    // The next socket begins with it.
+    const before = types().length;
+    const second = connect(t, url, { transport: "post" });
+    await second.opened;
+    second.socket.send("again");
+    assertEquals(await second.messages.next(), "again");
+    assertEquals([...new Set(types().slice(before))], [KNOWN]);
+  }, { timeout, skip });
+}
+
+test("OWASP CRS, as shipped: what is queued goes in bodies that it takes", async (t) => {
+  const { url } = await site(t);
+  const { socket, messages, events, opened } = connect(t, url, { transport: "post" });
+  await opened;
+  const sent = Array.from({ length: 40 }, (_, n) => `${n} `.padEnd(20_000, "x"));
+  for (const text of sent) socket.send(text);
+  assertEquals(await messages.take(40, { timeout: 20_000 }), sent);
+  assertEquals(events, ["open"]);
+}, { timeout, skip });
+
+test(
+  "OWASP CRS, as shipped: a single message that it takes for too large ends in 1009",
+  async (t) => {
+    const { url } = await site(t);
+    const { socket, opened, closed } = connect(t, url, { transport: "post" });
+    await opened;
+    socket.send("x".repeat(200_000));
+    assertEquals((await closed).code, 1009);
+  },
+  { timeout, skip },
+);
+
+test(
+  "OWASP CRS, told to leave our path alone: all of it, in large bodies, by our type",
+  async (t) => {
+    const { url, types } = await site(t, { rules: "modsecurity path" });
+    const { socket, messages, events, opened } = connect(t, url, { transport: "post" });
+    await opened;
+    const sent = [...suspicious, ...suspicious.map((text) => text.padEnd(300_000, "x"))];
+    for (const text of sent) socket.send(text);
+    assertEquals(await messages.take(sent.length, { timeout: 20_000 }), sent);
+    assertEquals([events, [...new Set(types())]], [["open"], [OURS]]);
+  },
+  { timeout, skip },
+);
