@@ -756,7 +756,7 @@ class Link implements Carrier {
     this.#inbox.isRead = false;
   }
 
-  /** Something does not fit: "the client ends the stream and resumes, once; the second time it fails". */
+  /** Something does not fit: "The client ends the stream and resumes, once …; the second time it fails with 1006." */
   distrust(): void {
     if (++this.#damages > 1) this.#host.onFail();
     else this.hangUp();
@@ -1861,7 +1861,7 @@ class Requests {
     }
   }
 
-  /** "A client that is refused with it, by something in between, says multipart/related instead." */
+  /** "A client that is refused with that type … MAY say multipart/related instead." */
   #changeType(exchange: Exchange): boolean {
     const known = types.get(this.#host);
     if (exchange.isOurs && known !== this.#type) types.set(this.#host, this.#type);
