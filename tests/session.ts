@@ -149,7 +149,7 @@ export interface Asked {
   /** As a network that fails. */
   fail(): void;
   /** Grants a full session, with an event stream that the test writes. */
-  stream(terms?: Partial<Terms>): ScriptedStream;
+  stream(terms?: Partial<Terms>, token?: string): ScriptedStream;
 }
 
 interface Terms {
@@ -190,11 +190,11 @@ export class ScriptedServer {
       signal,
       respond: (status, headers = {}) => resolve(new Response(null, { status, headers })),
       fail: () => reject(new TypeError("network error")),
-      stream: (terms) => {
+      stream: (terms, token) => {
         const { stream, response } = scripted(Number(headers.get("x-duplex-attempt") ?? 0), {
           next: Number(headers.get("last-event-id") ?? 0) + 1,
           ...terms,
-        });
+        }, token);
         signal.addEventListener("abort", () => stream.fail());
         resolve(response);
         return stream;
@@ -214,6 +214,7 @@ export class ScriptedServer {
 function scripted(
   attempt: number,
   terms: Partial<Terms>,
+  token = SCRIPTED_TOKEN,
 ): { stream: ScriptedStream; response: Response } {
   let controller!: ReadableStreamDefaultController<Uint8Array>;
   let open = true;
@@ -248,7 +249,7 @@ function scripted(
   const response = new Response(body, {
     headers: {
       "content-type": "text/event-stream",
-      "x-crossws-id": SCRIPTED_TOKEN,
+      "x-crossws-id": token,
       "x-duplex-version": "1",
     },
   });
