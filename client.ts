@@ -258,16 +258,6 @@ export class WebSocketSSE extends EventTarget {
   /** 3 */
   declare readonly CLOSED: 3;
 
-  /** Handler of `open`. */
-  declare onopen: EventHandler<Event>;
-  /** Handler of `message`. */
-  // deno-lint-ignore no-explicit-any
-  declare onmessage: EventHandler<MessageEvent<any>>;
-  /** Handler of `error`. */
-  declare onerror: EventHandler<Event>;
-  /** Handler of `close`. */
-  declare onclose: EventHandler<CloseEvent>;
-
   readonly #url: URL;
   readonly #protocols: string[];
   readonly #options: WebSocketSSEOptions;
@@ -289,6 +279,8 @@ export class WebSocketSSE extends EventTarget {
   #readyState: 0 | 1 | 2 | 3 = CONNECTING;
   #binaryType: "blob" | "arraybuffer" = "blob";
   #protocol = "";
+  /** A field, so that the accessor refuses any other `this`, as each of them does. */
+  readonly #extensions = "";
   #bufferedAmount = 0;
   /** Of a close under way. */
   #deadline: ReturnType<typeof setTimeout> | undefined;
@@ -302,6 +294,7 @@ export class WebSocketSSE extends EventTarget {
    * @param init Subprotocols, as for a `WebSocket`, or options.
    * @throws {DOMException} SyntaxError, where the standard throws it: a URL that cannot
    * be parsed, has a fragment or another scheme; a subprotocol that is no token or offered twice.
+   * SecurityError: a URL of `ws:` or `http:` in a page of `https:`, but to `localhost`.
    */
   constructor(url: string | URL, init: string | string[] | WebSocketSSEOptions = {}) {
     super();
@@ -333,7 +326,7 @@ export class WebSocketSSE extends EventTarget {
     else this.#link.run();
   }
 
-  /** The absolute URL, with the credentials that it was given. A fragment is refused. */
+  /** The absolute URL as `ws:` or `wss:`, with the credentials that it was given. */
   get url(): string {
     return this.#url.href;
   }
@@ -350,7 +343,7 @@ export class WebSocketSSE extends EventTarget {
 
   /** Always "". */
   get extensions(): string {
-    return "";
+    return this.#extensions;
   }
 
   /** The subprotocol that the server chose, or "". */
@@ -364,7 +357,45 @@ export class WebSocketSSE extends EventTarget {
   }
 
   set binaryType(value: "blob" | "arraybuffer") {
-    if (value === "blob" || value === "arraybuffer") this.#binaryType = value;
+    this.#binaryType = value === "blob" || value === "arraybuffer" ? value : this.#binaryType;
+  }
+
+  /** Handler of `open`. */
+  get onopen(): EventHandler<Event> {
+    return this.#handlerOf("open");
+  }
+
+  set onopen(handler: EventHandler<Event>) {
+    this.#setHandler("open", handler);
+  }
+
+  /** Handler of `message`. */
+  // deno-lint-ignore no-explicit-any
+  get onmessage(): EventHandler<MessageEvent<any>> {
+    return this.#handlerOf("message");
+  }
+
+  // deno-lint-ignore no-explicit-any
+  set onmessage(handler: EventHandler<MessageEvent<any>>) {
+    this.#setHandler("message", handler);
+  }
+
+  /** Handler of `error`. */
+  get onerror(): EventHandler<Event> {
+    return this.#handlerOf("error");
+  }
+
+  set onerror(handler: EventHandler<Event>) {
+    this.#setHandler("error", handler);
+  }
+
+  /** Handler of `close`. */
+  get onclose(): EventHandler<CloseEvent> {
+    return this.#handlerOf("close");
+  }
+
+  set onclose(handler: EventHandler<CloseEvent>) {
+    this.#setHandler("close", handler);
   }
 
   /** The transport of the uplink now in use. Not of the standard. */
@@ -413,6 +444,7 @@ export class WebSocketSSE extends EventTarget {
    * @throws {DOMException} InvalidAccessError for another code, SyntaxError for a longer reason.
    */
   close(code: number | undefined = undefined, reason: string | undefined = ""): void {
+    if (!(#readyState in this)) throw new TypeError("Not a WebSocket");
     if (code !== undefined) {
       // As [Clamp] rounds: a half goes to the even neighbour, as it does up here.
       code = +code + 2 ** 52 - 2 ** 52;
@@ -443,37 +475,27 @@ export class WebSocketSSE extends EventTarget {
       Object.defineProperty(this, name, { value, enumerable: true });
       Object.defineProperty(this.prototype, name, { value, enumerable: true });
     }
-    const members = [
-      "url",
-      "readyState",
-      "bufferedAmount",
-      "extensions",
-      "protocol",
-      "binaryType",
-      "send",
-      "close",
-    ];
-    for (const name of members) Object.defineProperty(this.prototype, name, { enumerable: true });
+    const members =
+      "url readyState bufferedAmount extensions protocol binaryType send close onopen onmessage onerror onclose";
+    for (const name of members.split(" ")) {
+      Object.defineProperty(this.prototype, name, { enumerable: true });
+    }
     Object.defineProperty(this.prototype, Symbol.toStringTag, {
       value: "WebSocket",
       configurable: true,
     });
-    for (const type of ["open", "message", "error", "close"]) {
-      Object.defineProperty(this.prototype, `on${type}`, {
-        configurable: true,
-        enumerable: true,
-        get(this: WebSocketSSE) {
-          return this.#handlers[type] ?? null;
-        },
-        // HTML: it takes its place among the listeners when it is first set, and leaves it at null.
-        set(this: WebSocketSSE, value: unknown) {
-          const isObject = Object(value) === value;
-          this.#handlers[type] = isObject ? value : null;
-          if (isObject) this.addEventListener(type, this.#handle);
-          else this.removeEventListener(type, this.#handle);
-        },
-      });
-    }
+  }
+
+  #handlerOf<E>(type: string): EventHandler<E> {
+    return this.#handlers[type] as EventHandler<E> ?? null;
+  }
+
+  /** HTML: it takes its place among the listeners when it is first set, and leaves it at null. */
+  #setHandler(type: string, handler: unknown): void {
+    const isObject = Object(handler) === handler;
+    this.#handlers[type] = isObject ? handler : null;
+    if (isObject) this.addEventListener(type, this.#handle);
+    else this.removeEventListener(type, this.#handle);
   }
 
   // Reports from below
@@ -2287,18 +2309,31 @@ function toMessage(data: unknown): string | Bytes | Blob {
   return (data as ArrayBuffer).byteLength ? new Uint8Array(data as ArrayBuffer) : EMPTY;
 }
 
+/** The standard's steps: whatever the scheme that is given, that of a WebSocket comes out. */
 function parseURL(value: string): URL {
+  const { document, location } = globalThis as {
+    document?: { baseURI?: string };
+    location?: { href: string; protocol: string };
+  };
+  let url: URL | undefined;
   try {
-    const { document, location } = globalThis as {
-      document?: { baseURI?: string };
-      location?: { href: string };
-    };
-    const url = new URL(value, document?.baseURI ?? location?.href);
-    if (/^(http|ws)s?:[^#]*$/.test(url.href)) return url;
+    url = new URL(value, document?.baseURI ?? location?.href);
+    url.protocol = url.protocol.replace("http", "ws");
   } catch {
     // told below
   }
-  throw new DOMException(`${value} is no URL for a WebSocket`, "SyntaxError");
+  if (!url || !/^wss?:[^#]*$/.test(url.href)) {
+    throw new DOMException(`${value} is no URL for a WebSocket`, "SyntaxError");
+  }
+  // As browsers do: a page that came by TLS speaks without it to its own machine at most.
+  if (location?.protocol === "https:" && url.protocol === "ws:" && !isLocal(url.hostname)) {
+    throw new DOMException("A page of https: may not use ws:", "SecurityError");
+  }
+  return url;
+}
+
+function isLocal(host: string): boolean {
+  return /^(.*\.)?localhost$|^127\.|^\[::1\]$/.test(host);
 }
 
 function checkProtocols(value: string | string[]): string[] {

@@ -225,9 +225,10 @@ contract("a message is a MessageEvent with the origin of the URL", async (t, tar
   assertEquals([event.source, [...event.ports]], [null, []]);
 }, { notNative: { deno: "Deno's origin is the whole URL" } });
 
-test("the origin of a message is http: when the URL was given so", async (t) => {
+test("the origin of a message is ws: as that of its URL, also when the URL was given as http:", async (t) => {
   const url = await serveSSE(t, { hooks: { open: (peer) => void peer.send("x") } });
-  assertEquals((await once<MessageEvent>(connect(t, url), "message")).origin, url);
+  const { origin } = await once<MessageEvent>(connect(t, url), "message");
+  assertEquals(origin, url.replace("http:", "ws:"));
 });
 
 contract("promises settle between two messages, and before close", async (t, target) => {

@@ -81,6 +81,48 @@ contract("attributes throw a TypeError on what is no WebSocket", (t, target) => 
   assertThrows(() => prototype.send.call({} as WebSocket, "x"), TypeError);
 });
 
+test("every accessor and method refuses a foreign this, whatever else it is given", (t) => {
+  const { prototype } = WebSocketSSE;
+  const strangers = [{}, null, undefined, prototype, Object.create(prototype), new EventTarget()];
+  const members = Object.entries(Object.getOwnPropertyDescriptors(prototype));
+  for (const stranger of strangers) {
+    for (const [name, { get, set, value }] of members) {
+      if (get) assertThrows(() => get.call(stranger), TypeError, undefined, `get ${name}`);
+      // Nor where it would ignore what it is given.
+      if (set) {
+        assertThrows(() => set.call(stranger, undefined), TypeError, undefined, `set ${name}`);
+      }
+      if (typeof value !== "function" || name === "constructor") continue;
+      // 7 is no code to close with, which would be another error.
+      assertThrows(() => value.call(stranger, 7, "x"), TypeError, undefined, name);
+    }
+  }
+  const socket = connect(t, NOWHERE);
+  for (const [, { get, set }] of members) {
+    const value = get?.call(socket);
+    set?.call(socket, value);
+    assertEquals(get?.call(socket), value);
+  }
+});
+
+test("accessors have the names of the standard", () => {
+  const { prototype } = WebSocketSSE;
+  for (const name of [...handlers, "binaryType", "url", "extensions", "protocol", "readyState"]) {
+    const { get, set } = Object.getOwnPropertyDescriptor(prototype, name)!;
+    assertEquals([get!.name, get!.length], [`get ${name}`, 0]);
+    if (set) assertEquals([set.name, set.length], [`set ${name}`, 1]);
+  }
+});
+
+test("a setter that ignores its value changes nothing", (t) => {
+  const socket = connect(t, NOWHERE);
+  socket.binaryType = "arraybuffer";
+  for (const value of ["", "Blob", "notBlobOrArrayBuffer", 1, null]) {
+    socket.binaryType = value as "blob";
+    assertEquals(socket.binaryType, "arraybuffer");
+  }
+});
+
 contract("the constants are on the class, on the prototype and on instances", (t, target) => {
   const socket = target.socket(t, NOWHERE);
   for (const [name, value] of Object.entries(constants)) {
@@ -292,10 +334,15 @@ contract("url is serialised: escaped, its host in lower case, a path always ther
   assertEquals(target.socket(t, new URL("ws://localhost:1/x")).url, "ws://localhost:1/x");
 });
 
-test("url keeps the scheme as it was given: http and https stay", (t) => {
-  for (const scheme of ["http", "https", "ws", "wss"]) {
-    assertEquals(connect(t, `${scheme}://127.0.0.1:1/x?y`).url, `${scheme}://127.0.0.1:1/x?y`);
-  }
+contract("url has the scheme of a WebSocket: http becomes ws, https wss", (t, target) => {
+  for (
+    const [given, expected] of [
+      ["http://127.0.0.1:1/x?y", "ws://127.0.0.1:1/x?y"],
+      ["https://127.0.0.1:1/x?y", "wss://127.0.0.1:1/x?y"],
+      ["HTTP://127.0.0.1:80/", "ws://127.0.0.1/"],
+      ["https://127.0.0.1:443/", "wss://127.0.0.1/"],
+    ] as const
+  ) assertEquals(target.socket(t, given).url, expected);
 });
 
 for (const target of ours) {
@@ -321,8 +368,38 @@ test("a relative URL is relative to the page, where there is one", async (t) => 
     else delete global.location;
   });
   const socket = connect(t, "room?x=1");
-  assertEquals(socket.url, `${url}/dir/room?x=1`);
+  assertEquals(socket.url, `${url.replace("http", "ws")}/dir/room?x=1`);
   await once(socket, "open");
+});
+
+test("a page of https: may use no http: nor ws:, but to its own machine", (t) => {
+  const global = globalThis as { location?: unknown };
+  const before = Object.getOwnPropertyDescriptor(globalThis, "location");
+  const locate = (href: string) =>
+    Object.defineProperty(globalThis, "location", { value: new URL(href), configurable: true });
+  t.defer(() => {
+    if (before) Object.defineProperty(globalThis, "location", before);
+    else delete global.location;
+  });
+  locate("https://example.test/page");
+  for (const url of ["ws://example.test/", "http://example.test/", "ws://localhost.test/"]) {
+    const error = assertThrows(() => connect(t, url), DOMException) as DOMException;
+    assertEquals([error.name, error.code], ["SecurityError", 18], url);
+  }
+  // What cannot be parsed is told first.
+  assertEquals((assertThrows(() => connect(t, "ws://[")) as Error).name, "SyntaxError");
+  for (
+    const url of [
+      "wss://127.0.0.1:1/",
+      "https://127.0.0.1:1/",
+      "ws://localhost:1/",
+      "http://chat.localhost:1/",
+      "ws://127.9.9.9:1/",
+      "ws://[::1]:1/",
+    ]
+  ) connect(t, url);
+  locate("http://example.test/page");
+  connect(t, "ws://127.0.0.1:1/");
 });
 
 test("in a page, a relative URL is relative to what the document says", async (t) => {
@@ -330,7 +407,8 @@ test("in a page, a relative URL is relative to what the document says", async (t
   const page = globalThis as { document?: unknown };
   page.document = { baseURI: `${url}/based/` };
   t.defer(() => void delete page.document);
-  assertEquals(connect(t, "room", { stream: false }).url, `${url}/based/room`);
+  const expected = `${url.replace("http", "ws")}/based/room`;
+  assertEquals(connect(t, "room", { stream: false }).url, expected);
 });
 
 contract("a symbol is no URL, subprotocol or reason", (t, target) => {
@@ -352,7 +430,7 @@ test("credentials of the URL become Authorization, and leave the URL that is req
   const given = url.replace("//", "//us%C3%A9r:p%3A%zz@") + "/x";
   const socket = connect(t, given);
   await once(socket, "open");
-  assertEquals(socket.url, given);
+  assertEquals(socket.url, given.replace("http:", "ws:"));
   const expected = btoa("us\u00C3\u00A9r:p:%zz");
   assertEquals(seen[0], [`${url}/x`, `Basic ${expected}`]);
 });
