@@ -6,72 +6,52 @@
 import process from "node:process";
 import { parseArgs } from "node:util";
 import { chat } from "./chat.ts";
-import { serve } from "./node.ts";
+import { listen } from "./listen.ts";
+import { start, toPort, type Where, whereFrom } from "./start.ts";
 
 const HELP = `Serves the chat example of duplex-sse.
 
 Usage: duplex-sse [options]
 
 Options:
-  --port <number>    Where to listen; 0 takes a free port. Default: 8000
-  --hostname <name>  The address to listen on. Default: 127.0.0.1
+  --port <number>    Where to listen; 0 takes a free port. Default: $PORT, or 8000
+  --hostname <name>  The address to listen on. Default: $HOST, or 127.0.0.1
   --help             Prints this
 `;
 
 interface Bun {
-  serve(options: {
-    port: number;
-    hostname: string;
-    fetch: ReturnType<typeof chat>;
-  }): { port: number };
+  serve(options: Where & { fetch: ReturnType<typeof chat>["fetch"] }): { port: number };
 }
 
-const options = parse();
-if (options.help) process.stdout.write(HELP);
-else await start(Number(options.port), options.hostname);
+const where = parse();
+if (where) {
+  const { fetch, close } = chat((script) => script); // types were removed when the package was made
+  const { Bun } = globalThis as { Bun?: Bun };
+  start(
+    Bun ? (where) => Bun.serve({ ...where, fetch }).port : (where) => listen(fetch, where),
+    close,
+    where,
+  );
+}
 
-function parse(): { help: boolean; port: string; hostname: string } {
+/** Nothing where help was all that was asked for. */
+function parse(): Where | undefined {
   try {
     const { values } = parseArgs({
       options: {
-        port: { type: "string", default: "8000" },
-        hostname: { type: "string", default: "127.0.0.1" },
-        help: { type: "boolean", short: "h", default: false },
+        port: { type: "string" },
+        hostname: { type: "string" },
+        help: { type: "boolean", short: "h" },
       },
     });
-    if (!/^\d{1,5}$/.test(values.port) || Number(values.port) > 65_535) {
-      throw new Error(`Not a port: ${values.port}`);
-    }
-    return values;
+    if (values.help) return void process.stdout.write(HELP);
+    const { hostname, port } = whereFrom(process.env);
+    return {
+      hostname: values.hostname ?? hostname,
+      port: values.port === undefined ? port : toPort(values.port),
+    };
   } catch (error) {
     console.error(`${(error as Error).message}\n\n${HELP}`);
     process.exit(2);
   }
-}
-
-async function start(port: number, hostname: string): Promise<void> {
-  const fetch = chat((script) => script); // types were removed when the package was made
-  const { Bun } = globalThis as { Bun?: Bun };
-  if (Bun) port = Bun.serve({ port, hostname, fetch }).port;
-  else port = await startNode(fetch, port, hostname);
-  const host = hostname.includes(":") ? `[${hostname}]` : hostname;
-  console.log(`Chat on http://${host}:${port}/`);
-}
-
-function startNode(
-  fetch: ReturnType<typeof chat>,
-  port: number,
-  hostname: string,
-): Promise<number> {
-  return new Promise((resolve) => {
-    const server = serve(fetch, { port, hostname });
-    server.on("listening", () => {
-      const address = server.address();
-      resolve(typeof address === "object" && address ? address.port : port);
-    });
-    server.on("error", (error) => {
-      console.error(error.message);
-      process.exit(1);
-    });
-  });
 }

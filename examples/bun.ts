@@ -4,13 +4,9 @@
 
 /// <reference types="bun-types" />
 import { chat } from "./chat.ts";
+import { start } from "./start.ts";
 
 const typescript = new Bun.Transpiler({ loader: "ts" });
+const { fetch, close } = chat((source) => typescript.transformSync(source));
 
-const server = Bun.serve({
-  hostname: "127.0.0.1",
-  port: Number(process.env.PORT || 8000),
-  fetch: chat((source) => typescript.transformSync(source)),
-});
-
-console.log(`Chat on http://${server.hostname}:${server.port}/`);
+start((where) => Bun.serve({ ...where, fetch }).port!, close);

@@ -1,5 +1,5 @@
 /**
- * The chat that `deno.ts` and `bun.ts` serve: its hooks, the routes of its page, and a switch that cuts the network
+ * The chat that `deno.ts`, `bun.ts` and `node.ts` serve: its hooks, the routes of its page, and a switch that cuts the network
  * of one browser tab, to see that nothing is lost.
  */
 
@@ -12,10 +12,17 @@ const MAX_TEXT = 500; // characters
 const CUT_MS = 5_000;
 const MAX_CUTS = 1_000; // tabs that are cut at the same time
 
-/** Makes the chat's fetch handler. `stripTypes` turns TypeScript into JavaScript, which every runtime can do itself. */
-export function chat(
-  stripTypes: (source: string) => string,
-): (request: Request, info?: unknown) => Promise<Response> {
+/** How long the shutdown waits for tabs whose network is down: platforms kill after 5 to 10 s. */
+const GOODBYE_MS = 4_000;
+
+export interface Chat {
+  fetch(request: Request, info?: unknown): Promise<Response>;
+  /** Tells every tab that the server restarts. */
+  close(): Promise<void>;
+}
+
+/** Makes the chat. `stripTypes` turns TypeScript into JavaScript, which every runtime can do itself. */
+export function chat(stripTypes: (source: string) => string): Chat {
   const names = new Map<string, string>(); // by peer.id, which is public and no secret
 
   const ws = sseAdapter({
@@ -67,8 +74,10 @@ export function chat(
   const network = cuttable((request, info) => ws.fetch(request, info));
   let client: string | undefined;
 
-  return async (request, info) => {
-    if (ws.handles(request)) return network.fetch(request, info);
+  const close = () => ws.close(1012, "Restarting", { signal: AbortSignal.timeout(GOODBYE_MS) });
+
+  async function answerAll(request: Request, info?: unknown): Promise<Response> {
+    if (ws.handles(request)) return await network.fetch(request, info);
     switch (`${request.method} ${new URL(request.url).pathname}`) {
       case "GET /":
         return answer("text/html", await read("./chat.html"));
@@ -82,7 +91,8 @@ export function chat(
       default:
         return new Response("Not found\n", { status: 404 });
     }
-  };
+  }
+  return { fetch: answerAll, close };
 }
 
 /**

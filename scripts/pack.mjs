@@ -16,6 +16,11 @@ import { dirname, join, resolve } from "node:path";
 
 const root = dirname(import.meta.dirname);
 const destination = resolve(process.argv[2] ?? root);
+const tsc = join(root, "node_modules", "typescript", "bin", "tsc");
+if (!existsSync(tsc)) {
+  console.error("The package is compiled by TypeScript, which is not installed: run npm install");
+  process.exit(1);
+}
 const stage = mkdtempSync(join(tmpdir(), "duplex-pack-"));
 const read = (file) => JSON.parse(readFileSync(join(root, file), "utf8"));
 const { name, version } = read("package.json");
@@ -62,7 +67,7 @@ try {
 
 function compile(files, ...options) {
   execFileSync(process.execPath, [
-    join(root, "node_modules", "typescript", "bin", "tsc"),
+    tsc,
     ...["--rootDir", root, "--outDir", stage],
     ...["--target", "ES2022", "--module", "NodeNext", "--lib", "ESNext,DOM,DOM.Iterable"],
     ...["--rewriteRelativeImportExtensions", "--verbatimModuleSyntax", "--strict"],

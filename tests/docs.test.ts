@@ -89,7 +89,7 @@ test("README.md's snippets type-check, as do the examples in doc comments", asyn
   const { dir } = t.use(await consumer());
   const snippets = (await blocks("README.md")).filter(({ language }) => language === "ts")
     .map(({ text }) => text);
-  for (const file of ["mod.ts", "server.ts", "client.ts", "cluster.ts", "ai.ts"]) {
+  for (const file of ["mod.ts", "server.ts", "client.ts", "cluster.ts", "ai.ts", "node.ts"]) {
     snippets.push(...await examples(file));
   }
   assert(snippets.length >= 8, `only ${snippets.length} snippets found`);
@@ -124,7 +124,12 @@ test("README.md's recipes type-check, and so does the move from crossws", async 
   const ours = 'import { sseAdapter, WebSocketSSE } from "jsr:@duplex/sse";';
   const room = `${ours} const ws = sseAdapter({ bidir: true });`;
   const [hooks, option] = await recipe("graphql-ws");
-  const node = (await recipe("Node"))[0]!;
+  const onNode = await recipe("Node");
+  const node = onNode.find((code) => code.startsWith("serve("))!;
+  const [server, use, hook] = ["createServer(", "app.use(", "app.addHook("].map((start) =>
+    onNode.find((code) => code.startsWith(start))!
+  );
+  const handler = `${room} import { toNodeHandler } from "jsr:@duplex/sse/node";`;
   const [diff] = (await blocks("README.md")).filter(({ language }) => language === "diff");
   const added = diff!.text.split("\n").filter((line) => line.startsWith("+"));
   assert(diff!.text.split("\n").length <= 5 + 1);
@@ -133,6 +138,12 @@ test("README.md's recipes type-check, and so does the move from crossws", async 
     `${ours} import { H3 } from "h3"; const app = new H3(); ${(await recipe("h3"))[0]};`,
     `${room} import { serve } from "srvx"; ${node};`,
     `${room} import { serve } from "@hono/node-server"; ${node};`,
+    `${handler} import { createServer } from "node:http"; ${server}.listen(0);`,
+    `${handler} import { createServer } from "node:https"; ${server}.listen(0);`,
+    `${handler} import { createServer } from "node:http2"; ${server}.listen(0);`,
+    `${handler} import express from "express"; const app = express(); ${use};`,
+    `${handler} import Koa from "koa"; const app = new Koa(); ${use};`,
+    `${handler} import fastify from "fastify"; const app = fastify(); ${hook};`,
     `${ours}
     import type { GraphQLSchema } from "graphql";
     import { createClient } from "graphql-ws";

@@ -1,6 +1,6 @@
 /**
- * Node 20: the server through srvx, through Hono's node server and through the
- * bridge of the examples, the client natively.
+ * Node 20: the server through srvx, through Hono's node server and through
+ * node.ts, the client natively.
  */
 import { chaos } from "./chaos.ts";
 import { converse } from "./conversation.ts";
@@ -8,7 +8,7 @@ import { assertEquals, assertMatch, test } from "./harness.ts";
 import { connect, listen } from "./pair.ts";
 import { room } from "./room.ts";
 
-for (const server of ["srvx", "@hono/node-server", "examples/node.ts"]) {
+for (const server of ["srvx", "@hono/node-server", "node.ts"]) {
   test(`on Node, the server through ${server}`, async (t) => {
     const child = await t.spawn("node", "tests/fixtures/node-server.ts", { args: [server] });
     const port = Number(await child.line());

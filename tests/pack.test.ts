@@ -90,6 +90,7 @@ import sseAdapter, { WebSocketSSE } from "${name}";
 import { defineHooks, type Peer } from "${name}/server";
 import { type Transport, WebSocketSSE as Same, type WebSocketSSEOptions } from "${name}/client";
 import { cluster } from "${name}/cluster";
+import { type NodeHandler, toNodeHandler } from "${name}/node";
 
 const hooks = defineHooks<{ user: string }>({
   upgrade: () => ({ context: { user: "Ada" } }),
@@ -99,6 +100,8 @@ const hooks = defineHooks<{ user: string }>({
 });
 const alone = cluster(() => ({ subscribe: async () => {}, publish: async () => {} }));
 const ws = sseAdapter({ bidir: true, hooks, sync: alone });
+const handler: NodeHandler = toNodeHandler(ws);
+if (typeof handler !== "function") throw handler;
 const transport: Transport = "post";
 const options: WebSocketSSEOptions = {
   transport,
@@ -130,7 +133,7 @@ test("the tarball holds what users need, and nothing else", async (t) => {
     files,
     [
       ...["LICENSE", "PROTOCOL.md", "README.md", "package.json"],
-      ...["bin.js", "chat.html", "chat.js", "node.js"],
+      ...["bin.js", "chat.html", "chat.js", "listen.js", "start.js"],
       ...entries.flatMap((entry) => [`${entry}.d.ts`, `${entry}.js`]),
     ].sort(),
   );

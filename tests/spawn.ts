@@ -70,6 +70,8 @@ export interface SpawnOptions {
   flags?: string[];
   args?: string[];
   env?: Record<string, string>;
+  /** Runs a `.ts` file as it is on Node, too: version 24 can. */
+  asItIs?: boolean;
 }
 
 /** A running child. Its output is a queue of lines, each taken once. */
@@ -102,7 +104,7 @@ export async function spawn(
   if (!command) throw new Error(`${runtime} is not installed`);
   await using stack = new AsyncDisposableStack();
   let script = resolve(root, file);
-  if (runtime.startsWith("node") && script.endsWith(".ts")) {
+  if (runtime.startsWith("node") && script.endsWith(".ts") && !options.asItIs) {
     const stripped = stack.use(await strip(script));
     script = stripped.file;
   }
