@@ -53,7 +53,7 @@ export const echo: Partial<Hooks> = {
 
 export interface ContractOptions {
   /** Why the runtime's own WebSocket cannot be asked, by runtime. */
-  notNative?: { deno?: string; bun?: string };
+  notNative?: { deno?: string; bun?: string; node?: string };
 }
 
 /** Declares one test for each implementation. */
@@ -63,7 +63,8 @@ export function contract(
   { notNative = {} }: ContractOptions = {},
 ): void {
   // A deviation is said where the test is; it is no test that could not run.
-  const targets = notNative[runtime] ? ours : [native, ...ours];
+  // What Node has natively is a client alone, and not in every version.
+  const targets = runtime === "node" || notNative[runtime] ? ours : [native, ...ours];
   for (const target of targets) test(`${target.name}: ${sentence}`, (t) => body(t, target));
 }
 

@@ -55,7 +55,7 @@ for (
 
 async function exchange(
   t: TestContext,
-  server: "deno" | "bun",
+  server: typeof runtime,
   transport: "duplex" | "stream" | "post",
   nginx?: Configuration,
 ): Promise<void> {

@@ -48,8 +48,12 @@ export type { Child, Runtime, SpawnOptions, Stripped } from "./spawn.ts";
 export { rawRequest } from "./raw.ts";
 export type { BodyChunks, Data, RawResponse } from "./raw.ts";
 
-/** The runtime that runs the tests. */
-export const runtime: "deno" | "bun" = "Deno" in globalThis ? "deno" : "bun";
+/** The runtime that runs the tests; Node runs those that tests/hosts.test.ts gives it. */
+export const runtime: "deno" | "bun" | "node" = "Deno" in globalThis
+  ? "deno"
+  : "Bun" in globalThis
+  ? "bun"
+  : "node";
 
 // ---------------------------------------------------------------- tests
 
@@ -133,6 +137,9 @@ type Declare = (
   skip: boolean,
 ) => void;
 
+/** Tests that wait for the runner that tests/fixtures/on-node.ts is. */
+export const declared: Parameters<Declare>[] = [];
+
 const declare = await declarer();
 
 /** The runner's own way to declare a test. */
@@ -146,6 +153,7 @@ async function declarer(): Promise<Declare> {
     return (name, fn, _timeout, ignore) => Deno.test({ name, fn, ignore });
   }
   // In a variable, so that Deno's type checker does not look for it.
+  if (runtime === "node") return (...test) => void declared.push(test);
   const specifier = "bun:test";
   const { test } = await import(specifier);
   return (name, body, timeout, skip) => (skip ? test.skip : test)(name, body, timeout);
@@ -410,10 +418,13 @@ export async function serve(
   handler: Handler,
   options: ServeOptions = {},
 ): Promise<TestServer> {
-  const pair = options.tls ? await certificate() : undefined;
+  const secure = options.tls || runtime === "node" && nodeHost.tls;
+  const pair = secure ? await certificate() : undefined;
   const hostname = "127.0.0.1";
   const { port = 0, http2 } = options;
-  const { actual, close } = runtime === "deno"
+  const { actual, close } = runtime === "node"
+    ? await nodeHost.serve(handler, { hostname, port, ...pair })
+    : runtime === "deno"
     ? serveDeno(handler, { hostname, port, ...pair })
     : serveBun(handler, {
       hostname,
@@ -434,9 +445,26 @@ export async function serve(
   };
 }
 
-interface Listening {
+export interface Listening {
   actual: number;
   close(): Promise<void>;
+}
+
+/** How Node serves, which has many ways: tests/hosts.ts has them. */
+export interface NodeHost {
+  /** It always serves https. */
+  tls?: boolean;
+  serve(
+    handler: Handler,
+    options: { hostname: string; port: number; key?: string; cert?: string },
+  ): Promise<Listening>;
+}
+
+/** The one that serves here, on Node. */
+export let nodeHost: NodeHost;
+
+export function serveBy(host: NodeHost): void {
+  nodeHost = host;
 }
 
 function serveDeno(
@@ -472,6 +500,7 @@ function serveBun(
 
 function trust(ca: string | undefined): Pick<TestServer, "fetch" | "close"> {
   if (!ca) return { fetch, close: noop };
+  if (runtime === "node") return { fetch, close: noop }; // its entry trusts whatever it meets
   if (runtime === "bun") {
     const options = { tls: { ca } } as RequestInit;
     return {

@@ -1,0 +1,117 @@
+/**
+ * Node's hosts run the suites of the standard, of bad input and of closing, in processes of their
+ * own where the server is as others would have it: whatever nobody catches fails them.
+ */
+import { mkdtemp, rm, symlink, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { esbuild } from "./bundle.ts";
+import {
+  assertEquals,
+  assertGreater,
+  nodes,
+  root,
+  runtime,
+  test,
+  type TestContext,
+} from "./harness.ts";
+import { hosts } from "./hosts.ts";
+
+const STANDARD = ["standard", "standard.close", "standard.options", "standard.send"];
+const BAD_INPUT = ["bad-input"];
+
+/** Of the suites, the tests that are not about a server, or about what Node has not. */
+const EXCEPT = [
+  // Programs of their own, on each runtime.
+  "^handlers that throw do not break a socket on ",
+  // Node has no `addEventListener` of its own.
+  "^in a page, a relative URL",
+  // Between two events that come at once Node runs microtasks, but no task.
+  ": bufferedAmount never falls within a task$",
+];
+
+/** Ours on both versions of HTTP, and what others have made. */
+const everywhere = ["node:http"];
+/** Below these is ours. */
+const within = ["express", "koa", "fastify"];
+/** Not yet: their bodies must not be cancelled. */
+const later = ["srvx", "@hono/node-server", "like Next.js"];
+
+type Node = typeof nodes[number];
+
+interface Report {
+  passed?: number;
+  failed?: string[];
+  error?: string;
+}
+
+/** The suites as one file that Node 20 understands. The first are run six at a time. */
+async function bundle(t: TestContext, ...phases: string[][]): Promise<string> {
+  const folder = await mkdtemp(join(tmpdir(), "duplex-hosts-"));
+  t.defer(() => rm(folder, { recursive: true }));
+  await symlink(join(root, "node_modules"), join(folder, "node_modules"));
+  const file = (name: string) => JSON.stringify(join(root, "tests", name));
+  const code = phases.flatMap((names, i) => [
+    ...names.map((name) => `await import(${file(`${name}.test.ts`)});`),
+    `await run(${i === 0 ? 6 : 1});`,
+  ]);
+  await writeFile(
+    join(folder, "suite.ts"),
+    [
+      `import ${file("fixtures/older-node.ts")};`,
+      `import { run, end } from ${file("fixtures/on-node.ts")};`,
+      ...code,
+      "end();",
+    ].join("\n"),
+  );
+  const suite = join(folder, "suite.mjs");
+  await esbuild([
+    join(folder, "suite.ts"),
+    ...["--bundle", "--format=esm", "--platform=node", "--target=node20", "--packages=external"],
+    `--define:import.meta.dirname=${JSON.stringify(JSON.stringify(join(root, "tests")))}`,
+    ...[`--outfile=${suite}`, "--log-level=warning"],
+  ]);
+  return suite;
+}
+
+/** Runs the suites of one host; what has failed. */
+async function failures(t: TestContext, node: Node, host: string, suite: string) {
+  const child = await t.spawn(node, suite, {
+    env: { DUPLEX_HOST: host, DUPLEX_EXCEPT: EXCEPT.join("|") },
+  });
+  const failures: string[] = [];
+  let passed = 0;
+  for await (const line of child.lines()) {
+    const report: Report = JSON.parse(line);
+    if (report.error) failures.push(`${host}: ${report.failed}: ${report.error}`);
+    passed += report.passed ?? 0;
+  }
+  assertGreater(passed, 300);
+  return failures;
+}
+
+/** Each on several hosts at once: they wait more than they work. */
+function suites(node: Node, hosts: string[], ...phases: string[][]): void {
+  const names = phases.flat().map((name) => name.replace("standard.", "")).join(", ");
+  test(`on ${node}, by ${hosts.join(", ")}: ${names}`, async (t) => {
+    const suite = await bundle(t, ...phases);
+    const all = await Promise.all(hosts.map((host) => failures(t, node, host, suite)));
+    assertEquals(all.flat().join("\n\n"), "");
+  }, { timeout: 240_000 });
+}
+
+// Each once: it is Node that runs them, whoever has started it.
+for (const node of nodes.filter((_, i) => i % 2 === (runtime === "deno" ? 0 : 1))) {
+  for (let i = 0; i < everywhere.length; i += 2) {
+    suites(node, everywhere.slice(i, i + 2), STANDARD, BAD_INPUT);
+  }
+  suites(node, ["node:http2"], STANDARD);
+}
+if (runtime === "bun") suites("node-24", within, STANDARD);
+
+test("every host is tested", () => {
+  assertEquals(
+    Object.keys(hosts).sort(),
+    [...everywhere, ...within, ...later, "node:http2"].sort(),
+  );
+});
