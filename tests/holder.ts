@@ -123,6 +123,7 @@ class Exchange {
   cut(): void {
     this.#upstream.destroy();
     this.#answer?.destroy();
+    this.#response.socket?.destroy(); // in Bun it outlives the response
     this.#response.destroy();
   }
 

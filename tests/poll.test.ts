@@ -3,10 +3,22 @@
  * exactly once, and the page is told of nothing.
  */
 import type { WebSocketSSEOptions } from "../client.ts";
+import { cluster } from "../cluster.ts";
 import type { Message, Peer, SSEOptions } from "../server.ts";
-import { assert, assertEquals, assertLess, test, type TestContext, until } from "./harness.ts";
+import { MemoryBus, roundRobin } from "./bus.ts";
+import {
+  assert,
+  assertEquals,
+  assertLess,
+  needs,
+  sleep,
+  test,
+  type TestContext,
+  until,
+} from "./harness.ts";
 import { type Holder, holder, type Holding } from "./holder.ts";
 import { connect, type Connected, listen, Queue } from "./pair.ts";
+import { proxy, type ProxyName } from "./proxies.ts";
 
 const timeout = 60_000;
 
@@ -147,4 +159,157 @@ test('"poll" asks for polls, where nothing is held, too', async (t) => {
   const { socket, events } = connected;
   assertEquals([socket.transport, events], ["poll", ["open"]]);
   assert(place.front.requests.every(({ method }) => method === "POST"));
+}, { timeout });
+
+test("After polls a stream is tried again, and found to work, nobody is told", async (t) => {
+  const { now } = performance;
+  t.defer(() => performance.now = now);
+  let passed = 0;
+  performance.now = () => now.call(performance) + passed;
+  // The server's clock is the same.
+  const place = await site(t, { bytes: Infinity }, {
+    heartbeatInterval: 200,
+    resumeTimeout: 300_000,
+    idleTimeout: 0,
+  });
+  const connected = await open(t, place.front.url, { stream: false });
+  const { socket, events } = connected;
+  const streams = () => place.front.requests.filter(({ method }) => method === "GET").length;
+  assertEquals([socket.transport, streams()], ["poll", 1]);
+  passed += 30_000; // it is held still
+  await until(() => streams() === 2);
+  await talk(place, connected);
+  assertEquals([socket.transport, events], ["poll", ["open"]]);
+  place.front.holding = undefined;
+  passed += 60_000;
+  await until(() => streams() === 3);
+  await until(() => socket.transport === "post");
+  await talk(place, connected);
+  assertEquals([events, place.calls], [["open"], ["open"]]);
+  // The next socket does not begin with polls.
+  assertEquals((await open(t, place.front.url, { stream: false })).socket.transport, "post");
+}, { timeout });
+
+test(
+  "Polls take turns with heartbeats, and with pings of a server that hears nothing",
+  async (t) => {
+    const place = await site(t, { bytes: Infinity }, { heartbeatInterval: 200, idleTimeout: 0.5 });
+    const connected = await open(t, place.front.url, { transport: "poll" });
+    const before = polls(place).length;
+    await until(() => polls(place).length > before + 10, { timeout: 20_000 });
+    await talk(place, connected);
+    assertEquals([connected.events, place.calls], [["open"], ["open"]]);
+  },
+  { timeout },
+);
+
+test("A close by the server ends polls, after what was sent before", async (t) => {
+  const place = await site(t, { bytes: Infinity });
+  const { messages, events, closed } = await open(t, place.front.url, { transport: "poll" });
+  const peer = await place.peers.next();
+  const sent = Array.from({ length: 100 }, (_, n) => `${n} `.padEnd(10_000, "x")); // four windows
+  for (const text of sent) peer.send(text);
+  peer.close(4001, "go");
+  const { code, reason, wasClean } = await closed;
+  assertEquals([code, reason, wasClean], [4001, "go", true]);
+  assertEquals(messages.all, sent);
+  assertEquals(events, ["open", "close"]);
+  await until(() => place.calls.length === 2);
+  assertEquals(place.calls, ["open", "close 4001"]);
+}, { timeout });
+
+test("Large messages and small, binary and text, pass by polls", async (t) => {
+  const place = await site(t, { bytes: 4096 }, {
+    message: (peer, message) => void peer.send(message.rawData),
+  });
+  const { socket, messages, events } = await open(t, place.front.url, { transport: "poll" });
+  const large = crypto.getRandomValues(new Uint8Array(60_000));
+  const sent = ["", "\uFEFFé\r\n\0🙂", "x".repeat(1024 * 1024), large, new Uint8Array(), "last"];
+  for (const each of sent) socket.send(each as string);
+  for (const each of sent) {
+    const echo = await messages.next({ timeout: 20_000 });
+    assertEquals(typeof echo === "string" ? echo : new Uint8Array(echo as ArrayBuffer), each);
+  }
+  assertEquals([socket.bufferedAmount, events], [0, ["open"]]);
+}, { timeout });
+
+test("A page that reads slowly is given no more than a window at a time", async (t) => {
+  const place = await site(t, { bytes: Infinity }, { window: 1000, maxBufferedAmount: 10_000_000 });
+  const { messages, events } = await open(t, place.front.url, { transport: "poll" });
+  const peer = await place.peers.next();
+  const sent = Array.from({ length: 200 }, (_, n) => `${n} `.padEnd(500, "x"));
+  for (const text of sent) peer.send(text);
+  assertEquals(await messages.take(200, { timeout: 20_000 }), sent);
+  assert(polls(place).length > 60, `${polls(place).length} polls, of two messages or three`);
+  assertEquals(events, ["open"]);
+}, { timeout });
+
+test("A session whose client polls no more ends, and its client learns of it", async (t) => {
+  const place = await site(t, { bytes: Infinity }, { resumeTimeout: 500, heartbeatInterval: 200 });
+  const { events, closed } = await open(t, place.front.url, { transport: "poll" });
+  place.front[Symbol.asyncDispose](); // nothing gets through
+  const { code, wasClean } = await closed;
+  assertEquals([code, wasClean], [1006, false]);
+  assertEquals(events, ["open", "drop", "error", "close"]);
+  await until(() => place.calls.length === 2);
+  assertEquals(place.calls, ["open", "close 1006"]);
+}, { timeout });
+
+const holding: { name: ProxyName; skip: string | undefined }[] = [
+  // It ignores X-Accel-Buffering, and waits for 4 KiB.
+  { name: "nginx", skip: needs("nginx", "openssl") },
+  // It scans answers, and so reads them to their end.
+  { name: "modsecurity", skip: needs("apache", "modsecurity", "owasp-crs", "openssl") },
+];
+
+for (const { name, skip } of holding) {
+  test(`Behind ${name}, told to hold event streams, a socket opens by polling`, async (t) => {
+    const place = await site(t, undefined);
+    const { port } = await proxy(t, name, place.server, { configuration: "holding" });
+    const connected = await open(t, `http://127.0.0.1:${port}/`);
+    await talk(place, connected);
+    assertEquals([connected.socket.transport, connected.events], ["poll", ["open"]]);
+    connected.socket.close(1000);
+    assertEquals((await connected.closed).code, 1000);
+    await until(() => place.calls.length === 2);
+    assertEquals(place.calls, ["open", "close 1000"]);
+  }, { timeout, skip });
+}
+
+test("In a cluster, each poll may come to any instance", async (t) => {
+  t.defer(() => sleep(50)); // last of all: what is being signed or verified
+  const bus = new MemoryBus(t);
+  const received: string[] = [];
+  const calls: string[] = [];
+  const peers = new Queue<Peer>();
+  const ports: number[] = [];
+  for (let n = 0; n < 3; n++) {
+    const { port } = await listen(t, {
+      sync: cluster(bus.adapter),
+      hooks: {
+        open: (peer) => (calls.push("open"), peers.push(peer)),
+        message: (_, message) => void received.push(message.text()),
+        close: (_, { code }) => void calls.push(`close ${code}`),
+      },
+    });
+    ports.push(port);
+  }
+  await sleep(50, t.signal); // subscriptions tell nobody when they stand
+  const balancer = await roundRobin(t, ports);
+  const front = t.use(await holder(balancer.port, { bytes: Infinity }));
+  const { socket, messages, events, closed } = await open(t, front.url, { transport: "poll" });
+  const peer = await peers.next();
+  const sent = Array.from({ length: 60 }, (_, n) => `${n}`);
+  for (const text of sent) {
+    socket.send(text);
+    peer.send(text);
+    if (text.endsWith("9")) await until(() => received.includes(text), { timeout: 20_000 });
+  }
+  assertEquals(await messages.take(60, { timeout: 20_000 }), sent);
+  assertEquals([received, events, calls], [sent, ["open"], ["open"]]);
+  const asked = new Set(balancer.log.map((each) => each.at(-1)));
+  assertEquals(asked.size, 3);
+  socket.close(1000);
+  assertEquals((await closed).code, 1000);
+  assertEquals(calls, ["open", "close 1000"]);
 }, { timeout });
