@@ -1086,7 +1086,7 @@ class Link implements Carrier {
           [ATTEMPT_HEADER]: `${++this.#attempt}`,
           "last-event-id": `${this.#receipts.received}`,
         },
-        Math.min(deadline - clock(), timeout) || 1,
+        Math.max(Math.min(deadline - clock(), timeout), 1),
         undefined,
         isPatient,
       );
