@@ -1308,7 +1308,7 @@ abstract class Session {
     this.namespace = admission.namespace;
     this.protocol = admission.headers.get(WEBSOCKET_PROTOCOL) ?? "";
     this.heartbeatInterval = hub.heartbeatOf(runtime);
-    this.request = request;
+    this.request = keepReadable(request);
     this.context = admission.context;
     this.remoteAddress = remoteAddressOf(request, runtime);
   }
@@ -2590,7 +2590,17 @@ function offerProtocols(request: Request): void {
   if (offered === null || request.headers.has(WEBSOCKET_PROTOCOL)) return;
   const headers = new Headers(request.headers);
   headers.set(WEBSOCKET_PROTOCOL, offered);
-  Object.defineProperty(request, "headers", {
+  replaceHeaders(request, headers);
+}
+
+/** Hooks read a peer's request as long as it lives: Deno's is gone with its stream of HTTP/2. */
+function keepReadable(request: Request): Request {
+  void request.url; // kept from the first reading on
+  return replaceHeaders(request, new Headers(request.headers));
+}
+
+function replaceHeaders(request: Request, headers: Headers): Request {
+  return Object.defineProperty(request, "headers", {
     value: headers,
     configurable: true,
     enumerable: true,
