@@ -2,7 +2,7 @@
  * Runs the suite under Deno and under Bun: `node tests/run.mjs`, which is what
  * `npm test` does. Arguments: `--only deno|bun` (or DUPLEX_ONLY in the
  * environment), and files or parts of their names. With CI=true a test may be
- * skipped only because it needs JSR.
+ * skipped only because it needs JSR. At the end it names the tests that took longest.
  */
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -26,6 +26,13 @@ const names = only ? [only] : Object.keys(runners);
 const results = [];
 for (const name of names) results.push(await test(name));
 
+for (const { name, slowest } of results) {
+  console.log(`\nslowest (${name}):`);
+  for (const { test, seconds } of slowest) {
+    console.log(`${seconds.toFixed(1).padStart(7)} s  ${test}`);
+  }
+}
+console.log();
 for (const { name, failed, skipped } of results) {
   for (const test of failed) console.log(`failed (${name}): ${test}`);
   for (const test of skipped) console.log(`skipped (${name}): ${test}`);
@@ -89,9 +96,11 @@ async function test(name) {
 /** Sorts the cases of a JUnit report. */
 function read(name, report) {
   const result = { name, passed: 0, failed: [], skipped: [] };
+  const took = [];
   const cases = /<testcase\b([^>]*?)(?:\/>|>([\s\S]*?)<\/testcase>)/g;
   for (const [, attributes, inner = ""] of String(report).matchAll(cases)) {
     const test = unescape(/\bname="([^"]*)"/.exec(attributes)?.[1] ?? "?");
+    took.push({ test, seconds: Number(/\btime="([^"]*)"/.exec(attributes)?.[1] ?? 0) });
     if (/<(failure|error)\b/.test(inner)) result.failed.push(test);
     else if (!/<skipped\b/.test(inner)) result.passed++;
     else if (allowed(test)) result.skipped.push(test);
@@ -99,7 +108,8 @@ function read(name, report) {
         `${test}: nothing else may be skipped with CI=true`,
       );}
   }
-  return result;
+  const slowest = took.sort((a, b) => b.seconds - a.seconds).slice(0, 10);
+  return { ...result, slowest };
 }
 
 function allowed(test) {

@@ -1,7 +1,7 @@
 /** The runner behind `npm test`: what it counts, names and exits with. */
 import { execFile } from "node:child_process";
 import process from "node:process";
-import { assertEquals, assertStringIncludes, root, runtime, test } from "./harness.ts";
+import { assertEquals, assertMatch, assertStringIncludes, root, runtime, test } from "./harness.ts";
 
 /** Runs tests/run.mjs on this runtime; its exit code and what it says. */
 function runTests(
@@ -26,6 +26,7 @@ test("run.mjs names what failed and what was skipped, and why", async () => {
   });
   assertEquals(code, 1);
   assertEquals(lastLine(output), "1 passed, 1 failed, 2 skipped");
+  assertMatch(output, new RegExp(`^slowest \\(${runtime}\\):\n( +\\d+\\.\\d s  .+\n){4}`, "m"));
   assertStringIncludes(output, `failed (${runtime}): fails & says so\n`);
   assertStringIncludes(
     output,
