@@ -14,7 +14,7 @@ import {
   type Scene,
   streamOf,
   UPLINK,
-  WirePeer,
+  WireClient,
 } from "./wire.ts";
 import { concat } from "./split.ts";
 import type { Hooks, SSEOptions } from "../server.ts";
@@ -523,7 +523,7 @@ test("a lower attempt is answered 409 and leaves the newer stream alone", (t) =>
     const peer = await scene.open();
     const headers = resume(peer.token, { "x-duplex-attempt": "5" });
     const newer = t.use(
-      await WirePeer.of(
+      await WireClient.of(
         scene.fetch,
         scene.url,
         await scene.fetch(new Request(scene.url, { headers })),
@@ -687,7 +687,7 @@ test("numbers up to 2^53 - 1 are numbers", (t) =>
     assertEquals(answer.status, 409);
     const headers = resume(peer.token, { "x-duplex-attempt": largest });
     const response = await scene.fetch(new Request(scene.url, { headers }));
-    const resumed = t.use(await WirePeer.of(scene.fetch, scene.url, response));
+    const resumed = t.use(await WireClient.of(scene.fetch, scene.url, response));
     assertEquals(resumed.terms.attempt, Number(largest));
     assertEquals(await resumed.close(), 204);
   }));
@@ -696,7 +696,7 @@ test("an unknown version gets the plain level", (t) =>
   misuse(t, async (scene) => {
     const headers = { accept: FULL.accept!, "x-duplex-version": "2" };
     const response = await scene.fetch(new Request(scene.url, { headers }));
-    const peer = t.use(await WirePeer.of(scene.fetch, scene.url, response, false));
+    const peer = t.use(await WireClient.of(scene.fetch, scene.url, response, false));
     assertEquals(response.headers.get("x-duplex-version"), null);
     assertEquals((await peer.next())!.type, "crossws-id");
     await peer.drop();
@@ -829,7 +829,7 @@ for (const [way, fail] of WAYS) {
   }
 
   /** How each of the other hooks is made to run, once the session is open. */
-  const positions: Record<string, (peer: WirePeer, scene: Scene) => Promise<unknown>> = {
+  const positions: Record<string, (peer: WireClient, scene: Scene) => Promise<unknown>> = {
     open: () => Promise.resolve(),
     message: (peer) => peer.post(ONE).then((response) => peer.seq++ && response),
     ping: (peer) => peer.post(frame("PING", "hi")),

@@ -22,7 +22,8 @@ import {
   until,
   within,
 } from "./harness.ts";
-import { connect, listen, openRaw, type Pair, shutDown } from "./pair.ts";
+import { connect, listen, type Pair, shutDown } from "./pair.ts";
+import { wireClient } from "./wire.ts";
 
 interface Instance extends Pair<Record<string, unknown>> {
   readonly got: string[];
@@ -95,7 +96,7 @@ test("Redis is down at the start: as soon as it is there, all is as it should be
   }
   tabs[0]!.socket.send("local traffic goes on");
   await tabs[0]!.messages.next();
-  const { token } = await openRaw(t, instances[0]!.url);
+  const { token } = await wireClient(t, instances[0]!.url);
   assertEquals(await post(instances[1]!, token, 1, "TEXT 2\r\nhi\r\n"), 503);
 
   await server.start();
@@ -202,7 +203,7 @@ test("a driver may take back the memory of what it has delivered", async (t) => 
   const text = "0123456789".repeat(5_000);
   one.ws.publish("all", text);
   assertEquals(await messages.next(), text);
-  const { token } = await openRaw(t, one.url);
+  const { token } = await wireClient(t, one.url);
   assertEquals(await post(other, token, 1, "TEXT 2\r\nhi\r\n"), 204);
   assertEquals([one.got, one.errors, other.errors], [["hi"], [], []]);
 });
@@ -213,7 +214,7 @@ test("messages as large as the servers take are routed, too", async (t) => {
   const [one, other] = await Promise.all(
     [0, 1].map(() => start(t, bus.adapter, { maxMessageSize: size, timeout: 15_000 })),
   ) as [Instance, Instance];
-  const { token } = await openRaw(t, one.url);
+  const { token } = await wireClient(t, one.url);
   const body = `TEXT ${size.toString(16)}\r\n${"x".repeat(size)}\r\n`;
   assertEquals(await post(other, token, 1, body), 204);
   assertEquals([one.got, one.errors, other.errors], [["x".repeat(20)], [], []]);
@@ -239,7 +240,7 @@ test("requests wait for the subscription: they are answered after it, or 503 in 
     start(t, bus.adapter),
     start(t, late, { timeout: 1_000 }),
   ]) as [Instance, Instance];
-  const { token } = await openRaw(t, owner.url);
+  const { token } = await wireClient(t, owner.url);
   const text = "TEXT 2\r\nhi\r\n";
   const tooLate = await post(other, token, 1, text);
   assertEquals([tooLate, bus.counts.published, owner.got], [503, 0, []]);
@@ -257,7 +258,7 @@ test("bodies that wait for the subscription take bounded memory, and give it bac
   const timeout = 3_000;
   const owner = await start(t, bus.adapter);
   const other = await start(t, gated(bus, gate.promise), { timeout });
-  const { token } = await openRaw(t, owner.url);
+  const { token } = await wireClient(t, owner.url);
   const body = `TEXT ${(2 ** 20 - 20).toString(16)}\r\n${"x".repeat(2 ** 20 - 20)}\r\n`;
   const begin = performance.now();
   const times = await Promise.all(Array.from({ length: 40 }, async () => {
@@ -281,7 +282,7 @@ test("an owner that is behind answers once it can, while somebody waits for it",
   };
   const owner = await start(t, behind, { timeout: 1_000 });
   const other = await start(t, bus.adapter, { timeout: 1_000 });
-  const { token } = await openRaw(t, owner.url);
+  const { token } = await wireClient(t, owner.url);
   const fill = () => {
     for (let n = 0; n < 1_100; n++) owner.ws.publish("nobody's", "x"); // 1024 may be pending
   };
@@ -340,7 +341,7 @@ async function request(token: string, changes: Record<string, unknown> = {}) {
 test("a request is served once, and not half a minute before or after its time", async (t) => {
   const bus = new MemoryBus(t);
   const one = await start(t, bus.adapter);
-  const { token } = await openRaw(t, one.url);
+  const { token } = await wireClient(t, one.url);
   const inject = (data: Uint8Array) =>
     bus.inject({ namespace: "\0duplex", topic: token.slice(0, 16), data });
   const served = await message(token, await request(token), "SEQ 1\r\n1\r\nTEXT 2\r\nhi\r\n");
@@ -368,7 +369,7 @@ test("a flood of questions for unknown sessions keeps no publication from going 
   const instances = await Promise.all([0, 1, 2].map(() => start(t, bus.adapter))) as Instance[];
   const tabs = instances.map(({ url }) => connect(t, url));
   for (const { opened } of tabs) await opened;
-  const { token } = await openRaw(t, instances[0]!.url);
+  const { token } = await wireClient(t, instances[0]!.url);
   const flood = async (topic: string) => {
     for (let n = 0; n < 1_200; n++) {
       const data = await message(STRANGER, await request(STRANGER));
@@ -438,7 +439,7 @@ async function flooded(t: TestContext) {
     onError: (error) => void errors.push((error as Error).message),
     hooks: { message: (_, message) => void got.push(message.text()) },
   });
-  const { token } = await openRaw(t, url);
+  const { token } = await wireClient(t, url);
   const { session } = await request(token);
   const key = createHash("sha256").update(`duplex-sse key ${token}`).digest();
   /** As {@link message}, but without waiting for anything. */
@@ -522,7 +523,7 @@ test(
     const [one, other] = await Promise.all(
       [0, 1].map(() => start(t, bus.adapter, { maxPayload: 8000, timeout: 60_000 })),
     ) as [Instance, Instance];
-    const { token } = await openRaw(t, one.url);
+    const { token } = await wireClient(t, one.url);
     const topic = token.slice(0, 16);
     const before = process.memoryUsage().rss;
     for (let n = 0; n < 3_000; n++) {
@@ -562,7 +563,7 @@ test("a relayed stream that is superseded before its first byte just ends", asyn
     Instance,
     Instance,
   ];
-  const { token } = await openRaw(t, owner.url);
+  const { token } = await wireClient(t, owner.url);
   const resume = ({ url }: Instance, attempt: number) =>
     fetch(url, {
       headers: {

@@ -27,7 +27,8 @@ import {
   type TestContext,
   until,
 } from "./harness.ts";
-import { connect, listen, openRaw, type Pair } from "./pair.ts";
+import { connect, listen, type Pair } from "./pair.ts";
+import { wireClient } from "./wire.ts";
 
 const UPLINK = "application/websocket-events";
 
@@ -214,8 +215,9 @@ test("a foreign session's requests: 401 of the hook here, 404 and 409 of the own
   const bus = new MemoryBus(t);
   const { instances, told, errors } = await start(t, bus.adapter);
   const [owner, other] = instances as [Pair<never>, Pair<never>];
-  const { token, post } = await openRaw(t, `${owner.url}/a`);
-  assertEquals((await post("TEXT 2\r\nhi\r\n", 1)).status, 204);
+  const client = await wireClient(t, `${owner.url}/a`);
+  const { token } = client;
+  assertEquals(await client.frames("TEXT 2\r\nhi\r\n", 1), [204, 1]);
   const ask = async (init: RequestInit & { path?: string; headers?: Record<string, string> }) => {
     const { path = "/a", headers, ...rest } = init;
     const response = await fetch(`${other.url}${path}`, {
@@ -271,7 +273,7 @@ test("nobody answers: 503 in time, and onError knows", async (t) => {
 
 test("a streaming body at the wrong instance is 411, and plain messages are taken there", async (t) => {
   const { instances, told } = await start(t, new MemoryBus(t).adapter);
-  const { token } = await openRaw(t, `${instances[0]!.url}/a`);
+  const { token } = await wireClient(t, `${instances[0]!.url}/a`);
   const streaming = (headers: Record<string, string>) =>
     fetch(`${instances[1]!.url}/a`, {
       method: "POST",
@@ -338,7 +340,7 @@ test("garbage, other versions, forgeries and replays are ignored and reported", 
   const bus = new MemoryBus(t);
   const { instances, errors, told } = await start(t, bus.adapter);
   const [owner, other] = instances as [Pair<never>, Pair<never>];
-  const raw = await openRaw(t, `${owner.url}/a`);
+  const raw = await wireClient(t, `${owner.url}/a`);
   const resume = (attempt: number) =>
     fetch(`${other.url}/a`, {
       headers: {
@@ -390,7 +392,7 @@ test("garbage, other versions, forgeries and replays are ignored and reported", 
 
   // None of it has touched the session, and somebody's "unknown" does not outdo the owner.
   assertEquals([told[0], raw.token.length], [["open"], 49]);
-  assertEquals((await raw.post("TEXT 2\r\nhi\r\n", 1)).status, 204);
+  assertEquals(await raw.frames("TEXT 2\r\nhi\r\n", 1), [204, 1]);
   const next = await resume(2);
   assertEquals(next.status, 200);
   await next.body!.cancel();
@@ -412,7 +414,7 @@ test('a forged "unknown" loses against the owner\'s answer', async (t) => {
     },
   });
   const { instances, told } = await start(t, bus.adapter);
-  const { token } = await openRaw(t, `${instances[0]!.url}/a`);
+  const { token } = await wireClient(t, `${instances[0]!.url}/a`);
   const response = await fetch(`${instances[1]!.url}/a`, {
     method: "POST",
     headers: { "x-crossws-id": token, "content-type": UPLINK },
@@ -595,7 +597,7 @@ test(
       for (const count of [1, 2, 4, 8]) {
         const bus = new MemoryBus(t, { send });
         const { instances } = await start(t, bus.adapter, { count });
-        const { token, events } = await openRaw(t, `${instances[0]!.url}/a`);
+        const { token, events } = await wireClient(t, `${instances[0]!.url}/a`);
         bus.reset();
         const body = "SEQ 1\r\n1\r\n" + `TEXT 64\r\n${"x".repeat(100)}\r\n`.repeat(10);
         const { status } = await fetch(`${instances.at(-1)!.url}/a`, {

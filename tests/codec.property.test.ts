@@ -27,7 +27,7 @@ import {
   post,
   streamOf,
   UPLINK,
-  WirePeer,
+  WireClient,
 } from "./wire.ts";
 
 const soak = process.env.DUPLEX_SOAK === "1";
@@ -265,7 +265,7 @@ test(
         fc.array(fc.tuple(fc.nat(8), fc.nat(8), fc.boolean(), cuts), { maxLength: 5 }),
         async (messages, parts) => {
           server.taken = [];
-          const peer = await WirePeer.open(server.ws.fetch, URL_);
+          const peer = await WireClient.open(server.ws.fetch, URL_);
           let received = 0;
           const send = async (
             first: number,
@@ -415,7 +415,7 @@ test(
           assertEquals(server.taken, taken);
           return server.check(undefined);
         }
-        const peer = await WirePeer.duplex(server.ws.fetch, URL_, from(1, stream));
+        const peer = await WireClient.duplex(server.ws.fetch, URL_, from(1, stream));
         const code = closed ?? (status === 400 ? 1002 : undefined);
         if (ended) { while (await peer.next()); }
         else if (code) assertEquals(await peer.closed(), code);
@@ -483,7 +483,7 @@ test(
       hooks: { message: (_, message) => whole.resolve(message.uint8Array().length) },
     });
     t.defer(() => ws.close());
-    const peer = await WirePeer.open(ws.fetch, URL_);
+    const peer = await WireClient.open(ws.fetch, URL_);
     const byte = new Uint8Array([120]);
     let most = 0;
     const before = process.memoryUsage().rss;

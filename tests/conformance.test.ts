@@ -15,11 +15,12 @@ import {
   type TestServer,
   within,
 } from "./harness.ts";
-import { ack, type Asked, RawSession, ScriptedServer, seq, text } from "./session.ts";
+import { type Asked, ScriptedServer } from "./scripted.ts";
+import { ack, seq, text, type WireClient, wireClient } from "./wire.ts";
 
 interface Scene {
   server: TestServer;
-  session: RawSession;
+  client: WireClient;
   messages: (string | Uint8Array)[];
   peer: Promise<Peer>;
   closed: Promise<CloseDetails>;
@@ -42,8 +43,8 @@ async function scene(t: TestContext, options: SSEOptions = {}): Promise<Scene> {
   });
   const server = t.use(await t.serve((request, info) => ws.fetch(request, info)));
   t.defer(() => ws.close(1001, "", { signal: AbortSignal.abort() }));
-  const session = new RawSession(server.port, "/chat");
-  return { server, session, messages, peer: peer.promise, closed: closed.promise };
+  const client = await wireClient(t, `${server.url}/chat`);
+  return { server, client, messages, peer: peer.promise, closed: closed.promise };
 }
 
 for (
@@ -68,43 +69,39 @@ for (
   ] as const
 ) {
   test(`frames: ${what}: ${status}, and ${received} messages are received`, async (t) => {
-    const { session, messages } = await scene(t);
-    await using stream = await session.open();
-    assertEquals(await session.send(seq(1) + frames), [status, received]);
+    const { client, messages } = await scene(t);
+    assertEquals(await client.frames(seq(1) + frames), [status, received]);
     assertEquals(messages.length, received);
-    assertEquals(await session.send("PING\r\n"), [204, received], "the session goes on");
-    stream.drop();
+    assertEquals(await client.frames("PING\r\n"), [204, received], "the session goes on");
+    await client.drop();
   });
 }
 
 test("maxMessageSize measures the payload of uplink messages, and nothing that comes down", async (t) => {
-  const { session, messages, peer } = await scene(t, { maxMessageSize: 16 });
-  await using stream = await session.open();
-  assertEquals(await session.send(seq(1) + text("ä".repeat(8))), [204, 1]);
+  const { client, messages, peer } = await scene(t, { maxMessageSize: 16 });
+  assertEquals(await client.frames(seq(1) + text("ä".repeat(8))), [204, 1]);
   (await peer).send("x".repeat(1000));
-  assertEquals((await stream.until("")).length, 1000);
-  assertEquals(await session.send(seq(2) + text("x".repeat(17))), [413, 1]);
+  assertEquals((await client.message()).length, 1000);
+  assertEquals(await client.frames(seq(2) + text("x".repeat(17))), [413, 1]);
   assertEquals(messages, ["ä".repeat(8)]);
-  assertEquals(JSON.parse(await stream.until("duplex-close")).code, 1009);
+  assertEquals(await client.closed(), 1009);
 });
 
 test("CLOSE and control frames are taken at a full window, and do not count in it", async (t) => {
-  const { session, closed } = await scene(t, {
+  const { client, closed } = await scene(t, {
     window: 32,
     hooks: { message: () => new Promise(() => {}) },
   });
-  await using stream = await session.open();
-  assertEquals(await session.send(seq(1) + text("x".repeat(32))), [204, 1]);
-  assertEquals(await session.send(ack(0) + "PING 1\r\nx\r\n".repeat(20)), [204, 1]);
-  assertEquals(await session.send(`${seq(2)}CLOSE\r\n`), [204, 2]);
-  assertEquals(JSON.parse(await stream.until("duplex-close")).code, 1005);
+  assertEquals(await client.frames(seq(1) + text("x".repeat(32))), [204, 1]);
+  assertEquals(await client.frames(ack(0) + "PING 1\r\nx\r\n".repeat(20)), [204, 1]);
+  assertEquals(await client.frames(`${seq(2)}CLOSE\r\n`), [204, 2]);
+  assertEquals(await client.closed(), 1005);
   assertEquals(await closed, { code: 1005, reason: "" });
 });
 
 test("terms without a limit are null", async (t) => {
-  const { session } = await scene(t, { maxMessageSize: Infinity, idleTimeout: Infinity });
-  await using stream = await session.open();
-  const terms = JSON.parse(await stream.until("duplex-open"));
+  const { client } = await scene(t, { maxMessageSize: Infinity, idleTimeout: Infinity });
+  const terms = client.terms;
   assertEquals([terms.maxMessageSize, terms.idleTimeout], [null, null]);
   assertEquals(Object.keys(terms).sort(), [
     ...["attempt", "handled", "heartbeatInterval", "idleTimeout", "maxMessageSize", "next"],
@@ -113,23 +110,21 @@ test("terms without a limit are null", async (t) => {
 });
 
 test("bytes come as base64 of the standard alphabet with padding, none as an empty data line", async (t) => {
-  const { session, peer } = await scene(t);
-  await using stream = await session.open();
+  const { client, peer } = await scene(t);
   for (const bytes of [[], [255], [251, 239], [250, 236, 62]]) {
     (await peer).send(Uint8Array.from(bytes));
   }
   const data = [];
-  for (let n = 0; n < 4; n++) data.push(await stream.until("duplex-binary"));
+  for (let n = 0; n < 4; n++) data.push(await client.events.find("duplex-binary"));
   assertEquals(data, ["", "/w==", "++8=", "+uw+"]);
 });
 
 test("a POST with a token is a resumption only where it accepts event streams alone", async (t) => {
-  const { server, session, messages } = await scene(t);
-  await using stream = await session.open();
+  const { server, client, messages } = await scene(t);
   const post = async (accept: string, type: string, frames: string) => {
     const head = [
       ...["POST /chat HTTP/1.1", "host: localhost", `accept: ${accept}`, `content-type: ${type}`],
-      ...["x-duplex-version: 1", `x-crossws-id: ${session.token}`, "connection: close"],
+      ...["x-duplex-version: 1", `x-crossws-id: ${client.token}`, "connection: close"],
       ...["x-duplex-attempt: 1", "last-event-id: 0", `content-length: ${frames.length}`],
     ].join("\r\n");
     return t.use(await rawRequest(server.port, `${head}\r\n\r\n${frames}`));
@@ -142,23 +137,22 @@ test("a POST with a token is a resumption only where it accepts event streams al
   assertEquals([other.status, other.headers.get("x-duplex-received")], [204, "2"]);
   const resumed = await post("text/event-stream", type, seq(3) + text("three"));
   assertEquals(resumed.headers.get("content-type"), "text/event-stream");
-  await stream.ended();
-  assertEquals(await session.send(seq(4) + text("four")), [204, 4]);
+  await client.events.ended();
+  assertEquals(await client.frames(seq(4) + text("four")), [204, 4]);
   assertEquals(messages, ["one", "two", "three", "four"]);
 });
 
 test("a tombstone replays the close whatever the client has, and takes CLOSE again", async (t) => {
-  const { session } = await scene(t);
-  await using stream = await session.open();
-  assertEquals(await session.send(`${seq(1)}CLOSE\r\n`), [204, 1]);
-  await stream.ended();
-  await using again = await session.resume(3, 7);
-  const { next, received, attempt } = JSON.parse(await again.until("duplex-open"));
+  const { client } = await scene(t);
+  assertEquals(await client.frames(`${seq(1)}CLOSE\r\n`), [204, 1]);
+  await client.events.ended();
+  await using again = await client.resume(3, 7);
+  const { next, received, attempt } = again.terms;
   assertEquals([next, received, attempt], [8, 1, 3]);
-  assertEquals(await again.ended(), [
+  assertEquals(await again.events.ended(), [
     { type: "duplex-close", data: JSON.stringify({ code: 1005, reason: "", sent: 0 }) },
   ]);
-  assertEquals(await session.send(`${seq(1)}CLOSE\r\n`), [204, 1]);
+  assertEquals(await client.frames(`${seq(1)}CLOSE\r\n`), [204, 1]);
 });
 
 /** A client of ours, and the server that the test is. */

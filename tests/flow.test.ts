@@ -18,7 +18,7 @@ import {
   within,
 } from "./harness.ts";
 import { adapter, closeAll, dial, shutDown } from "./pair.ts";
-import { post, streamOf, WirePeer } from "./wire.ts";
+import { post, streamOf, WireClient } from "./wire.ts";
 import { MB, type Measured, measured, type MeasuredState, RawStream, soak } from "./measured.ts";
 
 const WINDOW = 256 * 1024;
@@ -745,7 +745,7 @@ test("a plain body is paused while hooks are behind by a window, and goes on onc
       },
     },
   });
-  const peer = t.use(await WirePeer.open(ws.fetch, "http://localhost/", { full: false }));
+  const peer = t.use(await WireClient.open(ws.fetch, "http://localhost/", { full: false }));
   const chunks = ["one", "two", "three", "four", "five"];
   const request = post(peer.url, { "x-crossws-id": peer.token }, streamOf(chunks));
   const answer = ws.fetch(request);

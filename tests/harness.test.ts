@@ -233,6 +233,7 @@ test("a child that says nothing is reported with its stderr", async (t) => {
   });
   await child.line();
   child.send("to stderr: oh");
+  t.expect("to stderr: oh");
   await until(() => child.stderr());
   const late = () => child.line({ timeout: 10 });
   await assertRejects(late, Error, "oh");

@@ -110,8 +110,10 @@ export class TestContext {
   ): Promise<Child> {
     const child = await spawn(runtime, file, options);
     this.defer(async () => {
-      const { code } = await child.exited;
-      if (code) this.complaints.add(`${runtime} ${file}: it exited by ${code}`);
+      const { code, signal } = await child.exited;
+      // From 128 on it names a signal, which the test has sent.
+      if (code && code < 128) this.complaints.add(`${runtime} ${file}: it exited by ${code}`);
+      if (signal && !ENDING.includes(signal)) this.complaints.add(`${runtime} ${file}: ${signal}`);
       this.complaints.add(...lines(child.stderr()).map((line) => `${runtime} ${file}: ${line}`));
     });
     return this.use(child);
@@ -129,6 +131,9 @@ export class TestContext {
 
 /** In milliseconds. */
 const SETTLING = 10;
+
+/** A child that ends by another one has crashed. */
+const ENDING = ["SIGTERM", "SIGKILL", "SIGINT"];
 
 type Declare = (
   name: string,

@@ -19,7 +19,7 @@ import {
   until,
   within,
 } from "./harness.ts";
-import { connect, listen, openRaw, Queue, shutDown } from "./pair.ts";
+import { connect, listen, Queue, shutDown } from "./pair.ts";
 import {
   byteStreamOf,
   frame,
@@ -28,7 +28,8 @@ import {
   post,
   streamOf as ordinaryStreamOf,
   UPLINK,
-  WirePeer,
+  WireClient,
+  wireClient,
 } from "./wire.ts";
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/;
@@ -218,7 +219,7 @@ test("upgrade is asked again for every uplink, and a refusal reaches no other ho
       message: (_, message) => void messages.push(message.text()),
     },
   });
-  const { token } = await openRaw(t, url);
+  const { token } = await wireClient(t, url);
   const post = (who: string) =>
     fetch(url, {
       method: "POST",
@@ -421,7 +422,7 @@ test("what the resolved upgrade returns stands over what the adapter's returned"
       }),
     }),
   });
-  const { response } = await openRaw(t, url, { "x-duplex-protocol": "a, b" });
+  const { response } = await wireClient(t, url, { "x-duplex-protocol": "a, b" });
   const peer = await peers.next();
   assertEquals(response.headers.get("x-who"), "resolved");
   assertEquals(response.headers.get("sec-websocket-protocol"), "b");
@@ -604,7 +605,7 @@ test("the id is public and gives no power: it is never the token", async (t) => 
       message: (_, message) => void messages.push(message.text()),
     },
   });
-  const { token } = await openRaw(t, url);
+  const { token } = await wireClient(t, url);
   const { id } = await peers.next();
   assert(!token.includes(id) && !token.includes(id.replaceAll("-", "")));
   const response = await fetch(url, { method: "POST", headers: { "x-crossws-id": id }, body: "x" });
@@ -619,13 +620,14 @@ test("a peer becomes its id as a string, and shows itself readably, without the 
   const { url } = await listen(t, {
     hooks: { open: (peer) => peers.push(peer), message: (_, message) => received.push(message) },
   });
-  const { token, post } = await openRaw(t, `${url}/room`);
+  const client = await wireClient(t, `${url}/room`);
+  const { token } = client;
   const peer = await peers.next();
   peer.subscribe("news");
   assertEquals(`${peer}`, peer.id);
   assertEquals(peer + "", peer.id);
   assertEquals(String(peer), peer.id);
-  await post("TEXT 5\r\nhello\r\n", 1);
+  await client.frames("TEXT 5\r\nhello\r\n", 1);
   const message = await received.next();
   const inspectors: ((value: unknown) => string)[] = [inspect];
   if (runtime === "deno") inspectors.push((value) => Deno.inspect(value));
@@ -734,15 +736,15 @@ test("bytes may be changed after they were sent or published", async (t) => {
 test("send returns the bytes queued, -1 once they must wait, and 0 when the peer is closed", async (t) => {
   const peers = new Queue<Peer>();
   const { url } = await listen(t, { window: 100, hooks: { open: (peer) => peers.push(peer) } });
-  const { events, post } = await openRaw(t, url);
+  const client = await wireClient(t, url);
   const peer = await peers.next();
   assertEquals(peer.send("a".repeat(200)), "data: \n\n".length + 200);
-  await events.find("message"); // the window is full now
+  await client.message(); // the window is full now
   peer.send("b");
   await until(() => peer.send("c") === -1);
   assertGreater(peer.bufferedAmount, 0);
   assertEquals(peer.websocket.bufferedAmount, peer.bufferedAmount);
-  await post("ACK 1\r\n1\r\n");
+  await client.frames("ACK 1\r\n1\r\n");
   await peer.waitForDrain();
   assertEquals(peer.bufferedAmount, 0);
   peer.close();
@@ -759,22 +761,22 @@ test("waitForDrain resolves at once when nothing waits, at its threshold, and wh
       drain: (peer) => void drains.push(peer.bufferedAmount),
     },
   });
-  const { events, post } = await openRaw(t, url);
+  const client = await wireClient(t, url);
   const peer = await peers.next();
   await peer.waitForDrain();
   for (let i = 0; i < 4; i++) peer.send("x".repeat(992)); // 1000 bytes each, encoded
-  await events.find("message");
+  await client.message();
   assertEquals(peer.bufferedAmount, 3000);
   const order: string[] = [];
   const half = peer.waitForDrain({ threshold: 2000 }).then(() => order.push("threshold"));
   const all = peer.waitForDrain({ pollInterval: 1 }).then(() => order.push("all"));
-  await post("ACK 1\r\n1\r\n");
+  await client.frames("ACK 1\r\n1\r\n");
   await half;
   assertEquals(order, ["threshold"]);
   assertEquals(peer.bufferedAmount, 2000);
   assertEquals(drains, []);
-  await post("ACK 1\r\n2\r\n");
-  await post("ACK 1\r\n3\r\n");
+  await client.frames("ACK 1\r\n2\r\n");
+  await client.frames("ACK 1\r\n3\r\n");
   await all;
   await until(() => drains.length > 0);
   assertEquals(drains, [0]);
@@ -789,11 +791,11 @@ test("waitForDrain resolves at once when nothing waits, at its threshold, and wh
 test("waitForDrain rejects with its signal's reason, before and during the wait", async (t) => {
   const peers = new Queue<Peer>();
   const { url } = await listen(t, { window: 10, hooks: { open: (peer) => peers.push(peer) } });
-  const { events } = await openRaw(t, url);
+  const client = await wireClient(t, url);
   const peer = await peers.next();
   peer.send("x".repeat(100));
   peer.send("y");
-  await events.find("message");
+  await client.message();
   const abort = new AbortController();
   const waiting = assertRejects(
     () => peer.waitForDrain({ signal: abort.signal }),
@@ -855,7 +857,7 @@ test("who changes the set of topics ends no subscription behind the server's bac
     },
   });
   t.defer(() => ws.close());
-  t.use(await WirePeer.open(ws.fetch, "http://localhost/"));
+  t.use(await WireClient.open(ws.fetch, "http://localhost/"));
   const [peer] = peers as [Peer];
   peer.topics.clear();
   assertEquals([...peer.topics], ["news"]);
@@ -1083,8 +1085,8 @@ test("a client that vanishes closes with 1006 once resumeTimeout is over", async
     resumeTimeout: 50,
     hooks: { close: (_, details) => closes.push(details) },
   });
-  const { events } = await openRaw(t, url);
-  await events.cancel();
+  const client = await wireClient(t, url);
+  await client.drop();
   assertEquals(await closes.next(), { code: 1006, reason: "" });
 });
 
@@ -1127,8 +1129,8 @@ test("peer.ping is answered by the client and comes back in the pong hook, with 
 test("a client's PING comes in the ping hook", async (t) => {
   const pings = new Queue<[Peer, Uint8Array]>();
   const { url } = await listen(t, { hooks: { ping: (peer, data) => pings.push([peer, data]) } });
-  const { post } = await openRaw(t, url);
-  assertEquals((await post("PING 3\r\nabc\r\nPING\r\n")).status, 204);
+  const client = await wireClient(t, url);
+  assertEquals(await client.frames("PING 3\r\nabc\r\nPING\r\n"), [204, 0]);
   const [first, second] = await pings.take(2);
   assertEquals(first![1], new TextEncoder().encode("abc"));
   assertEquals(second![1].length, 0);
@@ -1161,7 +1163,7 @@ test("what hooks were given stays as it was while the body is read on, into the 
   });
   for (const streamOf of [byteStreamOf, ordinaryStreamOf]) {
     given.length = 0;
-    const peer = await WirePeer.open(ws.fetch, "http://localhost/");
+    const peer = await WireClient.open(ws.fetch, "http://localhost/");
     const frames = sent.map(([type, payload]) => frame(type, payload));
     const response = await peer.post(streamOf([frame("SEQ", "1"), ...frames]), UPLINK);
     assertEquals(response.status, 204);
@@ -1369,9 +1371,9 @@ for (const when of ["aborts", "has aborted"]) {
     const closes: (number | undefined)[] = [];
     const hooks = { close: (_: Peer, { code }: { code?: number }) => void closes.push(code) };
     const ws = sseAdapter({ bidir: true, resumeTimeout: 60_000, hooks });
-    const away = await WirePeer.open(ws.fetch, "http://localhost/");
+    const away = await WireClient.open(ws.fetch, "http://localhost/");
     await away.drop();
-    const there = t.use(await WirePeer.open(ws.fetch, "http://localhost/"));
+    const there = t.use(await WireClient.open(ws.fetch, "http://localhost/"));
     const end = new AbortController();
     if (when === "has aborted") end.abort();
     const closing = within(ws.close(1012, "restart", { signal: end.signal }), 1000, "the end");

@@ -22,7 +22,8 @@ import {
   until,
   within,
 } from "./harness.ts";
-import { connect, EventReader, listen, Queue } from "./pair.ts";
+import { connect, listen, Queue } from "./pair.ts";
+import { EventReader } from "./wire.ts";
 
 // What crossws's client takes for granted; Bun has none.
 (globalThis as { EventSource?: unknown }).EventSource ??= NpmEventSource;
@@ -369,21 +370,22 @@ test("an event id that is unknown, expired or of another path opens a new sessio
     assertEquals(response.status, 200);
     const events = new EventReader(response.body!);
     t.defer(() => events.cancel());
-    return { events, first: await events.find("crossws-id") };
+    await events.find("crossws-id");
+    return events;
   };
   for (const id of ["x", "1", `${"0".repeat(32)}.0`]) {
     await open(id);
     await peers.next();
   }
-  const { first } = await open(undefined);
+  const { id: first } = await open(undefined);
   const peer = await peers.next();
-  await open(first.id, "/other");
+  await open(first, "/other");
   assertNotEquals((await peers.next()).id, peer.id);
-  const { events } = await open(first.id); // the same session: no peer is opened
+  const events = await open(first); // the same session: no peer is opened
   assertEquals(peers.left, 0);
   await events.cancel();
   assertEquals(await closes.next(), { code: 1006, reason: "" }); // expired
-  await open(first.id);
+  await open(first);
   assertNotEquals((await peers.next()).id, peer.id);
 });
 
@@ -393,9 +395,10 @@ test("an event id can resume but not send", async (t) => {
   const response = await fetch(url, { headers: { accept: "text/event-stream" } });
   const events = new EventReader(response.body!);
   t.defer(() => events.cancel());
-  const { id } = await events.find("crossws-id");
-  const key = id!.split(".")[0]!;
-  for (const token of [key, id!, `${"0".repeat(16)}.${key}`]) {
+  await events.find("crossws-id");
+  const { id } = events;
+  const key = id.split(".")[0]!;
+  for (const token of [key, id, `${"0".repeat(16)}.${key}`]) {
     const status = await post(url, token, "x");
     assert(status === 400 || status === 404);
   }

@@ -13,7 +13,7 @@ import {
   until,
 } from "./harness.ts";
 import { type Around, connect, type Connected, listen } from "./pair.ts";
-import { ScriptedServer } from "./session.ts";
+import { ScriptedServer } from "./scripted.ts";
 
 const SIZE = 20_000;
 const COUNT = 100;

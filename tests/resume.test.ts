@@ -11,6 +11,7 @@ import {
   assert,
   assertEquals,
   assertLess,
+  assertRejects,
   deferred,
   once,
   sleep,
@@ -18,7 +19,8 @@ import {
   type TestContext,
   until,
 } from "./harness.ts";
-import { ack, CLOSE_3127, RawSession, ScriptedServer, seq, text } from "./session.ts";
+import { ScriptedServer } from "./scripted.ts";
+import { ack, CLOSE_3127, NotOpened, seq, text, wireClient } from "./wire.ts";
 
 const TRANSPORTS = ["duplex", "stream", "post"] as const;
 
@@ -56,19 +58,26 @@ async function host(t: TestContext, options: SSEOptions = {}) {
     return ws.close();
   });
   const server = await t.serve(ws.fetch);
-  return { ws, log, port: server.port, opened: opened.promise, closed: closed.promise };
+  return {
+    ws,
+    log,
+    url: server.url,
+    port: server.port,
+    opened: opened.promise,
+    closed: closed.promise,
+  };
 }
 
 /** An open session of raw requests. */
 async function rawSession(t: TestContext, options: SSEOptions = {}) {
   const server = await host(t, options);
-  const session = new RawSession(server.port);
-  const stream = t.use(await session.open());
-  await stream.until("duplex-open");
+  const client = await wireClient(t, server.url);
   const peer = await server.opened;
   const resume = async (attempt: number, lastEventId: number) =>
-    t.use(await session.resume(attempt, lastEventId));
-  return { ...server, session, stream, peer, resume };
+    t.use(await client.resume(attempt, lastEventId));
+  const refused = async (attempt: number, lastEventId: number) =>
+    (await assertRejects(() => client.resume(attempt, lastEventId), NotOpened)).status;
+  return { ...server, client, peer, resume, refused };
 }
 
 /** A client before a server, through a proxy. */
@@ -112,167 +121,166 @@ const numbers = (from: number, to: number) =>
 // ---------------------------------------------------------------- the server, by raw requests
 
 test("a drop before the first message loses nothing of what is sent meanwhile", async (t) => {
-  const { peer, stream, resume } = await rawSession(t);
-  stream.drop();
+  const { peer, client, resume } = await rawSession(t);
+  await client.drop();
   peer.send("1");
   peer.send("2");
   const again = await resume(1, 0);
-  assertEquals(JSON.parse(await again.until("duplex-open")).next, 1);
-  assertEquals(await again.messages(2), ["1", "2"]);
+  assertEquals(again.terms.next, 1);
+  assertEquals(await again.events.messages(2), ["1", "2"]);
 });
 
 test("what was sent and not acknowledged comes again, what was acknowledged does not", async (t) => {
-  const { peer, session, stream, resume } = await rawSession(t);
+  const { peer, client, resume, refused } = await rawSession(t);
   for (const n of numbers(1, 10)) peer.send(n);
-  await stream.messages(10);
-  assertEquals(await session.send(ack(4)), [204, 0]);
-  stream.drop();
-  assertEquals((await resume(1, 3)).status, 409); // 4 is gone: it was acknowledged
+  await client.events.messages(10);
+  assertEquals(await client.frames(ack(4)), [204, 0]);
+  await client.drop();
+  assertEquals(await refused(1, 3), 409); // 4 is gone: it was acknowledged
   const again = await resume(2, 6); // which acknowledges up to 6
-  assertEquals(JSON.parse(await again.until("duplex-open")).next, 7);
-  assertEquals(await again.messages(4), numbers(7, 10));
-  assertEquals((await resume(3, 5)).status, 409);
+  assertEquals(again.terms.next, 7);
+  assertEquals(await again.events.messages(4), numbers(7, 10));
+  assertEquals(await refused(3, 5), 409);
 });
 
 test("the highest attempt wins, an equal one replaces, a lower one gets 409 and changes nothing", async (t) => {
-  const { peer, stream, resume, log } = await rawSession(t);
+  const { peer, client, resume, log, refused } = await rawSession(t);
   peer.send("1");
-  await stream.messages(1);
+  await client.events.messages(1);
   const fifth = await resume(5, 1); // while the old connection lives
-  assertEquals(await stream.ended(), []);
-  assertEquals(JSON.parse(await fifth.until("duplex-open")).attempt, 5);
-  assertEquals((await resume(4, 1)).status, 409); // late
+  assertEquals(await client.events.ended(), []);
+  assertEquals(fifth.terms.attempt, 5);
+  assertEquals(await refused(4, 1), 409); // late
   peer.send("2");
-  assertEquals(await fifth.messages(1), ["2"]);
+  assertEquals(await fifth.events.messages(1), ["2"]);
   const twice = await resume(5, 1);
-  await fifth.ended();
-  assertEquals(await twice.messages(1), ["2"]);
+  await fifth.events.ended();
+  assertEquals(await twice.events.messages(1), ["2"]);
   const sixth = await resume(6, 2);
-  await twice.ended();
-  assertEquals((await resume(5, 2)).status, 409);
+  await twice.events.ended();
+  assertEquals(await refused(5, 2), 409);
   peer.send("3");
-  assertEquals(await sixth.messages(1), ["3"]);
+  assertEquals(await sixth.events.messages(1), ["3"]);
   assertEquals(log, ["open"]);
 });
 
 test("a resume that is repeated after its client has acknowledged more harms nobody", async (t) => {
-  const { ws, peer, session, resume, log } = await rawSession(t);
+  const { ws, peer, client, resume, log } = await rawSession(t);
   peer.send("0");
   const first = await resume(1, 0);
   for (const n of numbers(1, 3)) peer.send(n);
-  assertEquals(await first.messages(4), numbers(0, 3));
+  assertEquals(await first.events.messages(4), numbers(0, 3));
   // Nobody reads it, so that it is given nothing, while the client's acknowledgement comes.
   const repeated = await ws.fetch(
     new Request(peer.request.url, {
       headers: {
         accept: "text/event-stream",
-        "x-crossws-id": session.token,
+        "x-crossws-id": client.token,
         "x-duplex-version": "1",
         "x-duplex-attempt": "1",
         "last-event-id": "0",
       },
     }),
   );
-  assertEquals(await session.send(ack(4)), [204, 0]);
+  assertEquals(await client.frames(ack(4)), [204, 0]);
   assertEquals(await repeated.text(), "");
   peer.send("4");
   const again = await resume(2, 4);
-  assertEquals(await again.messages(1), ["4"]);
-  assertEquals(await session.send(text("alive"), 1), [204, 1]);
+  assertEquals(await again.events.messages(1), ["4"]);
+  assertEquals(await client.frames(text("alive"), 1), [204, 1]);
   assertEquals(log, ["open", "alive"]);
 });
 
 test("an acknowledgement of what was never sent is refused, and harms nobody", async (t) => {
-  const { peer, session, stream } = await rawSession(t);
+  const { peer, client } = await rawSession(t);
   peer.send("1");
-  await stream.messages(1);
-  assertEquals(await session.send(ack(2)), [400, 0]);
+  await client.events.messages(1);
+  assertEquals(await client.frames(ack(2)), [400, 0]);
   peer.send("2");
-  assertEquals(await stream.messages(1), ["2"]);
+  assertEquals(await client.events.messages(1), ["2"]);
 });
 
 test("a Last-Event-ID of the future or of another session gets 409, and harms nobody", async (t) => {
-  const { peer, session, stream, resume, port } = await rawSession(t);
-  const other = new RawSession(port);
-  t.use(await other.open());
+  const { peer, client, refused, url } = await rawSession(t);
+  const other = await wireClient(t, url);
   peer.send("1");
-  await stream.messages(1);
-  assertEquals((await resume(1, 2)).status, 409);
-  assertEquals(t.use(await other.resume(1, 1)).status, 409);
+  await client.events.messages(1);
+  assertEquals(await refused(1, 2), 409);
+  assertEquals((await assertRejects(() => other.resume(1, 1), NotOpened)).status, 409);
   peer.send("2");
-  assertEquals(await stream.messages(1), ["2"]);
-  assertEquals(await session.send(text("up"), 1), [204, 1]);
+  assertEquals(await client.events.messages(1), ["2"]);
+  assertEquals(await client.frames(text("up"), 1), [204, 1]);
 });
 
 test("a repeated uplink request changes nothing, an overlapping one adds its end", async (t) => {
-  const { session, log } = await rawSession(t);
+  const { client, log } = await rawSession(t);
   const frames = text("a") + text("b");
-  assertEquals(await session.send(frames, 1), [204, 2]);
-  assertEquals(await session.send(frames, 1), [204, 2]);
-  assertEquals(await session.send(text("b") + text("c"), 2), [204, 3]);
-  assertEquals(await session.send(frames, 1), [204, 3]);
+  assertEquals(await client.frames(frames, 1), [204, 2]);
+  assertEquals(await client.frames(frames, 1), [204, 2]);
+  assertEquals(await client.frames(text("b") + text("c"), 2), [204, 3]);
+  assertEquals(await client.frames(frames, 1), [204, 3]);
   assertEquals(log, ["open", "a", "b", "c"]);
 });
 
 test("a gap in the uplink gets 409 and reaches no hook", async (t) => {
-  const { session, log } = await rawSession(t);
-  assertEquals(await session.send(text("b"), 2), [409, 0]);
-  assertEquals(await session.send(text("a"), 1), [204, 1]);
-  assertEquals(await session.send(text("b") + "SEQ 1\r\n4\r\n" + text("d"), 2), [409, 2]);
-  assertEquals(await session.send(text("b") + "SEQ 1\r\n3\r\n" + text("c"), 2), [204, 3]);
+  const { client, log } = await rawSession(t);
+  assertEquals(await client.frames(text("b"), 2), [409, 0]);
+  assertEquals(await client.frames(text("a"), 1), [204, 1]);
+  assertEquals(await client.frames(text("b") + "SEQ 1\r\n4\r\n" + text("d"), 2), [409, 2]);
+  assertEquals(await client.frames(text("b") + "SEQ 1\r\n3\r\n" + text("c"), 2), [204, 3]);
   assertEquals(log, ["open", "a", "b", "c"]);
 });
 
 test("half a message at the end of a body does not count", async (t) => {
-  const { session, log } = await rawSession(t);
-  assertEquals(await session.send(text("a") + "TEXT 5\r\nhal", 1), [204, 1]);
-  assertEquals(await session.send(text("whole"), 2), [204, 2]);
+  const { client, log } = await rawSession(t);
+  assertEquals(await client.frames(text("a") + "TEXT 5\r\nhal", 1), [204, 1]);
+  assertEquals(await client.frames(text("whole"), 2), [204, 2]);
   assertEquals(log, ["open", "a", "whole"]);
 });
 
 test("the server's close comes after what was sent, again and again until it is answered", async (t) => {
-  const { peer, session, stream, resume, log } = await rawSession(t);
+  const { peer, client, resume, log } = await rawSession(t);
   peer.send("1");
   peer.close(4000, "done");
-  for (const connection of [stream, await resume(1, 0), await resume(2, 0)]) {
-    const events = await connection.ended();
+  for (const connection of [client, await resume(1, 0), await resume(2, 0)]) {
+    const events = await connection.events.ended();
     const [message, close] = events.slice(-2);
     assertEquals([message!.data, close!.type], ["1", "duplex-close"]);
     assertEquals(JSON.parse(close!.data), { code: 4000, reason: "done", sent: 1 });
   }
   assertEquals(log, ["open"]);
-  assertEquals(await session.send(CLOSE_3127, 1), [204, 1]);
+  assertEquals(await client.frames(CLOSE_3127, 1), [204, 1]);
   assertEquals(log, ["open", "close 3127"]);
 });
 
 test("a tombstone replays the close, answers a repeated CLOSE with 2xx, and expires", async (t) => {
-  const { session, stream, resume, log } = await rawSession(t, { resumeTimeout: 1_000 });
-  stream.drop();
+  const { client, resume, log, refused } = await rawSession(t, { resumeTimeout: 1_000 });
+  await client.drop();
   const frames = text("last") + CLOSE_3127;
-  assertEquals(await session.send(frames, 1), [204, 2]);
+  assertEquals(await client.frames(frames, 1), [204, 2]);
   for (const attempt of [1, 2]) {
-    assertEquals(await session.send(frames, 1), [204, 2]);
+    assertEquals(await client.frames(frames, 1), [204, 2]);
     const again = await resume(attempt, 0);
-    assertEquals(JSON.parse(await again.until("duplex-open")).received, 2);
-    assertEquals(JSON.parse(await again.until("duplex-close")).code, 3127);
-    assertEquals(await again.ended(), []);
+    assertEquals(again.terms.received, 2);
+    assertEquals(await again.closed(), 3127);
+    assertEquals(await again.events.ended(), []);
   }
   assertEquals(log, ["open", "last", "close 3127"]);
-  await until(async () => (await session.send(frames, 1))[0] === 404);
-  assertEquals((await resume(3, 0)).status, 404);
+  await until(async () => (await client.frames(frames, 1))[0] === 404);
+  assertEquals(await refused(3, 0), 404);
 });
 
 test("a session that expires closes once with 1006, and nothing of it is left", async (t) => {
-  const { ws, peer, session, stream, resume, log, closed } = await rawSession(t, {
+  const { ws, peer, client, log, closed, refused } = await rawSession(t, {
     resumeTimeout: 300,
   });
   peer.subscribe("news");
   peer.send("x".repeat(300_000)); // more than the window, so that the next one waits
   peer.send("unread");
-  await stream.messages(1);
+  await client.events.messages(1);
   assert(peer.bufferedAmount > 0);
   const drained = peer.waitForDrain();
-  stream.drop();
+  await client.drop();
   assertEquals(await closed, { code: 1006, reason: "" });
   assertEquals([ws.peers.size, peer.topics.size, peer.peers.size, peer.bufferedAmount], [
     0,
@@ -281,18 +289,18 @@ test("a session that expires closes once with 1006, and nothing of it is left", 
     0,
   ]);
   await drained;
-  assertEquals((await resume(1, 0)).status, 404);
-  assertEquals((await session.send(text("late"), 1))[0], 404);
+  assertEquals(await refused(1, 0), 404);
+  assertEquals((await client.frames(text("late"), 1))[0], 404);
   ws.publish("news", "to nobody");
   assertEquals(log, ["open", "close 1006"]);
 });
 
 test("with resumeTimeout 0 a drop is the end of the session", async (t) => {
-  const { ws, stream, resume, log, closed } = await rawSession(t, { resumeTimeout: 0 });
-  stream.drop();
+  const { ws, client, log, closed, refused } = await rawSession(t, { resumeTimeout: 0 });
+  await client.drop();
   assertEquals(await closed, { code: 1006, reason: "" });
   assertEquals(ws.peers.size, 0);
-  assertEquals((await resume(1, 0)).status, 404);
+  assertEquals(await refused(1, 0), 404);
   assertEquals(log, ["open", "close 1006"]);
 });
 

@@ -9,7 +9,7 @@ import { inspect } from "node:util";
 import crossws from "crossws/adapters/sse";
 import { type Cors, type Message, type Peer, sseAdapter, type SSEOptions } from "../server.ts";
 import { assert, assertEquals, assertMatch, runtime, test, until } from "./harness.ts";
-import { frame, from, FULL, post, quiet, Scene, streamOf, UPLINK, WirePeer } from "./wire.ts";
+import { frame, from, FULL, post, quiet, Scene, streamOf, UPLINK, WireClient } from "./wire.ts";
 
 const resume = (token: string, attempt = 1, received = 0) => ({
   ...FULL,
@@ -146,7 +146,7 @@ test("knowing a peer's public id gives no power: POSTing with it is answered 400
     }
     // An event stream "resumed" by the id is a new session, of somebody else.
     const stranger = t.use(
-      await WirePeer.open(scene.fetch, scene.url, {
+      await WireClient.open(scene.fetch, scene.url, {
         full: false,
         headers: { "last-event-id": `${id.replaceAll("-", "")}.0` },
       }),
@@ -202,7 +202,7 @@ test("the resume key of a plain session can resume but not send", async (t) => {
 
   const headers = { accept: "text/event-stream", "last-event-id": peer.id };
   const response = await scene.fetch(new Request(scene.url, { headers }));
-  const resumed = t.use(await WirePeer.of(scene.fetch, scene.url, response, false));
+  const resumed = t.use(await WireClient.of(scene.fetch, scene.url, response, false));
   assertEquals(resumed.token, peer.token);
   assertEquals(await resumed.send("two"), 204);
   assertEquals(await resumed.message(), "two");
@@ -287,7 +287,7 @@ test("on an existing session only a refusal counts: headers and context are disc
   assertEquals(await peer.message(), "1");
   const response = await scene.fetch(new Request(scene.url, { headers: resume(peer.token, 1, 1) }));
   assertEquals(response.headers.get("x-turn"), null);
-  const resumed = t.use(await WirePeer.of(scene.fetch, scene.url, response));
+  const resumed = t.use(await WireClient.of(scene.fetch, scene.url, response));
   resumed.seq = 2;
   assertEquals(await resumed.send("which?"), 204);
   assertEquals(await resumed.message(), "1");
@@ -504,7 +504,7 @@ test("at maxPeers a newcomer is answered 503 with Retry-After before any hook, a
   const response = await scene.fetch(
     new Request(scene.url, { headers: resume(first.token, 1, 1) }),
   );
-  const resumed = t.use(await WirePeer.of(scene.fetch, scene.url, response));
+  const resumed = t.use(await WireClient.of(scene.fetch, scene.url, response));
   assertEquals(await resumed.close(), 204);
   await (await scene.open()).close();
   await second.drop();
@@ -629,7 +629,7 @@ for (const [how, status] of Object.entries({ terminate: 404, close: 200 })) {
     });
     t.defer(() => ws.close());
     const url = "http://localhost/room";
-    const { token } = t.use(await WirePeer.open(ws.fetch, url));
+    const { token } = t.use(await WireClient.open(ws.fetch, url));
     const response = await ws.fetch(new Request(url, { headers: resume(token) }));
     assertEquals(response.status, status);
     // What is left of a session that was closed says so once more, and no more.
@@ -672,13 +672,15 @@ test("upgrade is asked once for an EventSource that has missed too much, and get
   });
   t.defer(() => ws.close());
   const url = "http://localhost/room";
-  const one = t.use(await WirePeer.open(ws.fetch, url, { full: false }));
+  const one = t.use(await WireClient.open(ws.fetch, url, { full: false }));
   peers[0]!.send("one");
   await one.message();
   await one.drop();
   for (let i = 0; i < 10; i++) peers[0]!.send("x".repeat(20_000));
   asked.length = 0;
-  t.use(await WirePeer.open(ws.fetch, url, { full: false, headers: { "last-event-id": one.id } }));
+  t.use(
+    await WireClient.open(ws.fetch, url, { full: false, headers: { "last-event-id": one.id } }),
+  );
   assertEquals([asked.length, peers.length], [1, 2]);
   for (const peer of peers) peer.terminate();
 });
@@ -686,11 +688,11 @@ test("upgrade is asked once for an EventSource that has missed too much, and get
 test("an event id of another namespace opens a session of its own", async (t) => {
   const ws = sseAdapter({ hooks: { open: (peer) => void peer.send(peer.namespace) } });
   t.defer(() => ws.close());
-  const one = t.use(await WirePeer.open(ws.fetch, "http://localhost/one", { full: false }));
+  const one = t.use(await WireClient.open(ws.fetch, "http://localhost/one", { full: false }));
   assertEquals(await one.message(), "/one");
   const headers = { "last-event-id": one.id };
   const two = t.use(
-    await WirePeer.open(ws.fetch, "http://localhost/two", { full: false, headers }),
+    await WireClient.open(ws.fetch, "http://localhost/two", { full: false, headers }),
   );
   assertEquals(await two.message(), "/two");
   assert(two.id.split(".")[0] !== one.id.split(".")[0], "it has a secret of its own");

@@ -12,7 +12,7 @@ import {
   test,
   until,
 } from "./harness.ts";
-import { ScriptedServer } from "./session.ts";
+import { ScriptedServer } from "./scripted.ts";
 
 /** What a close event tells. */
 const told = ({ code, reason, wasClean }: CloseEvent) => ({ code, reason, wasClean });

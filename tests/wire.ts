@@ -24,6 +24,20 @@ export function frame(type: string, payload: string | Uint8Array = ""): Uint8Arr
   return concat([head, bytes, encoder.encode("\r\n")]) as Uint8Array<ArrayBuffer>;
 }
 
+/** A frame of text, to be joined with others. */
+export const text = (data: string): string =>
+  `TEXT ${encoder.encode(data).length.toString(16)}\r\n${data}\r\n`;
+
+export const ack = (count: number): string =>
+  `ACK ${`${count}`.length.toString(16)}\r\n${count}\r\n`;
+
+/** Tells the number of the next message of a body. */
+export const seq = (number: number | string): string =>
+  `SEQ ${`${number}`.length.toString(16)}\r\n${number}\r\n`;
+
+/** 4000 is 0x0fa0, which is not UTF-8: 3127 is 0x0c37. */
+export const CLOSE_3127 = "CLOSE 5\r\n\x0c\x37bye\r\n";
+
 /** The payload of a CLOSE. */
 export function closePayload(code: number, reason: string | Uint8Array = ""): Uint8Array {
   return concat([new Uint8Array([code >> 8, code & 255]), bytesOf(reason)]);
@@ -108,91 +122,60 @@ export function post(
 }
 
 export interface WireEvent {
+  /** "message" where none is named. */
   type: string;
   data: string;
 }
 
-/** What a client of either level must say to open. */
-export const FULL: Headers_ = { accept: "text/event-stream", "x-duplex-version": "1" };
-export const UPLINK: Headers_ = { "content-type": "application/websocket-events" };
-
-/** One session, held by its stream. */
-export class WirePeer implements AsyncDisposable {
-  readonly response: Response;
-  readonly url: string;
-  readonly #fetch: Fetch;
-  readonly #reader: ReadableStreamDefaultReader<Uint8Array>;
-  readonly #full: boolean;
-  #text = "";
-  #decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  token = "";
-  /** What `duplex-open` said. */
-  terms: Record<string, number | string> = {};
-  /** The resume secret and number of the last `id:` line. */
+/** The events of a stream, one by one. */
+export class EventReader {
+  /** The last that was given. */
   id = "";
-  seq = 1;
-  /** Ends a duplex request; without it, its body would keep the connection. */
-  #abort: AbortController | undefined;
+  readonly #reader: ReadableStreamDefaultReader<Uint8Array>;
+  readonly #decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  #text = "";
 
-  private constructor(fetch: Fetch, url: string, response: Response, full: boolean) {
-    this.#fetch = fetch;
-    this.url = url;
-    this.response = response;
-    this.#reader = response.body!.getReader();
-    this.#full = full;
-  }
-
-  static async open(
-    fetch: Fetch,
-    url: string,
-    { full = true, headers = {} }: { full?: boolean; headers?: Headers_ } = {},
-  ): Promise<WirePeer> {
-    const accept = full ? FULL : { accept: "text/event-stream" };
-    const request = new Request(url, { headers: { ...accept, ...headers } });
-    return await WirePeer.of(fetch, url, await fetch(request), full);
-  }
-
-  /** With the uplink in the body of the request that opens. */
-  static async duplex(
-    fetch: Fetch,
-    url: string,
-    body: ReadableStream,
-  ): Promise<WirePeer> {
-    const abort = new AbortController();
-    const request = post(url, { ...FULL, ...UPLINK }, body, abort.signal);
-    const peer = await WirePeer.of(fetch, url, await fetch(request), true);
-    peer.#abort = abort;
-    return peer;
-  }
-
-  /** A stream that has just been answered. */
-  static async of(
-    fetch: Fetch,
-    url: string,
-    response: Response,
-    full = true,
-  ): Promise<WirePeer> {
-    if (response.status !== 200) {
-      throw new Error(`not opened: ${response.status} ${await response.text()}`);
-    }
-    const peer = new WirePeer(fetch, url, response, full);
-    peer.token = response.headers.get("x-crossws-id") ?? "";
-    if (full) {
-      peer.terms = JSON.parse((await peer.next("duplex-open"))!.data);
-      peer.seq = Number(peer.terms.received) + 1;
-    }
-    return peer;
+  constructor(body: ReadableStream<Uint8Array>) {
+    this.#reader = body.getReader();
   }
 
   /** The next event, or the next of a type; undefined at the end of the stream. */
   async next(type?: string): Promise<WireEvent | undefined> {
     for (;;) {
-      const event = await within(this.#event(), 5_000, `event ${type ?? ""}`);
+      const event = await within(this.#next(), 5_000, `event ${type ?? ""}`);
       if (!event || type === undefined || event.type === type) return event;
     }
   }
 
-  async #event(): Promise<WireEvent | undefined> {
+  /** The data of the next event of a type; throws if there is none. */
+  async find(type: string): Promise<string> {
+    const event = await this.next(type);
+    if (!event) throw new Error(`the stream ended before "${type}"`);
+    return event.data;
+  }
+
+  async messages(count: number): Promise<string[]> {
+    const messages = [];
+    while (messages.length < count) messages.push(await this.find("message"));
+    return messages;
+  }
+
+  /** Resolves when the server has ended the stream, in order or not. */
+  async ended(): Promise<WireEvent[]> {
+    const rest = [];
+    try {
+      for (let event; (event = await this.#next());) rest.push(event);
+    } catch {
+      // as good as its end
+    }
+    return rest;
+  }
+
+  async cancel(): Promise<void> {
+    await this.#reader.cancel().catch(() => {});
+  }
+
+  async #next(): Promise<WireEvent | undefined> {
     for (;;) {
       const end = this.#text.indexOf("\n\n");
       if (end < 0) {
@@ -207,18 +190,124 @@ export class WirePeer implements AsyncDisposable {
         lines.filter((line) => line.startsWith(`${name}: `)).map((l) => l.slice(name.length + 2));
       this.id = field("id")[0] ?? this.id;
       const data = field("data");
-      if (data.length) return { type: field("event")[0] ?? "", data: data.join("\n") };
+      if (data.length) return { type: field("event")[0] ?? "message", data: data.join("\n") };
     }
+  }
+}
+
+/** What a client of either level must say to open. */
+export const FULL: Headers_ = { accept: "text/event-stream", "x-duplex-version": "1" };
+export const UPLINK: Headers_ = { "content-type": "application/websocket-events" };
+
+export class NotOpened extends Error {
+  readonly status: number;
+
+  constructor(status: number, text: string) {
+    super(`not opened: ${status} ${text}`);
+    this.status = status;
+  }
+}
+
+/** A client that does nothing by itself: one session, held by its stream. */
+export class WireClient implements AsyncDisposable {
+  readonly response: Response;
+  readonly url: string;
+  readonly events: EventReader;
+  readonly #fetch: Fetch;
+  readonly #full: boolean;
+  token = "";
+  /** What `duplex-open` said. */
+  terms: Record<string, number | string> = {};
+  seq = 1;
+  /** Ends a duplex request; without it, its body would keep the connection. */
+  #abort: AbortController | undefined;
+
+  private constructor(fetch: Fetch, url: string, response: Response, full: boolean) {
+    this.#fetch = fetch;
+    this.url = url;
+    this.response = response;
+    this.events = new EventReader(response.body!);
+    this.#full = full;
+  }
+
+  /** The resume secret and number of the last `id:` line. */
+  get id(): string {
+    return this.events.id;
+  }
+
+  static async open(
+    fetch: Fetch,
+    url: string,
+    { full = true, headers = {} }: { full?: boolean; headers?: Headers_ } = {},
+  ): Promise<WireClient> {
+    const accept = full ? FULL : { accept: "text/event-stream" };
+    const request = new Request(url, { headers: { ...accept, ...headers } });
+    return await WireClient.of(fetch, url, await fetch(request), full);
+  }
+
+  /** With the uplink in the body of the request that opens. */
+  static async duplex(
+    fetch: Fetch,
+    url: string,
+    body: ReadableStream,
+  ): Promise<WireClient> {
+    const abort = new AbortController();
+    const request = post(url, { ...FULL, ...UPLINK }, body, abort.signal);
+    const peer = await WireClient.of(fetch, url, await fetch(request), true);
+    peer.#abort = abort;
+    return peer;
+  }
+
+  /** A stream that has just been answered. */
+  static async of(
+    fetch: Fetch,
+    url: string,
+    response: Response,
+    full = true,
+  ): Promise<WireClient> {
+    if (response.status !== 200) {
+      throw new NotOpened(response.status, await response.text());
+    }
+    const peer = new WireClient(fetch, url, response, full);
+    peer.token = response.headers.get("x-crossws-id") ?? "";
+    if (full) {
+      peer.terms = JSON.parse(await peer.events.find("duplex-open"));
+      peer.seq = Number(peer.terms.received) + 1;
+    }
+    return peer;
+  }
+
+  /** As the session's client that comes back; throws if it is refused. */
+  async resume(attempt: number, lastEventId: number): Promise<WireClient> {
+    const headers = {
+      ...FULL,
+      "x-crossws-id": this.token,
+      "x-duplex-attempt": `${attempt}`,
+      "last-event-id": `${lastEventId}`,
+    };
+    const response = await this.#fetch(new Request(this.url, { headers }));
+    return await WireClient.of(this.#fetch, this.url, response);
+  }
+
+  next(type?: string): Promise<WireEvent | undefined> {
+    return this.events.next(type);
   }
 
   /** The next message, whichever level. */
-  async message(): Promise<string> {
-    return (await this.next(this.#full ? "" : "message"))!.data;
+  message(): Promise<string> {
+    return this.events.find("message");
   }
 
   /** The code that the server's close gives. */
   async closed(): Promise<number> {
-    return JSON.parse((await this.next(this.#full ? "duplex-close" : "close"))!.data).code;
+    return JSON.parse(await this.events.find(this.#full ? "duplex-close" : "close")).code;
+  }
+
+  /** Sends frames, whose messages count from this number; the status, and what the server has received. */
+  async frames(frames: string, number?: number): Promise<[status: number, received: number]> {
+    const response = await this.post((number === undefined ? "" : seq(number)) + frames, UPLINK);
+    await response.body?.cancel();
+    return [response.status, Number(response.headers.get("x-duplex-received"))];
   }
 
   /** Sends a body; its messages count from the next number, unless it comes with headers of its own. */
@@ -253,12 +342,21 @@ export class WirePeer implements AsyncDisposable {
   /** Drops the connection. */
   async drop(): Promise<void> {
     this.#abort?.abort();
-    await this.#reader.cancel().catch(() => {});
+    await this.events.cancel();
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.drop().catch(() => {});
   }
+}
+
+/** A client of the full level, which ends with the test. */
+export async function wireClient(
+  t: TestContext,
+  url: string,
+  headers: Headers_ = {},
+): Promise<WireClient> {
+  return t.use(await WireClient.open((request) => fetch(request), url, { headers }));
 }
 
 /** What a hook was called with, in order. */
@@ -337,12 +435,12 @@ export class Scene {
     return this.calls.filter((call) => call.hook === hook).length;
   }
 
-  async open(options?: { full?: boolean; headers?: Headers_ }): Promise<WirePeer> {
-    return this.t.use(await WirePeer.open(this.fetch, this.url, options));
+  async open(options?: { full?: boolean; headers?: Headers_ }): Promise<WireClient> {
+    return this.t.use(await WireClient.open(this.fetch, this.url, options));
   }
 
-  async duplex(body: ReadableStream): Promise<WirePeer> {
-    return this.t.use(await WirePeer.duplex(this.fetch, this.url, body));
+  async duplex(body: ReadableStream): Promise<WireClient> {
+    return this.t.use(await WireClient.duplex(this.fetch, this.url, body));
   }
 
   /** A request by hand, whose answer is read to its end. */
@@ -356,7 +454,7 @@ export class Scene {
   }
 
   /** Ends what is there, and shows that the server goes on serving others and keeps nobody. */
-  async check(bystander: WirePeer | undefined): Promise<void> {
+  async check(bystander: WireClient | undefined): Promise<void> {
     if (bystander) {
       assertEquals(await bystander.send("still there?"), 204);
       assertEquals(await bystander.message(), "still there?");
@@ -376,7 +474,7 @@ export async function misuse(
 ): Promise<void> {
   const scene = await Scene.make(t, options, hooks);
   const url = scene.url.replace("/room", "/bystander");
-  const bystander = t.use(await WirePeer.open(scene.fetch, url));
+  const bystander = t.use(await WireClient.open(scene.fetch, url));
   await body(scene);
   await scene.check(options.bidir === false ? undefined : bystander);
 }
