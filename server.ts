@@ -55,6 +55,29 @@ const CLOSE_EVENT = "duplex-close";
 const WEBSOCKET_PROTOCOL = "sec-websocket-protocol";
 /** Where h3 and crossws leave the hooks that a request carries. */
 const REQUEST_HOOKS: symbol = Symbol.for("crossws.hooks");
+/** The options that are no numbers, and the hooks, by type; "" is checked elsewhere, or means nothing. */
+const OPTION_TYPES = {
+  bidir: "boolean",
+  hooks: "object",
+  resolve: "function",
+  getNamespace: "function",
+  handleProtocols: "function",
+  cors: "",
+  sync: "function",
+  onError: "function",
+  perMessageDeflate: "",
+  compress: "",
+};
+const HOOK_TYPES = {
+  upgrade: "function",
+  open: "function",
+  message: "function",
+  close: "function",
+  error: "function",
+  drain: "function",
+  ping: "function",
+  pong: "function",
+};
 /** How `console.log` asks Node, Deno and Bun alike. */
 const INSPECT: symbol = Symbol.for("nodejs.util.inspect.custom");
 
@@ -74,18 +97,23 @@ const NUMBERS = {
   idleTimeout: [60, 0, Infinity],
   maxMessageSize: [1024 * 1024, 1, Infinity],
   maxBufferedAmount: [16 * 1024 * 1024, 0, Infinity],
+  maxTotalBufferedAmount: [256 * 1024 * 1024, 0, Infinity],
   maxPeers: [100_000, 1, Infinity],
 } as const;
 /** Bun cuts a connection that is quiet for 10 s, unless told otherwise through `fetch`'s second argument. */
 const UNATTENDED_HEARTBEAT_INTERVAL = 5_000;
 /** How long a client has to answer a close where `resumeTimeout` is 0. */
 const CLOSE_TIMEOUT = 5_000;
+/** How long a plain session waits for its client, which cannot say that it leaves. */
+const PLAIN_PATIENCE = 5_000;
 /** What a plain session keeps for a native EventSource that reconnects. */
 const PLAIN_HISTORY = 64 * 1024;
 /** The most that one chunk gathers, a single larger message aside. */
 const MAX_CHUNK = 256 * 1024;
 /** What a message that waits costs beside its bytes, roughly: small ones must not hold a hundred times the limit. */
 const MESSAGE_COST = 200;
+/** And what each further session costs that waits for it. */
+const SLOT_COST = 16;
 /** So many sessions flushed at once are a crowd: publications rest after it. */
 const CROWD = 64;
 /** The longest rest in ms, beyond the time that the event loop was busy. */
@@ -96,14 +124,21 @@ const STALLED = 1_000;
 const MAX_HELD = 16 * 1024;
 /** A session's bodies that are read at once: its messages, and control frames beside them. */
 const MAX_BODIES = 2;
+/** And a plain one's, each of which is a message. */
+const MAX_PLAIN_BODIES = 16;
+/** Of a body that nobody wants any more, so much is read: a request's rest, for the next on its connection. */
+const MAX_DROPPED = 1024 * 1024;
 /** The longest header of a frame, and the largest payload of one that is no message. */
 const MAX_HEADER = 20;
 const MAX_CONTROL = 125;
-/** Pings that may wait for a connection; beyond, the oldest is dropped. */
+/** Pings that may wait for a connection, beyond which the oldest is dropped; and hooks of PING and PONG at once. */
 const MAX_PENDING_PINGS = 16;
 /** Room for one read of a body, in bytes: while little comes, and once that was too little. */
 const SMALL_READ = 2 * 1024;
 const LARGE_READ = 64 * 1024;
+
+/** What a page of another origin may read of an answer. */
+const EXPOSED_HEADERS = [TOKEN_HEADER, VERSION_HEADER, RECEIVED_HEADER, "retry-after"].join(", ");
 
 /** The end of a session whose client was lost. */
 const LOST = { code: 1006, reason: "" };
@@ -115,7 +150,7 @@ const CLOSED = 3;
 const encoder: TextEncoder = new TextEncoder();
 const decoder: TextDecoder = new TextDecoder("utf-8", { ignoreBOM: true });
 const strictDecoder: TextDecoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
-const HEARTBEAT: Bytes = encoder.encode(":\n\n");
+const HEARTBEAT: Bytes = encoder.encode(":\n");
 const TEXT_HEADER: Bytes = encoder.encode("TEXT ");
 const EMPTY: Bytes = new Uint8Array();
 
@@ -166,13 +201,24 @@ export interface CloseDetails {
  */
 export interface Hooks<Context = PeerContext> {
   /**
-   * Asked before a session opens, and again for every request of it, so that
-   * credentials are checked each time; there only a refusal counts. Return or
-   * throw a `Response` (or `{ response }`) to refuse.
+   * Asked before a session opens, and again for every later request of it, with its peer: so
+   * credentials are checked each time, and can be compared with whom the session is of. There
+   * only a refusal counts. Return or throw a `Response` (or `{ response }`) to refuse, or return
+   * `false` for 403. An open stream is asked about once: close its peer to end it.
+   *
+   * @example A session belongs to who opened it
+   * ```ts ignore
+   * async upgrade(request, peer) {
+   *   const user = await userOf(request);
+   *   if (!user || peer && peer.context.user !== user.id) return false;
+   *   return { context: { user: user.id } };
+   * }
+   * ```
    */
   upgrade(
     request: UpgradeRequest,
-  ): MaybePromise<UpgradeResult<Context> | Response | { response: Response } | void>;
+    peer?: Peer<Context>,
+  ): MaybePromise<UpgradeResult<Context> | Response | { response: Response } | false | void>;
   /** A session has begun: once a session, not once a connection. */
   open(peer: Peer<Context>): MaybePromise<void>;
   /**
@@ -180,7 +226,7 @@ export interface Hooks<Context = PeerContext> {
    * after an `await` may overlap with it.
    */
   message(peer: Peer<Context>, message: Message<Context>): MaybePromise<void>;
-  /** A session has ended: once, with its code and reason. */
+  /** A session has ended: once, in a task of its own, with the code and reason that the client sees, too. */
   close(peer: Peer<Context>, details: CloseDetails): MaybePromise<void>;
   /** A hook of this peer failed. */
   error(peer: Peer<Context>, error: Error): MaybePromise<void>;
@@ -260,8 +306,8 @@ export interface Peer<Context = PeerContext> {
   /** Resolves when `bufferedAmount` is down to `threshold`, or the peer closed. */
   waitForDrain(options?: WaitForDrainOptions): Promise<void>;
   /**
-   * Sends a message. Strings go as text, bytes as binary, plain objects as JSON; an array is taken
-   * for bytes, as in crossws.
+   * Sends a message. Strings go as text, bytes as binary, objects as JSON; an array of bytes goes
+   * as binary, as in crossws, and any other array is a TypeError.
    * Returns the bytes queued, -1 when they must wait, 0 when the peer is closed.
    * A peer already past `maxBufferedAmount` is closed with 1013.
    */
@@ -362,12 +408,32 @@ export interface RoutingDriver extends SyncDriver {
 /** Makes a {@link SyncDriver} for the instance with this id. */
 export type SyncAdapter = (context: { id: string }) => SyncDriver;
 
-/** Who may use the server from another origin. */
+/**
+ * Who may use the server from another origin: anybody (`true`, `"*"`), an origin like
+ * `"https://example.com"`, a pattern, whom a function returns `true` for, or a list of these.
+ */
 export type Cors =
   | boolean
-  | "manual"
-  | string[]
-  | ((origin: string, request: Request) => boolean);
+  | string
+  | RegExp
+  | ((origin: string, request: Request) => boolean)
+  | (string | RegExp | ((origin: string, request: Request) => boolean))[];
+
+/** Where an error came from that {@link SSEOptions.onError} is told of. */
+export interface ErrorContext {
+  /**
+   * A hook or another function of the options; a request that could not be served; a body that
+   * did not arrive; or the backplane: its subscription, a publication, a delivery.
+   */
+  stage: "hook" | "request" | "body" | "subscribe" | "publish" | "delivery";
+  /** The hook's name. */
+  hook?: string;
+  /** Whose hook it was. */
+  // deno-lint-ignore no-explicit-any
+  peer?: Peer<any>;
+  /** The request that it was about. */
+  request?: Request;
+}
 
 /** Options of {@link sseAdapter}. Times without another unit are milliseconds, sizes are bytes. */
 export interface SSEOptions<Context = PeerContext> {
@@ -395,19 +461,27 @@ export interface SSEOptions<Context = PeerContext> {
   maxMessageSize?: number | undefined;
   /** A peer with more bytes than this held back is closed with 1013 at the next send. Default: 16 MiB. */
   maxBufferedAmount?: number | undefined;
+  /**
+   * What all peers together may have held back, in bytes; a message to many counts once. Beyond,
+   * peers are closed with 1013, those first that have taken nothing for longest. Default: 256 MiB.
+   */
+  maxTotalBufferedAmount?: number | undefined;
   /** Bytes that may be under way unacknowledged, each way. Default: 256 KiB. */
   window?: number | undefined;
-  /** Sessions at once; beyond: 503. Default: 100,000. */
+  /**
+   * Sessions at once. Beyond, whoever is away makes room, those first that never sent anything;
+   * where all are connected, newcomers get 503. Default: 100,000.
+   */
   maxPeers?: number | undefined;
   /**
-   * Other origins: `true` for any (without credentials), a list, or a function.
-   * "manual" leaves it to your own middleware. Default: false, cross-site requests get 403.
+   * Other origins: `true` or "*" for any (without credentials), one or a list, a RegExp or a
+   * function. "manual" leaves it to your own middleware. Default: false, cross-site requests get 403.
    */
   cors?: Cors | undefined;
   /** Relays publications to other instances; with `cluster(driver)`, any of them takes any request. */
   sync?: SyncAdapter | undefined;
-  /** Told when `sync` fails. Default: `console.error`. */
-  onError?(error: unknown, context: { stage: "subscribe" | "publish" | "delivery" }): void;
+  /** Told of what nobody else is: see {@link ErrorContext}. Default: `console.error`. */
+  onError?(error: unknown, context: ErrorContext): void;
   /** Taken for crossws's sake, and ignored. */
   perMessageDeflate?: unknown;
   /** Taken for crossws's sake, and ignored. */
@@ -417,7 +491,7 @@ export interface SSEOptions<Context = PeerContext> {
 /** What {@link sseAdapter} returns. Every member may be passed around on its own. */
 export interface SSEAdapter<Context = PeerContext> {
   /**
-   * Answers every request of this protocol, never throws. The second argument is
+   * Answers every request of this protocol; rejects only for what is no `Request`. The second argument is
    * the runtime's own: Deno's `info`, Bun's `server`, Hono's bindings on Node; of anything else
    * what looks like `remoteAddr.hostname` is used.
    */
@@ -457,6 +531,7 @@ export interface SSEAdapter<Context = PeerContext> {
  *
  * @throws {RangeError} if a number among the options is NaN or too low, or if `heartbeatInterval`,
  * `resumeTimeout` or `window`, by which clients reckon, is over 2147483647.
+ * @throws {TypeError} if another option is of the wrong type, or `cors` has what is no origin.
  *
  * @example Beside other routes
  * ```ts
@@ -478,15 +553,21 @@ export interface SSEAdapter<Context = PeerContext> {
 export function sseAdapter<Context extends PeerContext = PeerContext>(
   options: SSEOptions<Context> = {},
 ): SSEAdapter<Context> {
-  const hub = new Hub(options as SSEOptions);
+  const given = options as SSEOptions;
+  const reports = new Reports(given);
+  const settings = settingsOf(given, reports);
+  const flusher = new Flusher();
+  const topics = new Topics(given, flusher, reports);
+  const registry = new Registry(settings, topics, flusher, reports);
+  const requests = new Requests(given, settings, registry, topics, reports);
   return {
-    fetch: (request, info) => hub.fetch(request, info),
-    handles: (request) => hub.handles(request),
-    publish: (topic, data, options) => hub.publish(topic, data, options?.namespace),
-    close: (code, reason, options) => hub.close(code, reason, options),
-    peers: hub.peers as unknown as Map<string, Set<Peer<Context>>>,
-    sync: hub.sync,
-    [Symbol.asyncDispose]: () => hub.close(),
+    fetch: (request, info) => requests.fetch(request, info),
+    handles: (request) => requests.handles(request),
+    publish: (topic, data, options) => topics.publish(topic, data, options?.namespace),
+    close: (code, reason, options) => registry.close(code, reason, options),
+    peers: registry.peers as unknown as Map<string, Set<Peer<Context>>>,
+    sync: topics.backplane?.driver,
+    [Symbol.asyncDispose]: () => registry.close(),
   };
 }
 
@@ -512,158 +593,142 @@ export function defineHooks<Context extends PeerContext = PeerContext>(
   return hooks;
 }
 
-// --- The hub: all sessions of one adapter ---
+// --- Requests: what each of them asks for ---
 
-/** Answers requests, finds the session they are for, and keeps the one timer. */
-class Hub implements Host, Peers {
-  readonly options: SSEOptions;
-  readonly bidir: boolean;
-  readonly heartbeatInterval: number;
-  readonly resumeTimeout: number;
-  readonly idleTimeout: number;
-  readonly maxMessageSize: number;
-  readonly maxBufferedAmount: number;
-  readonly window: number;
-  readonly maxPeers: number;
-  /** The most that a session holds back during a rest: nowhere near `maxBufferedAmount`. */
-  readonly mostHeld: number;
-  /** How long a client has to answer a close, and to take the last bytes. */
-  readonly closeTimeout: number;
-  readonly sync: SyncDriver | undefined;
-  readonly peers: Map<string, Set<Peer>> = new Map();
-  readonly sessions: Map<string, FullSession | PlainSession> = new Map();
-  /** Ended sessions whose last bytes are still to be taken. */
-  readonly lingering: Set<Session> = new Set();
-  readonly flusher: Flusher = new Flusher();
-
-  /** Subscribers by namespace and topic, so that publishing never looks at anyone else. */
-  readonly #topics: Map<string, Map<string, Set<Session>>> = new Map();
-  /** What is left of closed sessions, by token; of plain ones, by the key of their event ids. */
-  readonly #tombstones: Map<string, Tombstone> = new Map();
-  /** Full sessions by the id of their opening, until their client shows that it has the token. */
-  readonly #openings: Map<string, FullSession> = new Map();
-  /** Plain sessions by the key of their event ids. */
-  readonly #keys: Map<string, PlainSession> = new Map();
-  #sweepTimer: ReturnType<typeof setTimeout> | undefined;
-  /** When that timer is due; Infinity while nothing has a deadline. */
-  #nextSweep = Infinity;
-  /** The first half of every token. */
-  #instance: string | undefined;
-  #router: RoutingDriver | undefined;
+/** A request on its way through the server. */
+interface Asked {
+  request: Request;
+  wire: Wire;
+  runtime: Runtime;
   /** Routed requests: another instance has asked `upgrade`, and this is the namespace. */
-  readonly #admitted: WeakMap<Request, string> = new WeakMap();
-  /** While hooks open or close a session: the close hooks that are to follow. */
-  #calls: (() => void)[] | undefined;
-  #closing = false;
-  #whenEmpty: (() => void)[] = [];
+  admitted: string | undefined;
+}
 
-  constructor(options: SSEOptions) {
-    this.options = options;
-    this.bidir = options.bidir ?? false;
-    this.heartbeatInterval = numberOf(options, "heartbeatInterval");
-    this.resumeTimeout = numberOf(options, "resumeTimeout");
-    this.closeTimeout = this.resumeTimeout || CLOSE_TIMEOUT;
-    this.idleTimeout = numberOf(options, "idleTimeout") * 1000;
-    this.maxMessageSize = numberOf(options, "maxMessageSize");
-    this.maxBufferedAmount = numberOf(options, "maxBufferedAmount");
-    this.mostHeld = Math.min(MAX_HELD, this.maxBufferedAmount / 2);
-    this.window = numberOf(options, "window");
-    this.maxPeers = numberOf(options, "maxPeers");
-    this.sync = options.sync && this.#connectSync(options.sync);
+/** Answers every request: it is an opening, a resumption or an uplink, of a plain or of a full session. */
+class Requests {
+  readonly #settings: Settings;
+  readonly #admissions: Admissions;
+  readonly #origins: Origins;
+  readonly #registry: Registry;
+  readonly #topics: Topics;
+  readonly #reports: Reports;
+
+  constructor(
+    options: SSEOptions,
+    settings: Settings,
+    registry: Registry,
+    topics: Topics,
+    reports: Reports,
+  ) {
+    this.#settings = settings;
+    this.#admissions = new Admissions(options);
+    this.#origins = new Origins(options.cors);
+    this.#registry = registry;
+    this.#topics = topics;
+    this.#reports = reports;
+    topics.backplane?.connect({
+      maxMessageSize: settings.maxMessageSize,
+      has: (token) => !!registry.find(token),
+      fetch: (request, namespace) => this.fetch(request, undefined, namespace),
+      report: (error, stage) => reports.report(error, { stage }),
+    }, (message) => topics.deliver(message));
   }
-
-  // --- Requests ---
 
   handles(request: Request): boolean {
     return request.headers.has(TOKEN_HEADER) ||
       /(^|,)\s*text\/event-stream\s*(;|,|$)/i.test(request.headers.get("accept") ?? "") ||
       // Each request of ours has a header that has to be asked for; other preflights are the app's.
-      isPreflight(request, this.options.cors) &&
-        /x-(duplex|crossws)-/i.test(request.headers.get("access-control-request-headers") ?? "");
+      this.#origins.isPreflight(request) &&
+        /x-(duplex|crossws)-|\blast-event-id\b/i.test(
+          request.headers.get("access-control-request-headers") ?? "",
+        );
   }
 
-  async fetch(request: Request, info?: unknown): Promise<Response> {
-    const { cors } = this.options;
+  async fetch(request: Request, info?: unknown, admitted?: string): Promise<Response> {
+    if (typeof request?.headers?.get !== "function") return this.#explain(info);
     let permission: Headers | undefined;
     let response: Response;
     try {
       // "Deadlines are also checked on every request": some runtimes stop timers between requests.
-      if (clock() >= this.#nextSweep) this.#sweep();
-      permission = checkOrigin(request, cors);
-      response = isPreflight(request, cors)
+      this.#registry.sweepIfDue();
+      permission = this.#origins.check(request);
+      response = this.#origins.isPreflight(request)
         ? preflight(request)
-        : await this.#route(request, info as Runtime);
+        : await this.#route(request, info as Runtime, admitted);
     } catch (error) {
-      response = error instanceof Response ? error : refuse(request, error);
+      discard(request); // else its rest would be taken for the next request of the connection
+      response = error instanceof Response ? error : this.#refuse(error, request);
     }
-    if (!permission || !response.status) return response; // Response.error() has none, and takes no headers
-    try {
-      addHeaders(response.headers, permission);
-      return response;
-    } catch { // a hook's Response may have immutable headers
-      const headers = new Headers(response.headers);
-      addHeaders(headers, permission);
-      return new Response(response.body, { status: response.status, headers });
-    }
+    return seal(request, response, permission);
   }
 
-  /** Decides what a request is: opening, resumption or uplink, of a plain or of a full session. */
-  async #route(request: Request, runtime: Runtime): Promise<Response> {
-    liftIdleCut(request, runtime);
-    if (request.method !== "GET" && request.method !== "POST") {
+  async #route(request: Request, runtime: Runtime, admitted?: string): Promise<Response> {
+    const { method, headers } = request;
+    if (method !== "GET" && method !== "POST") {
       throw new Refusal(405, "Use GET or POST", { headers: { allow: "GET, POST" } });
     }
     const wire = readWire(request);
-    if (this.#router && wire.token && !wire.token.startsWith(`${this.#instance}.`)) {
-      return await this.#forward(this.#router, request, wire.token);
+    const asked: Asked = { request, wire, runtime, admitted };
+    const duplex = method === "POST" && headers.get("accept") === STREAM_TYPE;
+    // Only what streams may be quiet for long: a body with a length is to come.
+    if (method === "GET" || duplex || !headers.has("content-length")) liftIdleCut(request, runtime);
+    const router = this.#topics.backplane?.router;
+    if (router && wire.token && !this.#registry.issued(wire.token)) {
+      const { namespace } = await this.#admissions.admit(request);
+      return await router.route(request, wire.token, namespace);
     }
-    if (request.method === "GET") {
+    if (method === "GET") {
       if (!acceptsStream(request)) throw new Refusal(406, "This answers with text/event-stream");
-      if (wire.token) return await this.#resume(request, wire);
-      return await this.#resumePlain(request, wire) ?? await this.#open(request, wire, runtime);
+      if (wire.token) return await this.#resume(asked);
+      return await this.#resumePlain(asked) ?? await this.#open(asked);
     }
-    const duplex = request.headers.get("accept") === STREAM_TYPE;
+    if (!/^(identity)?$/i.test(headers.get("content-encoding") ?? "")) {
+      throw new Refusal(415, "Bodies are taken as they are", {
+        headers: { "accept-encoding": "identity" },
+      });
+    }
     if (wire.token) {
-      if (!wire.isUplink) return await this.#receivePlain(request, wire.token);
-      return duplex ? await this.#resume(request, wire) : await this.#receive(request, wire);
+      if (!wire.isUplink) return await this.#receivePlain(asked);
+      return duplex ? await this.#resume(asked) : await this.#receive(asked);
     }
-    // "Only with x-duplex-version: 1, Accept: text/event-stream and a body. Any other POST without a
-    // token is 400, so that no cross-site form reaches a hook."
-    const empty = !request.body || request.headers.get("content-length") === "0";
-    if (wire.full && wire.isUplink && duplex && !empty) {
-      return await this.#open(request, wire, runtime);
-    }
+    // "Only with x-duplex-version: 1, Accept: text/event-stream and a body. Any other POST
+    // without a token is 400, so that no cross-site form reaches a hook."
+    const empty = !request.body || headers.get("content-length") === "0";
+    if (wire.full && duplex && !empty) return await this.#open(asked);
     throw new Refusal(400, `Missing ${TOKEN_HEADER}`);
   }
 
-  async #open(request: Request, wire: Wire, runtime: Runtime): Promise<Response> {
-    if (!this.#openings.has(wire.opening)) this.#checkRoom();
-    const admission = await this.#admit(request);
-    const begun = this.#openings.get(wire.opening);
-    if (begun?.namespace === admission.namespace) {
-      return this.#openAgain(begun, request, wire, admission);
-    }
-    this.#checkRoom(); // again: others came while the hook was thinking
-    const token = `${this.#instance ??= randomHex(8)}.${randomHex(16)}`;
-    const opening = { token, request, admission, runtime };
-    const session = wire.full ? new FullSession(this, opening) : new PlainSession(this, opening);
-    if (session instanceof FullSession && wire.opening) {
-      session.opening = wire.opening;
-      this.#openings.set(wire.opening, session);
-    }
-    session.peer = new ServerPeer(session, this);
-    this.sessions.set(token, session);
-    this.#router?.own(token);
-    if (session instanceof PlainSession) this.#keys.set(session.key, session);
-    getOrMake(this.peers, session.namespace, () => new Set()).add(session.peer);
-    this.#startTimer();
-    const stream = session.attach(wire.attempt ?? 0, 0, wire.isPoll ? "preface" : "for good");
+  async #open({ request, wire, runtime }: Asked): Promise<Response> {
+    if (!this.#registry.findOpening(wire.opening)) this.#registry.checkRoom();
+    const admission = await this.#admissions.admit(request);
+    const begun = this.#registry.findOpening(wire.opening);
+    if (begun?.namespace === admission.namespace) return this.#openAgain(begun, request, wire);
+    this.#registry.makeRoom(); // now, since others came while the hook was thinking
+    const opening: Opening = {
+      token: this.#registry.newToken(),
+      name: wire.opening,
+      request,
+      admission,
+      heartbeatInterval: runtime === undefined
+        ? this.#settings.unattendedHeartbeat
+        : this.#settings.heartbeatInterval,
+      remoteAddress: remoteAddressOf(request, runtime),
+      makePeer: (session) => new ServerPeer(session, this.#registry.peers, this.#topics),
+    };
+    const session = wire.full
+      ? new FullSession(this.#registry, opening)
+      : new PlainSession(this.#registry, opening);
+    this.#registry.add(session);
+    const stream = session.attach(wire.attempt ?? 0, 0, wire.isPoll ? "flushed" : "lost");
     // Before the hook, so that one that ends the session ends its body, too; a read comes after it.
-    if (session instanceof FullSession && request.method === "POST") {
-      session.readDuplex(request.body!);
+    if (session instanceof FullSession && request.method === "POST") session.readDuplex(request);
+    session.callHooks("open");
+    const headers = this.#headersOf(session);
+    for (const ours of ["content-type", TOKEN_HEADER, VERSION_HEADER]) {
+      admission.headers.delete(ours);
     }
-    this.inTurn(() => session.callHooks("open"));
-    return new Response(stream, { headers: this.#headersOf(session, admission) });
+    addHeaders(headers, admission.headers);
+    return new Response(stream, { headers });
   }
 
   /**
@@ -671,32 +736,28 @@ class Hub implements Host, Peers {
    * shown yet that it has the token, opens no second session: it replaces the connection of the
    * first."
    */
-  #openAgain(
-    session: FullSession,
-    request: Request,
-    wire: Wire,
-    admission: Admission,
-  ): Response {
+  #openAgain(session: FullSession, request: Request, wire: Wire): Response {
     if (!session.canResumeFrom(0)) throw new Refusal(409, "This session has begun");
-    const stream = session.attach(0, 0, wire.isPoll ? "preface" : "for good");
-    if (request.method === "POST") session.readDuplex(request.body!);
-    return new Response(stream, { headers: this.#headersOf(session, admission) });
+    const stream = session.attach(0, 0, wire.isPoll ? "flushed" : "lost");
+    if (request.method === "POST") session.readDuplex(request);
+    return new Response(stream, { headers: this.#headersOf(session) });
   }
 
   /**
    * "A request like the opening one, with the token, Last-Event-ID (the number of the last
    * message received, which also acknowledges it) and x-duplex-attempt, which grows with every try."
    */
-  async #resume(request: Request, wire: Wire): Promise<Response> {
+  async #resume(asked: Asked): Promise<Response> {
+    const { request, wire } = asked;
     if (!wire.full || wire.attempt === undefined || wire.lastEventId === undefined) {
       throw new Refusal(
         400,
         `A resume needs ${VERSION_HEADER}, ${ATTEMPT_HEADER} and Last-Event-ID`,
       );
     }
-    const session = await this.#readmit(request, wire.token!);
-    if (session instanceof Tombstone) return this.#unearth(request, wire, session);
-    if (!session) throw new Refusal(404, "No such session");
+    const session = await this.#readmit(asked, wire.token!);
+    if (session instanceof Tombstone) return this.#unearth(asked, session);
+    if (!session) throw this.#unknown(wire.token!);
     if (!(session instanceof FullSession)) {
       throw new Refusal(400, "A plain session resumes by Last-Event-ID alone");
     }
@@ -706,26 +767,23 @@ class Hub implements Host, Peers {
       throw new Refusal(409, "Last-Event-ID is not of this session");
     }
     session.heard();
-    this.#openings.delete(session.opening);
-    const stream = session.attach(
-      wire.attempt,
-      wire.lastEventId,
-      wire.isPoll ? "news" : "for good",
-    );
-    if (request.method === "POST" && request.body) session.readDuplex(request.body);
+    this.#registry.confirmed(session);
+    const stream = session.attach(wire.attempt, wire.lastEventId, wire.isPoll ? "news" : "lost");
+    if (request.method === "POST" && request.body) session.readDuplex(request);
     return new Response(stream, { headers: this.#headersOf(session) });
   }
 
   /** A session that has closed meanwhile says so once more, for whoever missed it. */
-  #unearth(request: Request, wire: Wire, tombstone: Tombstone): Response {
-    request.body?.cancel().catch(() => {}); // a streaming one would not end before this answer
-    const preface = this.preface({
+  #unearth({ request, wire }: Asked, { uplink, ending }: Tombstone): Response {
+    discard(request); // a streaming one would not end before this answer
+    const terms = encodeOpen(this.#settings, {
       protocol: "",
-      uplink: tombstone.uplink,
+      uplink,
+      next: wire.lastEventId! + 1,
       attempt: wire.attempt!,
-      heartbeatInterval: this.heartbeatInterval,
-    }, wire.lastEventId! + 1);
-    const body = concat([encoder.encode(preface), encodeClose(CLOSE_EVENT, tombstone.ending)]);
+      heartbeatInterval: this.#settings.heartbeatInterval,
+    });
+    const body = concat([encoder.encode(terms), encodeClose(CLOSE_EVENT, ending)]);
     return new Response(body, { headers: streamHeaders(true, wire.token!) });
   }
 
@@ -733,67 +791,197 @@ class Hub implements Host, Peers {
    * A native EventSource repeats the id of the last event it had. "A session closed
    * meanwhile answers 204, which stops an EventSource; an unknown or expired id opens a new session."
    */
-  async #resumePlain(request: Request, wire: Wire): Promise<Response | undefined> {
-    const id = request.headers.get("last-event-id") ?? "";
+  async #resumePlain(asked: Asked): Promise<Response | undefined> {
+    const { request, wire } = asked;
+    const id = request.headers.get("last-event-id") ??
+      new URL(request.url).searchParams.get("lastEventId") ?? ""; // where polyfills put it
     const [, key, received] = EVENT_ID_GRAMMAR.exec(id) ?? [];
     if (wire.full || !key) return;
-    const session = this.#keys.get(key);
+    const session = this.#registry.findPlain(key);
     const resumable = () => session?.canResumeFrom(Number(received));
     // One that cannot be resumed is left alone: `upgrade` is asked for the session that opens.
-    const found = resumable() && await this.#readmit(request, session!.token);
-    const ends = this.#tombstones.has(key) || session?.readyState === CLOSING;
-    if (ends) return new Response(null, { status: 204 });
+    const found = resumable() && await this.#readmit(asked, session!.token);
+    if (this.#registry.find(key) || session?.readyState === CLOSING) {
+      return new Response(null, { status: 204 });
+    }
     if (!session || found !== session || !resumable()) return;
-    const stream = session.attach(session.attempt, Number(received), "for good");
+    const stream = session.attach(session.attempt, Number(received));
     return new Response(stream, { headers: this.#headersOf(session) });
   }
 
   /** The uplink of a full session: numbered frames. */
-  async #receive(request: Request, wire: Wire): Promise<Response> {
-    const receiver = await this.#readmit(request, wire.token!);
-    if (!receiver) throw new Refusal(404, "No such session");
+  async #receive(asked: Asked): Promise<Response> {
+    const { request, wire } = asked;
+    const receiver = await this.#readmit(asked, wire.token!);
+    if (!receiver) throw this.#unknown(wire.token!);
     if (receiver instanceof PlainSession) {
       throw new Refusal(400, "A plain session takes plain messages");
     }
     receiver.heard();
-    if (receiver instanceof FullSession) this.#openings.delete(receiver.opening);
-    const error = request.body &&
-      await readUplink(request.body, receiver, this.maxMessageSize);
-    const refusal = error instanceof Refusal ? error : undefined; // else the connection's end
-    // "Failed requests never end a session": what is malformed in the bytes may be a proxy's doing.
-    if (refusal?.closeCode && refusal.closeCode !== 1002) {
-      receiver.close(refusal.closeCode, refusal.message);
+    if (receiver instanceof FullSession) this.#registry.confirmed(receiver);
+    const refusal = await readUplink(request, receiver, this.#settings.maxMessageSize);
+    let response = new Response(null, { status: 204 });
+    if (refusal instanceof Refusal) { // else the connection's end
+      // "Failed requests never end a session": what is malformed in the bytes may be a proxy's doing.
+      if (refusal.closeCode && refusal.closeCode !== 1002) {
+        receiver.close(refusal.closeCode, refusal.message);
+      }
+      response = this.#refuse(refusal, request);
     }
-    const response = refusal?.response() ?? new Response(null, { status: 204 });
     response.headers.set(RECEIVED_HEADER, String(receiver.uplink.received));
     return response;
   }
 
   /** The uplink of a plain session: messages as they are. */
-  async #receivePlain(request: Request, token: string): Promise<Response> {
-    if (!this.bidir) {
+  async #receivePlain(asked: Asked): Promise<Response> {
+    if (!this.#settings.bidir) {
       throw new Refusal(405, "This server only sends", { headers: { allow: "GET" } });
     }
-    const session = await this.#readmit(request, token);
-    if (!session || session instanceof Tombstone) throw new Refusal(404, "No such session");
+    const session = await this.#readmit(asked, asked.wire.token!);
+    if (!session || session instanceof Tombstone) throw this.#unknown(asked.wire.token!);
     if (session instanceof FullSession) throw new Refusal(400, `This session takes ${UPLINK_TYPE}`);
-    await session.read(request);
+    await session.read(asked.request);
     return new Response(null, { status: 204 });
   }
 
-  /** Another instance has the session: `upgrade` is asked here, all the rest is done there. */
-  async #forward(router: RoutingDriver, request: Request, token: string): Promise<Response> {
-    const { namespace } = await this.#admit(request);
-    return await router.route(request, token, namespace);
+  /**
+   * Asks `upgrade` about a request of an existing session; returns that session, or what is left
+   * of it. "Only a refusal counts; another namespace is 404."
+   */
+  async #readmit({ request, admitted }: Asked, token: string): Promise<Found | undefined> {
+    const known = this.#registry.find(token);
+    if (!known) return;
+    const peer = known instanceof Tombstone ? undefined : known.peer;
+    const namespace = admitted ?? (await this.#admissions.admit(request, peer)).namespace;
+    const found = this.#registry.find(token); // again: it may have closed while the hook was thinking
+    return found?.namespace === (found instanceof Tombstone ? digest(namespace) : namespace)
+      ? found
+      : undefined;
   }
 
-  // --- Admission ---
+  #headersOf(session: Session): Headers {
+    const full = session instanceof FullSession;
+    return streamHeaders(full, full || this.#settings.bidir ? session.token : undefined);
+  }
 
-  #checkRoom(): void {
-    if (this.#closing) throw new Refusal(503, "Shutting down", { headers: { "retry-after": "1" } });
-    if (this.sessions.size >= this.maxPeers) {
-      throw new Refusal(503, "Full", { headers: { "retry-after": "5" } });
+  // --- Refusals ---
+
+  #unknown(token: string): Refusal {
+    if (!this.#registry.issued(token)) {
+      this.#reports.warnOnce(
+        "a request came for a session of another instance, or of before a restart. Where there " +
+          "are several instances, use `sync: cluster(driver)`; else see that there is one adapter alone",
+      );
     }
+    return new Refusal(404, "No such session");
+  }
+
+  #refuse(error: unknown, request: Request): Response {
+    const refusal = error instanceof Refusal
+      ? error
+      : new Refusal(500, "Internal error", { cause: error, stage: "request" });
+    const { stage, hook, cause } = refusal;
+    if (stage === "body") this.#reports.once(cause ?? refusal, { stage, request });
+    else if (stage) this.#reports.report(cause, { stage, request, ...hook && { hook } });
+    return refusal.response();
+  }
+
+  /** Whoever passed no `Request` is told so, by the answer too where it is Node's to give. */
+  #explain(info: unknown): Promise<Response> {
+    const message = "fetch takes a Request. For Node's own (request, response), as Express and " +
+      'Fastify have them, use toNodeHandler(ws) of "@duplex/sse/node"';
+    const error = new TypeError(message);
+    const response = info as
+      | { writeHead?(status: number): { end?(text: string): void } }
+      | undefined;
+    if (typeof response?.writeHead !== "function") return Promise.reject(error);
+    this.#reports.report(error, { stage: "request" });
+    try {
+      response.writeHead(500).end?.(`${message}\n`);
+    } catch {
+      // it is answered already
+    }
+    return Promise.resolve(new Response(`${message}\n`, { status: 500 }));
+  }
+}
+
+/** Passes on an answer with what every one of ours has. */
+function seal(request: Request, response: Response, permission?: Headers): Response {
+  if (!response.status) return response; // Response.error() has none, and takes no headers
+  const headers = permission ?? new Headers();
+  if (!/\bno-store\b/.test(response.headers.get("cache-control") ?? "")) {
+    headers.set("cache-control", "no-store");
+  }
+  // "Every answer that the server itself gives to a request that carries x-duplex-version
+  // carries x-duplex-version: 1 …. With a 200 and an event stream it grants the full level."
+  const isStream = response.status === 200 &&
+    response.headers.get("content-type")?.startsWith(STREAM_TYPE);
+  if (request.headers.has(VERSION_HEADER) && !isStream) headers.set(VERSION_HEADER, VERSION);
+  try {
+    addHeaders(response.headers, headers);
+    return response;
+  } catch { // a hook's Response may have immutable headers
+    const copy = new Headers(response.headers);
+    addHeaders(copy, headers);
+    return new Response(response.body, { status: response.status, headers: copy });
+  }
+}
+
+function acceptsStream(request: Request): boolean {
+  const accept = request.headers.get("accept");
+  return accept === null || listed(accept).some((entry) => {
+    const [type, ...parameters] = entry.toLowerCase().split(";").map((part) => part.trim());
+    return [STREAM_TYPE, "text/*", "*/*"].includes(type!) &&
+      !parameters.some((p) => /^q=0(\.0*)?$/.test(p));
+  });
+}
+
+function streamHeaders(full: boolean, token?: string): Headers {
+  return new Headers({
+    "content-type": STREAM_TYPE,
+    "cache-control": "private, no-store, no-transform",
+    "x-accel-buffering": "no",
+    ...full && { [VERSION_HEADER]: VERSION },
+    ...token && { [TOKEN_HEADER]: token },
+  });
+}
+
+// --- Admission: who may open a session, and from where ---
+
+/** Asks the hooks who may come in. */
+class Admissions {
+  readonly #options: SSEOptions;
+
+  constructor(options: SSEOptions) {
+    this.#options = options;
+  }
+
+  /**
+   * Runs `upgrade`. A later hook's answer stands over an earlier one's; any refusal is final,
+   * and its `Response` thrown.
+   */
+  async admit(request: UpgradeRequest, peer?: Peer): Promise<Admission> {
+    offerProtocols(request);
+    const admission: Admission = {
+      hooks: await ask("resolve", () => this.#hooksOf(request)),
+      namespace: await ask("getNamespace", () => this.#options.getNamespace?.(request)) ??
+        new URL(request.url).pathname,
+      context: request.context ?? {},
+      protocol: "",
+      headers: new Headers(),
+    };
+    for (const hooks of admission.hooks) {
+      merge(admission, await ask("upgrade", () => hooks.upgrade?.(request, peer)));
+    }
+    // For the backplane "" is all namespaces, and those that begin so are its own.
+    if (/^(\0|$)/.test(admission.namespace)) throw malformed("the namespace");
+    checkUnread(request);
+    admission.protocol ||= admission.headers.get(WEBSOCKET_PROTOCOL) ??
+      await ask("handleProtocols", () => this.#chooseProtocol(request));
+    if (admission.protocol) {
+      await ask("upgrade", () => admission.headers.set(WEBSOCKET_PROTOCOL, admission.protocol));
+    }
+    return admission;
   }
 
   /** The adapter's hooks, then those that `resolve` finds, then those that the request carries. */
@@ -801,210 +989,331 @@ class Hub implements Host, Peers {
     type Carrier = Record<symbol, Partial<Hooks> | undefined>;
     const carried = (request as unknown as Carrier)[REQUEST_HOOKS] ??
       (request.context as Carrier | undefined)?.[REQUEST_HOOKS];
-    const resolved = await this.options.resolve?.(request);
-    return [...new Set([this.options.hooks, resolved, carried])].filter((hooks) => !!hooks);
-  }
-
-  /**
-   * Runs `upgrade`. A later hook's answer stands over an earlier one's; any refusal is final,
-   * and its `Response` thrown.
-   */
-  async #admit(request: UpgradeRequest): Promise<Admission> {
-    offerProtocols(request);
-    const admission: Admission = {
-      hooks: await this.#hooksOf(request),
-      namespace: this.options.getNamespace?.(request) ?? new URL(request.url).pathname,
-      context: request.context ?? {},
-      headers: new Headers(),
-    };
-    for (const hooks of admission.hooks) {
-      try {
-        const result = await hooks.upgrade?.(request);
-        // An arrow function may give anything, as `(request) => seen.push(request.url)` does.
-        if (!result || typeof result !== "object") continue;
-        if (result instanceof Response || "response" in result) throw result;
-        if (result.namespace) admission.namespace = result.namespace;
-        if (result.context) Object.assign(admission.context, result.context);
-        if (result.headers) addHeaders(admission.headers, new Headers(result.headers));
-        if (result.protocol) admission.headers.set(WEBSOCKET_PROTOCOL, result.protocol);
-      } catch (error) {
-        const { response } = Object(error);
-        throw response instanceof Response ? response : error;
-      }
-    }
-    // For the backplane "" is all namespaces, and those that begin so are its own.
-    if (/^(\0|$)/.test(admission.namespace)) throw malformed("the namespace");
-    // What it has taken cannot be read again, and must not pass for a message that came.
-    if (request.bodyUsed || request.body?.locked) {
-      throw new TypeError("The body was read before us");
-    }
-    if (!admission.headers.has(WEBSOCKET_PROTOCOL)) {
-      const protocol = await this.#chooseProtocol(request);
-      if (protocol) admission.headers.set(WEBSOCKET_PROTOCOL, protocol);
-    }
-    return admission;
+    const resolved = await this.#options.resolve?.(request);
+    return [...new Set([this.#options.hooks, resolved, carried])].filter((hooks) => !!hooks);
   }
 
   async #chooseProtocol(request: Request): Promise<string> {
     const offered = new Set(listed(request.headers.get(WEBSOCKET_PROTOCOL)));
     if (!offered.size) return "";
-    return await this.options.handleProtocols?.(offered, request) || "";
+    return await this.#options.handleProtocols?.(offered, request) || "";
+  }
+}
+
+/** Asks a function of the options. What it throws refuses, with its `Response` or with 500. */
+async function ask<T>(hook: string, call: () => MaybePromise<T>): Promise<T> {
+  try {
+    return await call();
+  } catch (cause) {
+    const { response } = Object(cause);
+    if (cause instanceof Response) throw cause;
+    if (response instanceof Response) throw response;
+    throw new Refusal(500, "A hook failed", { cause, stage: "hook", hook });
+  }
+}
+
+/** Takes what an `upgrade` hook has returned. */
+function merge(admission: Admission, result: unknown): void {
+  // Differs from crossws, which lets in: nobody who returns it means that.
+  if (result === false) throw new Refusal(403, "Refused");
+  // An arrow function may give anything, as `(request) => seen.push(request.url)` does.
+  if (!result || typeof result !== "object") return;
+  if (result instanceof Response) throw result;
+  if ("response" in result) {
+    if (result.response instanceof Response) throw result.response;
+    throw new Refusal(500, "A hook failed", { cause: result, stage: "hook", hook: "upgrade" });
+  }
+  const { namespace, context, headers, protocol } = result as UpgradeResult;
+  if (namespace) admission.namespace = namespace;
+  if (context) Object.assign(admission.context, context);
+  if (headers) addHeaders(admission.headers, new Headers(headers));
+  if (protocol) admission.protocol = protocol;
+}
+
+/** Hooks read the offer where they do with crossws; "a browser may not set Sec-*", so ours names it otherwise. */
+function offerProtocols(request: Request): void {
+  const offered = request.headers.get(PROTOCOL_HEADER);
+  if (offered === null || request.headers.has(WEBSOCKET_PROTOCOL)) return;
+  const headers = new Headers(request.headers);
+  headers.set(WEBSOCKET_PROTOCOL, offered);
+  replaceHeaders(request, headers);
+}
+
+/** Which other origins may use the server: the option `cors`, understood once. */
+class Origins {
+  readonly #cors: "none" | "manual" | "any" | "some";
+  readonly #allows: (origin: string, request: Request) => boolean;
+
+  constructor(cors: Cors = false) {
+    this.#cors = cors === false
+      ? "none"
+      : cors === true || cors === "*"
+      ? "any"
+      : cors === "manual"
+      ? cors
+      : "some";
+    this.#allows = this.#cors === "some" ? originTest(cors) : () => this.#cors === "any";
   }
 
-  /**
-   * Asks `upgrade` about a request of an existing session; gives that session, or what is left
-   * of it. "Only a refusal counts; another namespace is 404."
-   */
-  async #readmit(
-    request: Request,
-    token: string,
-  ): Promise<FullSession | PlainSession | Tombstone | undefined> {
-    const find = () => this.sessions.get(token) ?? this.#tombstones.get(token);
-    if (!find()) return;
-    const namespace = this.#admitted.get(request) ?? (await this.#admit(request)).namespace;
-    const found = find(); // again: it may have closed while the hook was thinking
-    return found?.namespace === namespace ? found : undefined;
-  }
-
-  // --- Responses ---
-
-  #headersOf(session: Session, admission?: Admission): Headers {
-    const { full, token } = session;
-    const headers = streamHeaders(full, full || this.bidir ? token : undefined);
-    if (!admission) return headers;
-    for (const ours of ["content-type", TOKEN_HEADER, VERSION_HEADER]) {
-      admission.headers.delete(ours);
+  /** Returns what the answer tells the browser; throws where the origin may not use this server. */
+  check(request: Request): Headers | undefined {
+    if (this.#cors === "manual") return;
+    const origin = request.headers.get("origin");
+    const site = request.headers.get("sec-fetch-site");
+    // "A request whose Sec-Fetch-Site is neither same-origin nor none, or which has none and an
+    // Origin of another host, is 403 before any hook."
+    const foreign = site
+      ? site !== "same-origin" && site !== "none"
+      : origin !== null && !isOwnHost(origin, request);
+    if (this.#cors === "none") {
+      if (foreign) throw new Refusal(403, "Cross-origin requests need the cors option");
+      return;
     }
-    addHeaders(headers, admission.headers);
+    const headers = new Headers({ vary: "origin" });
+    if (origin !== null && this.#allows(origin, request)) {
+      const allowed = this.#cors === "any" ? "*" : origin;
+      headers.set("access-control-allow-origin", allowed);
+      headers.set("timing-allow-origin", allowed);
+      // To a page of "*" no browser gives an answer that was asked for with credentials.
+      if (this.#cors !== "any") headers.set("access-control-allow-credentials", "true");
+      headers.set("access-control-expose-headers", EXPOSED_HEADERS);
+    } else if (foreign) throw new Refusal(403, "This origin is not allowed");
     return headers;
   }
 
-  /** The first events of a full session's stream. */
-  preface(
-    session: Pick<Session, "protocol" | "uplink" | "attempt" | "heartbeatInterval">,
-    next: number,
-  ): string {
-    const { protocol, uplink: { received, handled }, attempt, heartbeatInterval } = session;
-    const { idleTimeout, resumeTimeout, maxMessageSize, window } = this;
-    const terms = JSON.stringify({
-      protocol,
-      received,
-      handled,
-      next,
-      attempt,
-      heartbeatInterval,
-      idleTimeout,
-      resumeTimeout,
-      maxMessageSize,
-      window,
-    });
-    return `event: ${OPEN_EVENT}\ndata: ${terms}\n\n`;
+  isPreflight(request: Request): boolean {
+    return request.method === "OPTIONS" && this.#cors !== "none" && this.#cors !== "manual" &&
+      request.headers.has("access-control-request-method");
+  }
+}
+
+/** Over plain http a browser says no more of a page than this; a proxy may have put another Host. */
+function isOwnHost(origin: string, { url, headers }: Request): boolean {
+  const host = /^\w+:\/\/(.*)$/.exec(origin)?.[1]?.toLowerCase();
+  return [new URL(url).host, headers.get("host"), headers.get("x-forwarded-host")]
+    .some((own) => !!own && own.toLowerCase() === host);
+}
+
+/** Exact, or an error at once: an origin that is compared in part lets strangers in. */
+function originTest(cors: unknown): (origin: string, request: Request) => boolean {
+  if (typeof cors === "function") return (origin, request) => cors(origin, request) === true;
+  if (cors instanceof RegExp) {
+    const pattern = new RegExp(cors.source, cors.flags.replace(/[gy]/g, "")); // these remember
+    return (origin) => pattern.test(origin);
+  }
+  if (Array.isArray(cors)) {
+    const tests = cors.map((one) => one === "*" ? () => true : originTest(one));
+    return (origin, request) => tests.some((test) => test(origin, request));
+  }
+  const allowed = typeof cors === "string" && originOf(cors);
+  if (allowed) return (origin) => origin.toLowerCase() === allowed;
+  throw new TypeError(
+    `cors is true, "*", "manual", an origin like "https://example.com", a RegExp, a function or a list of these, not ${
+      typeof cors === "string" ? `"${cors}"` : typeof cors
+    }`,
+  );
+}
+
+/** The origin that a string is, whatever its case and slash at the end; else undefined. */
+function originOf(text: string): string | undefined {
+  if (text === "null") return text; // of files and sandboxes
+  try {
+    const { protocol, host, pathname, search, hash, username } = new URL(text);
+    if (host && !search && !hash && !username && pathname.length < 2) return `${protocol}//${host}`;
+  } catch {
+    // none
+  }
+}
+
+function preflight(request: Request): Response {
+  const headers = new Headers({
+    "access-control-allow-methods": "GET, POST",
+    "access-control-max-age": "600",
+  });
+  const asked = request.headers.get("access-control-request-headers");
+  if (asked) headers.set("access-control-allow-headers", asked);
+  return new Response(null, { status: 204, headers });
+}
+
+// --- Registry: all sessions of one adapter, and the one timer ---
+
+/** A session, or what is left of one. */
+type Found = FullSession | PlainSession | Tombstone;
+
+/** Knows every session until nothing is left of it. */
+class Registry implements Host {
+  readonly settings: Settings;
+  readonly flusher: Flusher;
+  readonly ledger: Ledger = { total: 0 };
+  readonly peers: Map<string, Set<Peer>> = new Map();
+  readonly #topics: Topics;
+  readonly #reports: Reports;
+  readonly #sessions: Map<string, FullSession | PlainSession> = new Map();
+  /** Plain sessions by the key of their event ids. */
+  readonly #keys: Map<string, PlainSession> = new Map();
+  /** Full sessions by the name of their opening, until their client shows that it has the token. */
+  readonly #openings: Map<string, FullSession> = new Map();
+  /** What is left of closed sessions, by token; of plain ones, by the key of their event ids. */
+  readonly #tombstones: Map<string, Tombstone> = new Map();
+  /** Sessions without a connection, the longest away first: those never heard from, and others. */
+  readonly #strangers: Set<Session> = new Set();
+  readonly #away: Set<Session> = new Set();
+  /** Ended sessions whose last bytes are still to be taken. */
+  readonly #lingering: Set<Session> = new Set();
+  #sweepTimer: ReturnType<typeof setTimeout> | undefined;
+  /** When that timer is due; Infinity while nothing has a deadline. */
+  #nextSweep = Infinity;
+  /** The first half of every token. */
+  #instance: string | undefined;
+  /** Close hooks that are to be called in a task of their own. */
+  #calls: (() => void)[] = [];
+  /** By then they are called, even if the runtime has stopped its timers. */
+  #callsDue = Infinity;
+  #closing = false;
+  #whenEmpty: (() => void)[] = [];
+
+  constructor(settings: Settings, topics: Topics, flusher: Flusher, reports: Reports) {
+    this.settings = settings;
+    this.flusher = flusher;
+    this.#topics = topics;
+    this.#reports = reports;
+    this.#instance = topics.backplane?.instance;
   }
 
-  // --- Publishing ---
+  // --- Who is there ---
 
-  subscribe(session: Session, topic: string): void {
-    const topics = getOrMake(this.#topics, session.namespace, () => new Map());
-    getOrMake(topics, topic, () => new Set()).add(session);
+  newToken(): string {
+    return `${this.#instance ??= randomHex(8)}.${randomHex(16)}`;
   }
 
-  unsubscribe(session: Session, topic: string): void {
-    const topics = this.#topics.get(session.namespace);
-    const subscribers = topics?.get(topic);
-    if (!subscribers?.delete(session) || subscribers.size) return;
-    topics!.delete(topic);
-    if (!topics!.size) this.#topics.delete(session.namespace);
+  /** Whether the token is of this instance, whatever has become of its session. */
+  issued(token: string): boolean {
+    return token.startsWith(`${this.#instance}.`);
   }
 
-  publish(topic: string, data: unknown, namespace = ""): void {
-    const message = { namespace, topic, data: toData(data) };
-    this.#deliver(message);
-    this.#relay(message);
+  add(session: FullSession | PlainSession): void {
+    this.#sessions.set(session.token, session);
+    this.#topics.backplane?.router?.own(session.token);
+    if (session instanceof PlainSession) this.#keys.set(session.key, session);
+    else if (session.opening) this.#openings.set(session.opening, session);
+    getOrMake(this.peers, session.namespace, () => new Set()).add(session.peer);
+    this.#startTimer();
   }
 
-  publishFrom(session: Session, topic: string, data: unknown): void {
-    const message = { namespace: session.namespace, topic, data: toData(data) };
-    this.#fanOut(message.namespace, topic, new Frame(message.data), session);
-    this.#relay(message);
+  /** By token; the tombstone of a plain session by the key of its event ids. */
+  find(token: string): Found | undefined {
+    return this.#sessions.get(token) ?? this.#tombstones.get(token);
   }
 
-  #deliver({ namespace, topic, data }: SyncMessage): void {
-    const frame = new Frame(toData(data));
-    if (namespace) return this.#fanOut(namespace, topic, frame);
-    for (const name of this.#topics.keys()) this.#fanOut(name, topic, frame);
+  findOpening(name: string): FullSession | undefined {
+    return this.#openings.get(name);
   }
 
-  #fanOut(namespace: string, topic: string, frame: Frame, except?: Session): void {
-    const subscribers = this.#topics.get(namespace)?.get(topic);
-    if (!subscribers) return;
-    const hold = this.flusher.resting;
-    for (const session of subscribers) if (session !== except) session.send(frame, hold);
+  /** The client of this session has its token. */
+  confirmed(session: FullSession): void {
+    this.#openings.delete(session.opening);
   }
 
-  #connectSync(connect: SyncAdapter): SyncDriver {
-    const id = crypto.randomUUID();
-    this.#instance = id.replaceAll("-", "").slice(0, 16);
-    const driver = connect({ id });
-    if ("route" in driver) {
-      this.#router = driver as RoutingDriver;
-      this.#router.attach({
-        maxMessageSize: this.maxMessageSize,
-        has: (token) => this.sessions.has(token) || this.#tombstones.has(token),
-        fetch: (request, namespace) => {
-          this.#admitted.set(request, namespace);
-          return this.fetch(request);
-        },
-        report: (error, stage) => this.#report(error, stage),
-      });
+  findPlain(key: string): PlainSession | undefined {
+    return this.#keys.get(key);
+  }
+
+  /** Throws where nobody can come in. */
+  checkRoom(): void {
+    if (this.#closing) throw new Refusal(503, "Shutting down", { headers: { "retry-after": "1" } });
+    if (this.#sessions.size >= this.settings.maxPeers && !this.#expendable()) {
+      throw new Refusal(503, "Full", { headers: { "retry-after": "5" } });
     }
-    this.#trySync(
-      "subscribe",
-      () => driver.subscribe((message) => this.#trySync("delivery", () => this.#deliver(message))),
-    );
-    return driver;
   }
 
-  #relay(message: SyncMessage): void {
-    if (this.sync) this.#trySync("publish", () => this.sync!.publish(message));
+  /** The same, and sees to it: "who is away makes room, who was never heard from first." */
+  makeRoom(): void {
+    this.checkRoom();
+    if (this.#sessions.size >= this.settings.maxPeers) this.#expendable()!.terminate();
   }
 
-  /** Does one thing with the backplane, whose failures are reported and never thrown. */
-  #trySync(stage: "subscribe" | "publish" | "delivery", action: () => MaybePromise<void>): void {
-    try {
-      Promise.resolve(action()).catch((error) => this.#report(error, stage));
-    } catch (error) {
-      this.#report(error, stage);
+  #expendable(): Session | undefined {
+    return this.#strangers.values().next().value ?? this.#away.values().next().value;
+  }
+
+  // --- What sessions tell ---
+
+  moved(session: Session, phase: Phase): void {
+    this.#strangers.delete(session);
+    this.#away.delete(session);
+    if (phase === "away") (session.wasHeard ? this.#away : this.#strangers).add(session);
+    if (phase === "lingering") {
+      this.#lingering.add(session);
+      this.#startTimer();
+    } else if (phase === "gone") this.#lingering.delete(session);
+  }
+
+  /** Forgets a session that has ended; its tombstone tells those who missed the end. */
+  bury(session: Session, ending: Ending | undefined): void {
+    this.#sessions.delete(session.token);
+    if (session instanceof FullSession) this.confirmed(session);
+    const peers = this.peers.get(session.namespace);
+    peers?.delete(session.peer);
+    if (!peers?.size) this.peers.delete(session.namespace);
+    this.#topics.leave(session);
+    const key = session instanceof PlainSession ? session.key : "";
+    this.#keys.delete(key);
+    const { resumeTimeout, maxPeers } = this.settings;
+    if (ending && resumeTimeout > 0) {
+      for (const [oldest, tombstone] of this.#tombstones) {
+        if (this.#tombstones.size < maxPeers) break;
+        this.#remove(oldest, tombstone);
+      }
+      this.#tombstones.set(key || session.token, new Tombstone(session, ending, resumeTimeout));
+      this.#startTimer();
+    }
+    if (!this.#sessions.size) this.#whenEmpty.splice(0).forEach((resolve) => resolve());
+  }
+
+  /** Too much waits in all: closes those who have taken nothing for longest, until a quarter is free. */
+  relieve(): void {
+    const waiting = [...this.#sessions.values()].filter((session) => session.bufferedAmount > 0)
+      .sort((one, other) => one.lastWrite - other.lastWrite);
+    for (const session of waiting) {
+      if (this.ledger.total <= 0.75 * this.settings.maxTotalBufferedAmount) return;
+      session.overflow();
     }
   }
 
-  #report(error: unknown, stage: "subscribe" | "publish" | "delivery"): void {
-    const { onError } = this.options;
-    if (!onError) return console.error(`[duplex-sse] sync ${stage} failed:`, error);
-    try {
-      onError.call(this.options, error, { stage });
-    } catch (failure) { // anybody on the backplane can bring a report about
-      console.error("[duplex-sse] onError failed:", failure);
+  /** Calls a close hook: after the hooks of the last message and whatever they wait for in this task. */
+  later(call: () => void): void {
+    if (this.#calls.push(call) > 1) return;
+    this.#callsDue = clock() + STALLED;
+    nextTask(() => this.#callAll());
+  }
+
+  #callAll(): void {
+    for (const call of this.#calls) { // it grows meanwhile: what these do may end others
+      try {
+        call();
+      } catch (error) { // hooks that cannot even be looked up must not silence everybody's
+        this.report(error, { stage: "hook", hook: "close" });
+      }
     }
+    this.#calls = [];
+    this.#callsDue = Infinity;
+  }
+
+  report(error: unknown, context: ErrorContext): void {
+    this.#reports.report(error, context);
   }
 
   // --- Time ---
 
   /** Fine enough for the shortest of the deadlines; one timer for all sessions. */
   get #period(): number {
-    const { resumeTimeout, idleTimeout } = this;
+    const { resumeTimeout, idleTimeout, unattendedHeartbeat } = this.settings;
     const shortest = Math.min(
-      this.heartbeatOf(undefined) / 2,
+      unattendedHeartbeat / 2,
       resumeTimeout / 4 || Infinity,
       idleTimeout / 4 || Infinity,
     );
     return Math.max(5, shortest);
-  }
-
-  /** 5 s where the runtime's idle cut could not be lifted, for want of `fetch`'s second argument. */
-  heartbeatOf(runtime: Runtime): number {
-    return runtime !== undefined || this.options.heartbeatInterval !== undefined
-      ? this.heartbeatInterval
-      : UNATTENDED_HEARTBEAT_INTERVAL;
   }
 
   #startTimer(): void {
@@ -1015,63 +1324,32 @@ class Hub implements Host, Peers {
     (this.#sweepTimer as { unref?(): void }).unref?.();
   }
 
+  /** For runtimes that stop timers between requests. */
+  sweepIfDue(): void {
+    const now = clock();
+    if (now >= this.#nextSweep) this.#sweep();
+    if (now >= this.#callsDue) this.#callAll();
+  }
+
   #sweep(): void {
     clearTimeout(this.#sweepTimer);
     this.#nextSweep = Infinity;
     const now = clock();
-    for (const session of this.sessions.values()) session.tick(now);
-    for (const session of this.lingering) if (now >= session.deadline) session.release();
+    for (const session of this.#sessions.values()) session.tick(now);
+    for (const session of this.#lingering) if (now >= session.deadline) session.release();
     for (const [name, tombstone] of this.#tombstones) {
       if (now < tombstone.expires) break; // they were laid in the order of their expiry
-      this.#tombstones.delete(name);
-      tombstone.uplink.release();
+      this.#remove(name, tombstone);
     }
-    if (this.sessions.size || this.lingering.size || this.#tombstones.size) this.#startTimer();
+    if (this.#sessions.size || this.#lingering.size || this.#tombstones.size) this.#startTimer();
   }
 
-  // --- Ends ---
-
-  /** Forgets a session that has ended; its tombstone tells those who missed the end. */
-  bury(session: Session, ending: Ending | undefined): void {
-    this.sessions.delete(session.token);
-    if (session instanceof FullSession) this.#openings.delete(session.opening);
-    const peers = this.peers.get(session.namespace);
-    peers?.delete(session.peer);
-    if (!peers?.size) this.peers.delete(session.namespace);
-    const key = session instanceof PlainSession ? session.key : "";
-    this.#keys.delete(key);
-    if (ending && this.resumeTimeout > 0) {
-      this.#tombstones.set(
-        key || session.token,
-        new Tombstone(session, ending, this.resumeTimeout),
-      );
-      this.#startTimer();
-    }
-    if (!this.sessions.size) this.#whenEmpty.splice(0).forEach((resolve) => resolve());
+  #remove(name: string, tombstone: Tombstone): void {
+    this.#tombstones.delete(name);
+    tombstone.uplink.release();
   }
 
-  /**
-   * Calls close hooks after the hooks that open a session and those that close another, never
-   * within them: what these send may end the next session, and so on through thousands.
-   */
-  inTurn(call: () => void): void {
-    if (this.#calls) return void this.#calls.push(call);
-    this.#calls = [call];
-    try {
-      for (const next of this.#calls) next(); // it grows meanwhile
-    } finally { // hooks that cannot even be looked up must not silence everybody's
-      this.#calls = undefined;
-    }
-  }
-
-  linger(session: Session): void {
-    this.lingering.add(session);
-    this.#startTimer();
-  }
-
-  release(session: Session): void {
-    this.lingering.delete(session);
-  }
+  // --- The end ---
 
   async close(
     code = 1001,
@@ -1080,30 +1358,137 @@ class Hub implements Host, Peers {
   ): Promise<void> {
     checkClose(code, reason);
     this.#closing = true;
-    for (const session of this.sessions.values()) session.close(code, reason);
+    for (const session of this.#sessions.values()) session.close(code, reason, true);
     const hurry = () => {
-      for (const session of this.sessions.values()) session.terminate();
+      for (const session of this.#sessions.values()) session.terminate();
     };
     if (signal?.aborted) hurry();
     signal?.addEventListener("abort", hurry);
-    if (this.sessions.size) await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
+    if (this.#sessions.size) await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
     signal?.removeEventListener("abort", hurry);
-    for (const session of this.lingering) session.flush();
+    for (const session of this.#lingering) session.flush();
     await new Promise((resolve) => setTimeout(resolve)); // the runtime takes what is left
-    for (const session of this.lingering) session.release();
-    this.#tombstones.clear();
+    this.#callAll();
+    for (const session of this.#lingering) session.release();
+    for (const [name, tombstone] of this.#tombstones) this.#remove(name, tombstone);
     this.flusher.stop();
     clearTimeout(this.#sweepTimer);
     this.#nextSweep = Infinity;
-    await this.sync?.close?.();
+    await this.#topics.backplane?.close();
   }
 }
 
-// --- What hooks are given ---
+// --- Topics: publishing, here and on other instances ---
 
-/** What a peer needs of the hub. */
-interface Peers {
-  readonly peers: Map<string, Set<Peer>>;
+/** Whoever can be published to. */
+interface Subscriber {
+  readonly namespace: string;
+  readonly topics: Set<string>;
+  send(frame: Frame, hold?: boolean): number;
+}
+
+/** Subscribers by namespace and topic, so that publishing never looks at anyone else. */
+class Topics {
+  readonly backplane: Backplane | undefined;
+  readonly #flusher: Flusher;
+  readonly #topics: Map<string, Map<string, Set<Subscriber>>> = new Map();
+
+  constructor({ sync }: SSEOptions, flusher: Flusher, reports: Reports) {
+    this.#flusher = flusher;
+    this.backplane = sync && new Backplane(sync, reports);
+  }
+
+  subscribe(subscriber: Subscriber, topic: string): void {
+    subscriber.topics.add(topic);
+    const topics = getOrMake(this.#topics, subscriber.namespace, () => new Map());
+    getOrMake(topics, topic, () => new Set()).add(subscriber);
+  }
+
+  unsubscribe(subscriber: Subscriber, topic: string): void {
+    const topics = this.#topics.get(subscriber.namespace);
+    const subscribers = topics?.get(topic);
+    if (!subscribers?.delete(subscriber) || subscribers.size) return;
+    topics!.delete(topic);
+    if (!topics!.size) this.#topics.delete(subscriber.namespace);
+  }
+
+  /** Ends all subscriptions; `topics` goes on to tell the close hook which they were. */
+  leave(subscriber: Subscriber): void {
+    for (const topic of subscriber.topics) this.unsubscribe(subscriber, topic);
+  }
+
+  publish(topic: string, data: unknown, namespace = ""): void {
+    const message = { namespace, topic, data: toData(data) };
+    this.deliver(message);
+    this.backplane?.relay(message);
+  }
+
+  publishFrom(subscriber: Subscriber, topic: string, data: unknown): void {
+    const message = { namespace: subscriber.namespace, topic, data: toData(data) };
+    this.#fanOut(message.namespace, topic, new Frame(message.data), subscriber);
+    this.backplane?.relay(message);
+  }
+
+  /** Publishes here what this or another instance has published. */
+  deliver({ namespace, topic, data }: SyncMessage): void {
+    const frame = new Frame(toData(data));
+    if (namespace) return this.#fanOut(namespace, topic, frame);
+    for (const name of this.#topics.keys()) this.#fanOut(name, topic, frame);
+  }
+
+  #fanOut(namespace: string, topic: string, frame: Frame, except?: Subscriber): void {
+    const subscribers = this.#topics.get(namespace)?.get(topic);
+    if (!subscribers) return;
+    const hold = this.#flusher.resting;
+    for (const one of subscribers) if (one !== except) one.send(frame, hold);
+  }
+}
+
+/** The connection to other instances: one of crossws's drivers, or `cluster`. */
+class Backplane {
+  readonly instance: string;
+  readonly driver: SyncDriver;
+  readonly router: RoutingDriver | undefined;
+  readonly #reports: Reports;
+
+  constructor(connect: SyncAdapter, reports: Reports) {
+    const id = crypto.randomUUID();
+    this.instance = id.replaceAll("-", "").slice(0, 16);
+    this.#reports = reports;
+    this.driver = connect({ id });
+    if ("route" in this.driver) this.router = this.driver as RoutingDriver;
+  }
+
+  connect(host: RoutingHost, deliver: (message: SyncMessage) => void): void {
+    this.router?.attach(host);
+    this.#try(
+      "subscribe",
+      () => this.driver.subscribe((message) => this.#try("delivery", () => deliver(message))),
+    );
+  }
+
+  relay(message: SyncMessage): void {
+    this.#try("publish", () => this.driver.publish(message));
+  }
+
+  async close(): Promise<void> {
+    await this.driver.close?.();
+  }
+
+  /** Does one thing with the backplane, whose failures are reported and never thrown. */
+  #try(stage: "subscribe" | "publish" | "delivery", action: () => MaybePromise<void>): void {
+    try {
+      Promise.resolve(action()).catch((error) => this.#reports.report(error, { stage }));
+    } catch (error) {
+      this.#reports.report(error, { stage });
+    }
+  }
+}
+
+// --- Peers, as hooks are given them ---
+
+/** What a peer can do with topics. */
+interface PeerTopics {
   subscribe(session: Session, topic: string): void;
   unsubscribe(session: Session, topic: string): void;
   publishFrom(session: Session, topic: string, data: unknown): void;
@@ -1112,13 +1497,15 @@ interface Peers {
 class ServerPeer implements Peer {
   // Private fields stay out of what console.log shows: the token is never in there.
   readonly #session: Session;
-  readonly #hub: Peers;
+  readonly #peers: Map<string, Set<Peer>>;
+  readonly #topics: PeerTopics;
   #id: string | undefined;
   #websocket: PeerWebSocket | undefined;
 
-  constructor(session: Session, hub: Peers) {
+  constructor(session: Session, peers: Map<string, Set<Peer>>, topics: PeerTopics) {
     this.#session = session;
-    this.#hub = hub;
+    this.#peers = peers;
+    this.#topics = topics;
   }
 
   get id(): string {
@@ -1142,7 +1529,7 @@ class ServerPeer implements Peer {
   }
 
   get peers(): Set<Peer> {
-    return this.#hub.peers.get(this.namespace) ?? new Set();
+    return this.#peers.get(this.namespace) ?? new Set();
   }
 
   get topics(): Set<string> {
@@ -1181,17 +1568,16 @@ class ServerPeer implements Peer {
 
   subscribe(topic: string): void {
     if (this.#session.readyState !== OPEN) return;
-    this.#session.topics.add(topic);
-    this.#hub.subscribe(this.#session, topic);
+    this.#topics.subscribe(this.#session, topic);
   }
 
   unsubscribe(topic: string): void {
     this.#session.topics.delete(topic);
-    this.#hub.unsubscribe(this.#session, topic);
+    this.#topics.unsubscribe(this.#session, topic);
   }
 
   publish(topic: string, data: unknown): void {
-    this.#hub.publishFrom(this.#session, topic, data);
+    this.#topics.publishFrom(this.#session, topic, data);
   }
 
   close(code = 1005, reason = ""): void {
@@ -1225,50 +1611,75 @@ class ServerPeer implements Peer {
   }
 }
 
-// --- A session ---
+// --- Sessions: a client's state, which outlives its connections ---
 
-/** What a session begins with. */
-interface Opening {
-  token: string;
-  request: Request;
-  admission: Admission;
-  runtime: Runtime;
-}
+/** Where a session is in its life. */
+type Phase = "carried" | "away" | "closing carried" | "closing away" | "lingering" | "gone";
+
+/**
+ * Every way from phase to phase; any other throws, always, since a lookup at each of these
+ * rare steps costs nothing that could be measured.
+ */
+const TRANSITIONS: Readonly<Record<Phase, readonly Phase[]>> = {
+  "carried": ["carried", "away", "closing carried", "gone"],
+  "away": ["carried", "closing away", "gone"],
+  "closing carried": ["closing carried", "closing away", "lingering", "gone"],
+  "closing away": ["closing carried", "gone"],
+  "lingering": ["gone"],
+  "gone": [],
+};
+
+/** What hooks see of it. */
+const READY_STATES: Readonly<Record<Phase, number>> = {
+  "carried": OPEN,
+  "away": OPEN,
+  "closing carried": CLOSING,
+  "closing away": CLOSING,
+  "lingering": CLOSED,
+  "gone": CLOSED,
+};
 
 /** What admission to a session has settled. */
 interface Admission {
   hooks: Partial<Hooks>[];
   namespace: string;
   context: PeerContext;
-  /** Those of the response, the subprotocol's among them. */
+  /** The subprotocol chosen, or "". */
+  protocol: string;
+  /** Those of the response. */
   headers: Headers;
 }
 
-/** What a session needs of the hub. */
-interface Host {
-  readonly bidir: boolean;
-  readonly window: number;
-  readonly idleTimeout: number;
-  readonly resumeTimeout: number;
-  readonly closeTimeout: number;
-  readonly maxMessageSize: number;
-  readonly maxBufferedAmount: number;
-  readonly mostHeld: number;
-  readonly flusher: Flusher;
-  heartbeatOf(runtime: Runtime): number;
-  preface(session: Session, next: number): string;
-  unsubscribe(session: Session, topic: string): void;
-  /** Its end is to be told to those who missed it. */
-  bury(session: Session, ending: Ending | undefined): void;
-  /** Its last bytes are still to be taken; `release` when they are. */
-  linger(session: Session): void;
-  release(session: Session): void;
-  inTurn(call: () => void): void;
+/** What a session begins with. */
+interface Opening {
+  token: string;
+  /** Which the client gave it, or "". */
+  name: string;
+  request: Request;
+  admission: Admission;
+  heartbeatInterval: number;
+  remoteAddress: string | undefined;
+  makePeer(session: Session): Peer;
 }
 
-/** A client's state, which outlives its connections: what both levels have in common. */
+/** What a session needs of whoever keeps it. */
+interface Host {
+  readonly settings: Settings;
+  readonly flusher: Flusher;
+  readonly ledger: Ledger;
+  /** It is in another phase. */
+  moved(session: Session, phase: Phase): void;
+  /** It has ended, which is to be told to those who missed it. */
+  bury(session: Session, ending: Ending | undefined): void;
+  /** More waits in all than `maxTotalBufferedAmount`. */
+  relieve(): void;
+  /** Calls in a task of its own. */
+  later(call: () => void): void;
+  report(error: unknown, context: ErrorContext): void;
+}
+
+/** What both levels have in common. */
 abstract class Session {
-  abstract readonly full: boolean;
   readonly token: string;
   readonly namespace: string;
   readonly protocol: string;
@@ -1276,16 +1687,17 @@ abstract class Session {
   readonly request: Request;
   readonly context: PeerContext;
   readonly remoteAddress: string | undefined;
-  peer!: Peer;
+  readonly peer: Peer;
   readonly topics: Set<string> = new Set();
   readonly uplink: Uplink = new Uplink();
-  readyState = OPEN;
   attempt = 0;
   /** When a session that is closing, or without a connection, ends for good. */
   deadline = Infinity;
+  /** When a connection was last given anything. */
+  lastWrite: number = clock();
 
-  protected readonly hub: Host;
-  protected readonly outbox: Outbox = new Outbox();
+  protected readonly host: Host;
+  protected readonly outbox: Outbox;
   protected connection: Connection | undefined;
   /** How it ends, once that is known; undefined for one whose client was lost. */
   protected ending: Ending | undefined;
@@ -1294,115 +1706,152 @@ abstract class Session {
   /** Something is due that is no message. */
   protected controlDue = false;
   readonly #hooks: Partial<Hooks>[];
-  /** The hub flushes this session at the end of the current job, or at that of its rest. */
+  readonly #inContext: Snapshot;
+  #phase: Phase = "away";
+  /** The host flushes this session at the end of the current job, or at that of its rest. */
   #flush: "none" | "due" | "held" = "none";
   /** Something had to wait, and `drain` is yet to be called. */
   #clogged = false;
   #waiters: Set<Waiter> | undefined;
-  #lastWrite = 0;
 
-  constructor(hub: Host, { token, request, admission, runtime }: Opening) {
-    this.hub = hub;
+  constructor(host: Host, opening: Opening) {
+    const { token, request, admission, heartbeatInterval, remoteAddress } = opening;
+    this.host = host;
+    this.outbox = new Outbox(host.ledger);
     this.#hooks = admission.hooks;
+    this.#inContext = snapshot();
     this.token = token;
     this.namespace = admission.namespace;
-    this.protocol = admission.headers.get(WEBSOCKET_PROTOCOL) ?? "";
-    this.heartbeatInterval = hub.heartbeatOf(runtime);
+    this.protocol = admission.protocol;
+    this.heartbeatInterval = heartbeatInterval;
     this.request = keepReadable(request);
     this.context = admission.context;
-    this.remoteAddress = remoteAddressOf(request, runtime);
+    this.remoteAddress = remoteAddress;
+    this.peer = opening.makePeer(this);
   }
 
   get bufferedAmount(): number {
     return this.outbox.waiting;
   }
 
-  // --- What the levels differ in ---
+  get readyState(): number {
+    return READY_STATES[this.#phase];
+  }
 
+  protected get isOpen(): boolean {
+    return this.#phase === "carried" || this.#phase === "away";
+  }
+
+  /** It is over: only its last bytes may still be on their way. */
+  protected get isOver(): boolean {
+    return this.#phase === "lingering" || this.#phase === "gone";
+  }
+
+  #become(phase: Phase): void {
+    if (!TRANSITIONS[this.#phase].includes(phase)) {
+      throw new Error(`A session that is ${this.#phase} cannot become ${phase}`);
+    }
+    this.#phase = phase;
+    this.host.moved(this, phase);
+  }
+
+  // --- The levels' own ---
+
+  /** The client has sent anything but its opening request. */
+  abstract get wasHeard(): boolean;
+  /** How long it waits for its client to come back. */
+  protected abstract get patience(): number;
   /** What a stream begins with, when it goes on after this message. */
   protected abstract preface(received: number): string;
-  protected abstract encode(frame: Frame): Bytes;
+  protected abstract encode(frame: Frame): Encoded;
   protected abstract encodeEnding(ending: Ending): Bytes;
-  /** Gathers the messages that may go now. */
+  /** The next message, where it may go by itself and as it is. */
+  protected abstract takeAlone(): Bytes | undefined;
+  /** Gathers what may go now. */
   protected abstract gather(parts: Bytes[]): void;
   /** The hooks have settled for a message of so many encoded bytes. */
   protected abstract handled(size: number): void;
+  /** The close is out. */
+  protected abstract afterClose(): void;
 
   // --- Connections ---
 
   /** Begins the next event stream, after message `received`; the one before it ends. */
-  attach(attempt: number, received: number, lasts: Lasting): ReadableStream<Bytes> {
+  attach(attempt: number, received: number, until: Until = "lost"): ReadableStream<Bytes> {
     this.connection?.end();
     this.attempt = attempt;
     this.outbox.rewind(received);
-    if (this.readyState === OPEN) this.deadline = Infinity;
-    this.#lastWrite = clock();
-    this.connection = new Connection(this, encoder.encode(this.preface(received)), lasts);
+    this.#become(this.isOpen ? "carried" : "closing carried");
+    if (this.isOpen) this.deadline = Infinity;
+    this.lastWrite = clock();
+    this.connection = new Connection(this, encoder.encode(this.preface(received)), until);
     return this.connection.stream;
   }
 
   canResumeFrom(received: number): boolean {
-    return this.outbox.has(received);
+    return this.outbox.keepsAfter(received);
   }
 
   /** The connection is gone: the "session expires after the resume timeout". */
   lose(connection: Connection): void {
     if (connection !== this.connection) return; // a newer one has taken over
     this.connection = undefined;
-    if (this.readyState === CLOSED) return this.release();
-    this.deadline = Math.min(this.deadline, clock() + this.hub.resumeTimeout);
-    if (this.hub.resumeTimeout === 0) this.finish(LOST);
+    if (this.isOver) return this.release();
+    this.#become(this.isOpen ? "away" : "closing away");
+    this.deadline = Math.min(this.deadline, clock() + this.patience);
+    if (!this.patience) this.terminate();
   }
 
   /** Ends the connection as if the network had: the client will resume. */
   protected drop(): void {
-    const connection = this.connection;
+    const { connection } = this;
     connection?.end();
     if (connection) this.lose(connection);
   }
 
-  protected disconnect(): void {
-    this.connection?.end();
-    this.connection = undefined;
-  }
-
   /** Lets go of the connection and of all bodies: nothing more comes, either way. */
   release(): void {
-    this.disconnect();
-    this.hub.release(this);
+    this.connection?.end();
+    this.connection = undefined;
     this.uplink.release();
+    if (this.#phase !== "gone") this.#become("gone");
   }
 
   // --- Sending ---
 
   /** The message goes at the end of the current job; with `hold`, at that of a rest. */
   send(frame: Frame, hold = false): number {
-    if (this.readyState !== OPEN) return 0;
+    if (!this.isOpen) return 0;
+    const { settings, ledger } = this.host;
+    if (ledger.total > settings.maxTotalBufferedAmount) this.host.relieve();
     // "A send on a peer that already has more than maxBufferedAmount held back closes it with 1013."
-    if (this.outbox.cost > this.hub.maxBufferedAmount) {
-      this.#beginClose(1013, "Too much buffered");
-      this.finish();
-      return 0;
-    }
-    const bytes = this.encode(frame);
-    this.outbox.push(bytes);
+    if (this.outbox.cost > settings.maxBufferedAmount) this.overflow();
+    if (!this.isOpen) return 0;
+    const encoded = this.encode(frame);
+    this.outbox.push(encoded);
     if (!hold || !this.#hold()) this.schedule();
-    return this.#clogged ? -1 : bytes.length;
+    return this.#clogged ? -1 : encoded.bytes.length;
+  }
+
+  /** What is held back is too much: it is dropped, and the client is told so. */
+  overflow(): void {
+    this.startClosing({ code: 1013, reason: "Too much buffered", sent: this.outbox.last });
+    this.finish();
   }
 
   ping(_data: Bytes): void {}
 
   /** Whether the flush is left to the end of the rest: not if one is due anyway, or much is held. */
   #hold(): boolean {
-    if (this.#flush === "due" || this.bufferedAmount > this.hub.mostHeld) return false;
-    if (this.#flush === "none" && this.hub.flusher.hold(this)) this.#flush = "held";
+    if (this.#flush === "due" || this.bufferedAmount > this.host.settings.mostHeld) return false;
+    if (this.#flush === "none" && this.host.flusher.hold(this)) this.#flush = "held";
     return this.#flush === "held";
   }
 
   schedule(): void {
     if (this.#flush === "due") return;
     this.#flush = "due";
-    this.hub.flusher.schedule(this);
+    this.host.flusher.schedule(this);
   }
 
   /**
@@ -1411,56 +1860,58 @@ abstract class Session {
    */
   flush(): void {
     this.#flush = "none";
-    const connection = this.connection;
+    const { connection, outbox } = this;
     if (!connection?.asked) {
       this.#clogged ||= this.bufferedAmount > 0;
       return;
     }
-    if (this.outbox.due || this.controlDue || this.ending || connection.preface) {
-      this.#flushAll(connection);
-    }
+    // Mostly one message is due and nothing else, or nothing at all: neither needs an array.
+    const onlyMessages = !this.controlDue && !this.ending && !connection.preface &&
+      connection.until === "lost";
+    const alone = onlyMessages && outbox.due === 1 ? this.takeAlone() : undefined;
+    if (alone) this.#write(connection, alone);
+    else if (!onlyMessages || outbox.due) this.#flushAll(connection);
     if (this.#clogged || this.bufferedAmount > 0 || this.#waiters) this.#afterFlush();
   }
 
   #flushAll(connection: Connection): void {
-    const parts: Bytes[] = [];
-    if (connection.preface) parts.push(connection.preface);
+    const parts: Bytes[] = connection.preface ? [connection.preface] : [];
+    const news = parts.length;
     connection.preface = undefined;
-    const known = parts.length;
     this.gather(parts);
     const last = this.ending && !this.outbox.due;
     if (last) parts.push(this.encodeEnding(this.ending!));
-    const isOver = connection.lasts === "preface" ||
-      connection.lasts === "news" && parts.length > known;
-    if (parts.length) this.#write(connection, this.hub.flusher.join(parts));
-    if (last) this.#afterClose();
-    else if (isOver) this.#endTurn(connection);
+    if (parts.length) this.#write(connection, this.host.flusher.join(parts));
+    if (last) this.#closeIsOut();
+    else if (connection.until === "flushed" || connection.until === "news" && parts.length > news) {
+      this.#endTurn(connection);
+    }
   }
 
-  /** A poll has its answer: the client is away until the next. */
+  /** A poll has its answer. "Between polls the session is away, as after a lost connection." */
   #endTurn(connection: Connection): void {
     connection.end();
     this.connection = undefined;
-    // "Between polls the session is away …: it keeps its numbers, and the resume timeout runs."
-    this.deadline = Math.min(this.deadline, clock() + this.hub.closeTimeout);
+    this.#become(this.isOpen ? "away" : "closing away");
+    this.deadline = Math.min(this.deadline, clock() + this.host.settings.closeTimeout);
   }
 
   #write(connection: Connection, chunk: Bytes): void {
-    this.#lastWrite = clock();
+    this.lastWrite = clock();
     connection.write(chunk);
   }
 
   #afterFlush(): void {
     if (this.bufferedAmount > 0) this.#clogged = true;
     this.wake();
-    if (this.bufferedAmount > 0 || !this.#clogged || this.readyState !== OPEN) return;
+    if (this.bufferedAmount > 0 || !this.#clogged || !this.isOpen) return;
     this.#clogged = false;
     this.callHooks("drain");
   }
 
   waitForDrain(threshold: number, signal?: AbortSignal): Promise<void> {
     if (signal?.aborted) return Promise.reject(signal.reason);
-    if (this.bufferedAmount <= threshold || this.readyState >= CLOSING) return Promise.resolve();
+    if (this.bufferedAmount <= threshold || !this.isOpen) return Promise.resolve();
     return new Promise((resolve, reject) => {
       const abort = () => {
         this.#waiters?.delete(waiter);
@@ -1482,7 +1933,7 @@ abstract class Session {
   protected wake(): void {
     if (!this.#waiters) return;
     for (const waiter of this.#waiters) {
-      if (this.bufferedAmount > waiter.threshold && this.readyState < CLOSING) continue;
+      if (this.bufferedAmount > waiter.threshold && this.isOpen) continue;
       this.#waiters.delete(waiter);
       waiter.resolve();
     }
@@ -1492,9 +1943,9 @@ abstract class Session {
   // --- Receiving ---
 
   /** Any byte from the client shows that it lives. */
-  heard(): void {}
+  abstract heard(): void;
 
-  /** Gives a message to the hooks, and a promise until they have settled. */
+  /** Gives a message to the hooks, and returns a promise until they have settled. */
   protected deliver(data: string | Bytes, size: number): Promise<void> | undefined {
     this.uplink.received++;
     const pending = this.callHooks("message", new ServerMessage(this.peer, data));
@@ -1509,40 +1960,57 @@ abstract class Session {
 
   // --- Hooks ---
 
-  /** Calls a hook wherever it is set. Gives a promise, which never rejects, where that takes time. */
+  /**
+   * Calls a hook wherever it is set. Returns a promise, which never rejects, where that takes time.
+   * `message` is called in the async context of the request that brought it, all others in that of
+   * the opening: a timer's, or another client's, would show them somebody else's.
+   */
   callHooks(
-    name: "open" | "message" | "close" | "drain" | "ping" | "pong",
+    name: HookName,
     argument?: Message | CloseDetails | Uint8Array,
   ): Promise<void> | undefined {
+    if (name === "message") return this.#callHooks(name, argument);
+    return this.#inContext(() => this.#callHooks(name, argument));
+  }
+
+  #callHooks(name: HookName, argument: unknown): Promise<void> | undefined {
     let pending: Promise<void> | undefined;
     for (const hooks of this.#hooks) {
       const hook = hooks[name] as Hook | undefined;
       if (!hook) continue;
       pending = pending
-        ? pending.then(() => this.#callHook(hooks, hook, argument)) // in turn, as in crossws
-        : this.#callHook(hooks, hook, argument);
+        ? pending.then(() => this.#callHook(hooks, name, hook, argument)) // in turn, as in crossws
+        : this.#callHook(hooks, name, hook, argument);
     }
     return pending;
   }
 
   /** Its failure goes to `error` and ends this session alone. */
-  #callHook(hooks: Partial<Hooks>, hook: Hook, argument: unknown): Promise<void> | undefined {
+  #callHook(
+    hooks: Partial<Hooks>,
+    name: HookName,
+    hook: Hook,
+    argument: unknown,
+  ): Promise<void> | undefined {
     try {
       const result = hook.call(hooks, this.peer, argument);
       if (!isThenable(result)) return;
-      return Promise.resolve(result).then(() => {}, (error) => this.#fail(error));
+      return Promise.resolve(result).then(() => {}, (error) => this.#fail(name, error));
     } catch (error) {
-      this.#fail(error);
+      this.#fail(name, error);
     }
   }
 
-  #fail(cause: unknown): void {
+  #fail(hook: HookName, cause: unknown): void {
     const error = cause instanceof Error ? cause : new Error("A hook failed", { cause });
+    const { peer } = this;
     const listeners = this.#hooks.filter((hooks) => hooks.error);
-    if (!listeners.length) console.error("[duplex-sse] a hook failed:", error);
+    if (!listeners.length) this.host.report(error, { stage: "hook", hook, peer });
     for (const hooks of listeners) {
-      const telling = async () => await hooks.error!(this.peer, error); // also a throw rejects
-      telling().catch((error) => console.error("[duplex-sse] the error hook failed:", error));
+      const telling = async () => await hooks.error!(peer, error); // also a throw rejects
+      this.#inContext(telling).catch((error) =>
+        this.host.report(error, { stage: "hook", hook: "error", peer })
+      );
     }
     this.close(1011, "A hook failed");
   }
@@ -1550,50 +2018,46 @@ abstract class Session {
   // --- Ends ---
 
   /** "When the server closes, duplex-close comes after all that was sent before." */
-  close(code: number, reason: string): void {
-    if (this.readyState !== OPEN) return;
-    this.#beginClose(code, reason);
-    this.deadline = clock() + this.hub.closeTimeout;
+  close(code: number, reason: string, delivers = false): void {
+    if (!this.isOpen) return;
+    this.startClosing({ code, reason, sent: this.outbox.last, delivers });
+    this.deadline = clock() + this.host.settings.closeTimeout;
   }
 
-  #beginClose(code: number, reason: string): void {
-    this.startClosing({ code, reason, sent: this.outbox.last });
-  }
-
+  /** "Whichever comes first at the server, its own close or the client's CLOSE, fixes code and reason." */
   protected startClosing(ending: Ending): void {
-    this.readyState = CLOSING;
+    this.#become(this.connection ? "closing carried" : "closing away");
     this.ending = ending;
     this.wake();
     this.schedule();
   }
 
-  /** `duplex-close` is out: a full client will answer it, a plain one cannot. */
-  #afterClose(): void {
-    if (this.readyState === CLOSED) return this.release();
-    this.disconnect();
-    if (!this.full) this.finish();
+  #closeIsOut(): void {
+    if (this.isOver) return this.release();
+    this.connection!.end();
+    this.connection = undefined;
+    this.#become("closing away");
+    this.afterClose();
   }
 
   /** Ends at once, without a word: the client will be told 404. */
   terminate(): void {
-    if (this.readyState === CLOSED) return;
-    this.finish(LOST);
+    if (!this.isOver) this.finish(LOST);
     this.release();
   }
 
   /** The end of every session, clean or not; here alone `close` is called. */
   protected finish({ code, reason }: Required<CloseDetails> = this.ending!): void {
-    if (this.readyState === CLOSED) return;
-    this.readyState = CLOSED;
-    for (const topic of this.topics) this.hub.unsubscribe(this, topic);
+    if (this.isOver) return;
+    const lost = code === LOST.code;
+    // Whoever is connected is still to be told.
+    this.#become(this.connection && this.ending && !lost ? "lingering" : "gone");
     this.outbox.clear();
     this.wake();
-    this.hub.bury(this, code === LOST.code ? undefined : this.ending);
-    if (this.connection && this.ending) { // its last bytes are still to be taken
-      this.deadline = clock() + this.hub.closeTimeout;
-      this.hub.linger(this);
-    } else this.release();
-    this.hub.inTurn(() => {
+    this.host.bury(this, lost ? undefined : this.ending);
+    if (this.#phase === "lingering") this.deadline = clock() + this.host.settings.closeTimeout;
+    else this.release();
+    this.host.later(() => {
       this.callHooks("close", { code, reason });
       this.topics.clear();
     });
@@ -1601,45 +2065,70 @@ abstract class Session {
 
   // --- Time ---
 
-  /** One look at the clock, from the hub's timer. */
+  /** One look at the clock, from the host's timer. */
   tick(now: number): void {
     if (now >= this.deadline) return this.terminate();
-    if (this.connection && now - this.#lastWrite >= this.heartbeatInterval / 2 - 1) this.beat();
+    if (this.connection && now - this.lastWrite >= this.heartbeatInterval / 2 - 1) this.beat();
   }
 
   protected beat(): void {
     const { connection } = this;
     if (!connection?.asked) return;
     this.#write(connection, HEARTBEAT);
-    if (connection.lasts !== "for good") this.#endTurn(connection);
+    if (connection.until !== "lost") this.#endTurn(connection);
   }
 }
 
 /** A session of the full level: PROTOCOL.md, sections 2 to 9. */
 class FullSession extends Session implements Receiver {
-  readonly full = true;
-  /** The id that its client gave the opening, or "". */
-  opening = "";
+  /** The name that its client gave the opening, or "". */
+  readonly opening: string;
+  #wasHeard = false;
   #ackDue = false;
-  #pings: string[] = [];
+  readonly #pings: string[] = [];
   #lastHeard: number = clock();
   /** The client was asked for a sign of life, and has not been heard since. */
   #pinged = false;
+  /** Hooks of PING and PONG that have not settled. */
+  #pendingControls = 0;
+
+  constructor(host: Host, opening: Opening) {
+    super(host, opening);
+    this.opening = opening.name;
+  }
+
+  get wasHeard(): boolean {
+    return this.#wasHeard;
+  }
+
+  protected get patience(): number {
+    return this.host.settings.resumeTimeout;
+  }
+
+  get takesGaps(): boolean {
+    return !this.isOpen;
+  }
 
   // --- Down ---
 
-  override attach(attempt: number, received: number, lasts: Lasting): ReadableStream<Bytes> {
-    this.outbox.acknowledge(received);
+  override attach(attempt: number, received: number, until?: Until): ReadableStream<Bytes> {
+    this.#acknowledged(received);
     this.#pinged = false;
     this.#ackDue = false; // its first event says it
-    return super.attach(attempt, received, lasts);
+    return super.attach(attempt, received, until);
   }
 
   protected preface(received: number): string {
-    return this.hub.preface(this, received + 1);
+    return encodeOpen(this.host.settings, {
+      protocol: this.protocol,
+      uplink: this.uplink,
+      next: received + 1,
+      attempt: this.attempt,
+      heartbeatInterval: this.heartbeatInterval,
+    });
   }
 
-  protected encode(frame: Frame): Bytes {
+  protected encode(frame: Frame): Encoded {
     return frame.full;
   }
 
@@ -1647,20 +2136,14 @@ class FullSession extends Session implements Receiver {
     return encodeClose(CLOSE_EVENT, { code, reason, sent });
   }
 
+  protected takeAlone(): Bytes | undefined {
+    return this.outbox.inFlight < this.host.settings.window ? this.outbox.take() : undefined;
+  }
+
   protected gather(parts: Bytes[]): void {
-    // "A pending duplex-ack precedes the messages of the same chunk."
-    if (this.#ackDue) {
-      const { received, handled } = this.uplink;
-      parts.push(encoder.encode(`event: ${ACK_EVENT}\ndata: ${received} ${handled}\n\n`));
-    }
-    this.#ackDue = false;
-    for (const data of this.#pings) {
-      parts.push(encoder.encode(`event: ${PING_EVENT}\ndata: ${this.outbox.given} ${data}\n\n`));
-    }
-    if (this.controlDue) this.#pings.length = 0;
-    this.controlDue = false;
+    if (this.controlDue) this.#gatherControl(parts);
     // "A sender below its window may begin one message of any size; at it, only control frames and CLOSE."
-    const { window } = this.hub;
+    const { window } = this.host.settings;
     for (let size = 0; this.outbox.due && size < MAX_CHUNK && this.outbox.inFlight < window;) {
       const bytes = this.outbox.take();
       parts.push(bytes);
@@ -1668,8 +2151,22 @@ class FullSession extends Session implements Receiver {
     }
   }
 
+  #gatherControl(parts: Bytes[]): void {
+    this.controlDue = false;
+    // "A pending duplex-ack precedes the messages of the same chunk."
+    if (this.#ackDue) {
+      const { received, handled } = this.uplink;
+      parts.push(encoder.encode(`event: ${ACK_EVENT}\ndata: ${received} ${handled}\n\n`));
+    }
+    this.#ackDue = false;
+    for (const data of this.#pings.splice(0)) {
+      const sent = this.outbox.nextUnsent - 1;
+      parts.push(encoder.encode(`event: ${PING_EVENT}\ndata: ${sent} ${data}\n\n`));
+    }
+  }
+
   override ping(data: Bytes): void {
-    if (this.readyState !== OPEN) return;
+    if (!this.isOpen) return;
     if (this.#pings.push(toBase64(data)) > MAX_PENDING_PINGS) this.#pings.shift();
     this.controlDue = true;
     this.schedule();
@@ -1677,14 +2174,15 @@ class FullSession extends Session implements Receiver {
 
   // --- Up ---
 
-  override heard(): void {
+  heard(): void {
+    this.#wasHeard = true;
     this.#lastHeard = clock();
     this.#pinged = false;
   }
 
   /** Reads the uplink half of a request whose response is the event stream. */
-  async readDuplex(body: ReadableStream<Uint8Array>): Promise<void> {
-    const error = await readUplink(body, this, this.hub.maxMessageSize);
+  async readDuplex(request: Request): Promise<void> {
+    const error = await readUplink(request, this, this.host.settings.maxMessageSize);
     if (!error) return;
     // The connection has ended. Deno tells the stream of that only when it is written to.
     if (!(error instanceof Refusal)) return this.beat();
@@ -1695,13 +2193,15 @@ class FullSession extends Session implements Receiver {
 
   receive(type: string, payload: Bytes, size: number): void {
     if (type === "CLOSE") return this.#receiveClose(payload);
-    if (this.readyState !== OPEN) { // closing: counted, so that the client can finish
-      this.uplink.received++;
+    if (!this.isOpen && !(this.ending?.delivers && !this.isOver)) {
+      this.uplink.received++; // counted, so that the client can finish
       return this.handled(size);
     }
-    if (!this.hub.bidir) throw new Refusal(403, "This server only sends", { closeCode: 1003 });
+    if (!this.host.settings.bidir) {
+      throw new Refusal(403, "This server only sends", { closeCode: 1003 });
+    }
     // "A client that begins a message while the window is full is closed with 1008."
-    if (this.unhandledBytes >= this.hub.window) {
+    if (this.unhandledBytes >= this.host.settings.window) {
       throw new Refusal(413, "Window overrun", { closeCode: 1008 });
     }
     this.deliver(type === "TEXT" ? decodeText(payload) : payload.slice(), size);
@@ -1715,20 +2215,32 @@ class FullSession extends Session implements Receiver {
   }
 
   control(type: string, payload: Bytes): void {
-    if (type === "PONG") {
-      if (this.readyState === OPEN) this.callHooks("pong", payload.slice());
-    } else if (type === "PING") {
-      this.handled(0); // shows the client that this body is being read
-      if (this.readyState === OPEN) this.callHooks("ping", payload.slice());
-    } else {
-      const count = parseNumber(decoder.decode(payload), "ACK");
-      if (count > this.outbox.written) {
-        throw new Refusal(400, "ACK of what was not sent", { closeCode: 1002 });
-      }
-      // The client has more than this connection has been given: a repeated resume took its place.
-      if (count > this.outbox.given) this.drop();
-      this.outbox.acknowledge(count);
-      this.schedule();
+    if (type === "ACK") return this.#receiveAck(parseNumber(decoder.decode(payload), "ACK"));
+    if (type === "PING") this.handled(0); // shows the client that this body is being read
+    // Not in the client's window, so a slow hook is not called for more of them.
+    if (!this.isOpen || this.#pendingControls >= MAX_PENDING_PINGS) return;
+    const pending = this.callHooks(type === "PING" ? "ping" : "pong", payload.slice());
+    if (!pending) return;
+    this.#pendingControls++;
+    pending.then(() => this.#pendingControls--);
+  }
+
+  #receiveAck(count: number): void {
+    if (count >= this.outbox.nextUngiven) {
+      throw new Refusal(400, "ACK of what was not sent", { closeCode: 1002 });
+    }
+    // The client has more than this connection has been given: a repeated resume took its place.
+    if (count >= this.outbox.nextUnsent) this.drop();
+    this.#acknowledged(count);
+    this.schedule();
+  }
+
+  /** "An ACK that lets go of something begins that time anew": whoever goes on reading gets what was sent before. */
+  #acknowledged(count: number): void {
+    const reads = count >= this.outbox.firstUnacked || this.outbox.inFlight > 0;
+    this.outbox.acknowledge(count);
+    if (reads && !this.isOpen && !this.isOver) {
+      this.deadline = clock() + this.host.settings.closeTimeout;
     }
   }
 
@@ -1743,12 +2255,15 @@ class FullSession extends Session implements Receiver {
     this.uplink.received++;
     this.handled(0);
     // The client takes no more messages, so none that it has not got is missing.
-    if (this.readyState === OPEN) this.startClosing({ code, reason, sent: this.outbox.written });
-    this.finish({ code, reason });
+    const sent = this.outbox.nextUngiven - 1;
+    if (this.isOpen) this.startClosing({ code, reason, sent });
+    this.finish();
   }
 
+  protected afterClose(): void {} // the client is to answer
+
   override tick(now: number): void {
-    const { idleTimeout } = this.hub;
+    const { idleTimeout } = this.host.settings;
     const silence = now - this.#lastHeard;
     if (this.connection && idleTimeout && now < this.deadline) {
       if (silence >= idleTimeout) return this.drop();
@@ -1764,16 +2279,26 @@ class FullSession extends Session implements Receiver {
 
 /** A session of the plain level, crossws's wire: PROTOCOL.md, section 10. */
 class PlainSession extends Session {
-  readonly full = false;
   /** The secret in its event ids, which can resume but not send. */
   readonly key: string = randomHex(16);
+  #wasHeard = false;
 
-  protected preface(received: number): string {
-    return `retry: 1000\nid: ${this.key}.${received}\n` +
-      (this.hub.bidir ? `event: ${TOKEN_EVENT}\ndata: ${this.token}\n\n` : "\n");
+  get wasHeard(): boolean {
+    return this.#wasHeard;
   }
 
-  protected encode(frame: Frame): Bytes {
+  /** "A plain client that left is gone after 5 s": it has no way to say so. */
+  protected get patience(): number {
+    return Math.min(this.host.settings.resumeTimeout, PLAIN_PATIENCE);
+  }
+
+  protected preface(received: number): string {
+    const { bidir } = this.host.settings;
+    return `retry: 1000\nid: ${this.key}.${received}\n` + // the id is of whatever event comes next
+      (bidir ? `event: ${TOKEN_EVENT}\ndata: ${this.token}\n\n` : "");
+  }
+
+  protected encode(frame: Frame): Encoded {
     return frame.plain;
   }
 
@@ -1781,14 +2306,16 @@ class PlainSession extends Session {
     return encodeClose("close", { code, reason });
   }
 
+  protected takeAlone(): undefined {} // each has its id before it
+
   protected gather(parts: Bytes[]): void {
     for (let size = 0; this.outbox.due && size < MAX_CHUNK;) {
-      parts.push(encoder.encode(`id: ${this.key}.${this.outbox.given + 1}\n`));
+      parts.push(encoder.encode(`id: ${this.key}.${this.outbox.nextUnsent}\n`));
       const bytes = this.outbox.take();
       parts.push(bytes);
       size += bytes.length;
     }
-    this.outbox.keep(PLAIN_HISTORY);
+    this.outbox.forgetBeyond(PLAIN_HISTORY);
   }
 
   override send(frame: Frame, hold?: boolean): number {
@@ -1800,60 +2327,123 @@ class PlainSession extends Session {
   override lose(connection: Connection): void {
     const current = connection === this.connection;
     super.lose(connection);
-    if (!current || this.readyState === CLOSED) return;
+    if (!current || this.isOver) return;
     this.#keepHistory();
-    if (this.readyState === CLOSING) this.finish();
+    if (!this.isOpen) this.finish();
   }
 
-  override close(code: number, reason: string): void {
-    super.close(code, reason);
-    if (this.readyState === CLOSING && !this.connection) this.finish();
+  override close(code: number, reason: string, delivers?: boolean): void {
+    super.close(code, reason, delivers);
+    if (!this.isOver && !this.isOpen && !this.connection) this.finish();
   }
 
   /** Without a connection, its messages go to the history alone. */
   #keepHistory(): void {
     this.outbox.skip();
-    this.outbox.keep(PLAIN_HISTORY);
+    this.outbox.forgetBeyond(PLAIN_HISTORY);
     this.wake();
+  }
+
+  heard(): void {
+    this.#wasHeard = true;
   }
 
   /** "A body with a length is one message …, a streamed body one text message per chunk." */
   async read(request: Request): Promise<void> {
-    const { maxMessageSize } = this.hub;
+    checkUnread(request);
+    const { maxMessageSize } = this.host.settings;
+    const length = request.headers.get("content-length");
     try {
-      const { body, headers } = request;
-      const length = headers.get("content-length");
-      if (body && length === null) return await this.#readChunks(body);
       checkSize(Number(length), maxMessageSize);
-      const payload: Bytes = new Uint8Array(await request.arrayBuffer());
-      checkSize(payload.length, maxMessageSize);
-      await this.#receive(plainMessage(payload, mediaType(headers)));
+      if (request.body && length === null) return await this.#readChunks(request.body);
+      const payload = request.body ? await this.#readWhole(request.body) : EMPTY;
+      if (!payload) return; // the connection's end, or the session's
+      if (payload.length < Number(length)) throw notArrived();
+      await this.#receive(plainMessage(payload, mediaType(request.headers)));
     } catch (error) {
-      if (!(error instanceof Refusal)) return; // the connection's end
-      this.close(error.closeCode!, error.message);
+      const { closeCode } = error as Refusal;
+      if (closeCode) this.close(closeCode, (error as Refusal).message);
       throw error;
     }
   }
 
+  async #readWhole(body: ReadableStream<Uint8Array>): Promise<Bytes | undefined> {
+    const parts: Bytes[] = [];
+    let size = 0;
+    const { complete, error } = await readBody(readerOf(body), this, MAX_PLAIN_BODIES, (chunk) => {
+      checkSize(size += chunk.length, this.host.settings.maxMessageSize);
+      parts.push(chunk.slice());
+    });
+    throwRefusal(error);
+    return complete ? concat(parts) : undefined;
+  }
+
   async #readChunks(body: ReadableStream<Uint8Array>): Promise<void> {
     const text = new TextDecoder("utf-8", { ignoreBOM: true });
-    await readBody(body.getReader() as Reader, this, (chunk) => {
-      checkSize(chunk.length, this.hub.maxMessageSize);
+    const { error } = await readBody(readerOf(body), this, MAX_PLAIN_BODIES, (chunk) => {
+      checkSize(chunk.length, this.host.settings.maxMessageSize);
       const message = text.decode(chunk, { stream: true });
       return message ? this.#receive(message) : undefined;
     });
+    throwRefusal(error);
   }
 
-  /** A streamed body is "paused while hooks are behind": until what this gives has settled. */
+  /** A streamed body is "paused while hooks are behind": until what this returns has settled. */
   #receive(data: string | Bytes): Promise<void> | undefined {
-    if (this.readyState !== OPEN) return;
+    if (!this.isOpen) return;
     const pending = this.deliver(data, data.length);
-    if (this.unhandledBytes > this.hub.window) return pending;
+    if (this.unhandledBytes > this.host.settings.window) return pending;
   }
 
   /** The answer to its request is all that a plain client is told. */
   protected handled(): void {}
+
+  protected afterClose(): void {
+    this.finish(); // its client has no answer
+  }
 }
+
+/** Any hook of a peer, as it is called. */
+type Hook = (this: Partial<Hooks>, peer: Peer, argument: unknown) => unknown;
+type HookName = "open" | "message" | "close" | "drain" | "ping" | "pong";
+
+/** Somebody who waits for `bufferedAmount` to fall. */
+interface Waiter {
+  threshold: number;
+  resolve: () => void;
+}
+
+/**
+ * "A closed session leaves a tombstone for the resume timeout: it replays duplex-close to a
+ * resumption and answers a repeated CLOSE with 204."
+ */
+class Tombstone implements Receiver {
+  /** Its digest, if it is long: thousands of these may be left of one client. */
+  readonly namespace: string;
+  readonly ending: Ending;
+  readonly expires: number;
+  readonly uplink: Uplink;
+  readonly takesGaps = true;
+
+  constructor(session: Session, ending: Ending, resumeTimeout: number) {
+    this.namespace = digest(session.namespace);
+    this.ending = ending;
+    this.expires = clock() + resumeTimeout;
+    this.uplink = session.uplink;
+  }
+
+  heard(): void {}
+
+  close(): void {}
+
+  receive(): void {
+    this.uplink.received++;
+  }
+
+  control(): void {}
+}
+
+// --- Messages, as hooks are given them ---
 
 class ServerMessage implements Message {
   readonly peer: Peer;
@@ -1917,44 +2507,7 @@ class ServerMessage implements Message {
   }
 }
 
-/** Any hook of a peer, as it is called. */
-type Hook = (this: Partial<Hooks>, peer: Peer, argument: unknown) => unknown;
-
-/** Somebody who waits for `bufferedAmount` to fall. */
-interface Waiter {
-  threshold: number;
-  resolve: () => void;
-}
-
-/**
- * "A closed session leaves a tombstone for the resume timeout: it replays duplex-close to a
- * resumption and answers a repeated CLOSE with 204."
- */
-class Tombstone implements Receiver {
-  readonly namespace: string;
-  readonly ending: Ending;
-  readonly expires: number;
-  readonly uplink: Uplink;
-
-  constructor(session: Session, ending: Ending, resumeTimeout: number) {
-    this.namespace = session.namespace;
-    this.ending = ending;
-    this.expires = clock() + resumeTimeout;
-    this.uplink = session.uplink;
-  }
-
-  heard(): void {}
-
-  close(): void {}
-
-  receive(): void {
-    this.uplink.received++;
-  }
-
-  control(): void {}
-}
-
-// --- When sessions flush ---
+// --- The downlink: one event stream after the other ---
 
 /** What is flushed. */
 interface Flushable {
@@ -2032,30 +2585,31 @@ class Flusher {
   }
 }
 
-// --- The downlink: one event stream ---
-
 /** Who fills a connection. */
 interface Source {
   flush(): void;
   lose(connection: Connection): void;
 }
 
-/** How long a connection lasts: until its preface, or anything else, is out. The latter two are polls. */
-type Lasting = "for good" | "preface" | "news";
+/**
+ * How long an event stream goes on: until it is lost, or, as a poll's, until its first flush
+ * or the first that has any news.
+ */
+type Until = "lost" | "flushed" | "news";
 
 /** One event stream of a session. It is given bytes when the runtime asks for them, never before. */
 class Connection {
   readonly stream: ReadableStream<Bytes>;
+  readonly until: Until;
   /** The runtime has asked for bytes and had none since. */
   asked = false;
   /** The first bytes, until they are out. */
   preface: Bytes | undefined;
-  readonly lasts: Lasting;
   #controller!: ReadableStreamDefaultController<Bytes>;
 
-  constructor(source: Source, preface: Bytes, lasts: Lasting) {
+  constructor(source: Source, preface: Bytes, until: Until) {
     this.preface = preface;
-    this.lasts = lasts;
+    this.until = until;
     this.stream = new ReadableStream<Bytes>({
       start: (controller) => {
         this.#controller = controller;
@@ -2083,95 +2637,138 @@ class Connection {
   }
 }
 
-/** What a session sends, by number, from the first message that is not acknowledged. */
+/** What all sessions hold back, in bytes: a message that many wait for is counted once. */
+interface Ledger {
+  total: number;
+}
+
+/** An encoded message, shared by all who are sent it. */
+class Encoded {
+  readonly bytes: Bytes;
+  /** How many outboxes hold it back. */
+  #holders = 0;
+
+  constructor(bytes: Bytes) {
+    this.bytes = bytes;
+  }
+
+  hold(ledger: Ledger): void {
+    if (this.#holders++ === 0) ledger.total += this.bytes.length + MESSAGE_COST;
+    ledger.total += SLOT_COST;
+  }
+
+  letGo(ledger: Ledger): void {
+    if (--this.#holders === 0) ledger.total -= this.bytes.length + MESSAGE_COST;
+    ledger.total -= SLOT_COST;
+  }
+}
+
+const NOTHING: Encoded = new Encoded(EMPTY);
+
+/** The messages that a session sends, by number, from the first that is not acknowledged. */
 class Outbox {
   /** The number of the first message kept. */
-  base = 1;
-  /** The number of the last message that the current connection has been given, and that any has. */
-  given = 0;
-  written = 0;
-  /** Encoded bytes: of all that is kept, of what no connection has been given yet, and of what the current one was given and has not acknowledged. */
-  bytes = 0;
-  waiting = 0;
+  firstUnacked = 1;
+  /** The number of the next message for the current connection, and that of the first that none has been given. */
+  nextUnsent = 1;
+  nextUngiven = 1;
+  /** Encoded bytes that the current connection was given and has not acknowledged. */
   inFlight = 0;
-  #frames: Bytes[] = [];
+  /** Encoded bytes that no connection has been given yet. */
+  waiting = 0;
+  #ledger: Ledger;
+  /** Encoded bytes of all that is kept. */
+  #kept = 0;
+  #messages: Encoded[] = [];
   #head = 0;
+
+  constructor(ledger: Ledger) {
+    this.#ledger = ledger;
+  }
 
   /** The number of the last message ever pushed. */
   get last(): number {
-    return this.base + this.#frames.length - this.#head - 1;
+    return this.firstUnacked + this.#messages.length - this.#head - 1;
   }
 
   /** How many messages the current connection is yet to be given. */
   get due(): number {
-    return this.last - this.given;
+    return this.last - this.nextUnsent + 1;
   }
 
-  /** What those take that wait. */
+  /** What `maxBufferedAmount` is compared with: what waits, and what each message costs beside its bytes. */
   get cost(): number {
-    return this.waiting + MESSAGE_COST * (this.last - this.written);
+    return this.waiting + MESSAGE_COST * (this.last - this.nextUngiven + 1);
   }
 
-  push(bytes: Bytes): void {
-    this.#frames.push(bytes);
-    this.bytes += bytes.length;
-    this.waiting += bytes.length;
+  push(message: Encoded): void {
+    message.hold(this.#ledger);
+    this.#messages.push(message);
+    this.#kept += message.bytes.length;
+    this.waiting += message.bytes.length;
+  }
+
+  #at(number: number): Encoded {
+    return this.#messages[this.#head + number - this.firstUnacked]!;
   }
 
   /** The next message, as given to the connection from now on. */
   take(): Bytes {
-    const bytes = this.#frames[this.#head + ++this.given - this.base]!;
-    this.inFlight += bytes.length;
-    if (this.given > this.written) {
-      this.written = this.given;
-      this.waiting -= bytes.length;
+    const message = this.#at(this.nextUnsent++);
+    const { length } = message.bytes;
+    this.inFlight += length;
+    if (this.nextUnsent > this.nextUngiven) {
+      this.nextUngiven = this.nextUnsent;
+      this.waiting -= length;
+      message.letGo(this.#ledger);
     }
-    return bytes;
+    return message.bytes;
   }
 
-  /** Whether all that comes after this number is still kept. */
-  has(received: number): boolean {
-    return this.base - 1 <= received && received <= this.written;
+  /** Whether all that comes after this number is still kept, and nothing of it was never given. */
+  keepsAfter(received: number): boolean {
+    return this.firstUnacked - 1 <= received && received < this.nextUngiven;
   }
 
   /** A new connection goes on after this message. */
   rewind(received: number): void {
-    this.given = received;
+    this.nextUnsent = received + 1;
     this.inFlight = 0;
   }
 
   /** Takes all that waits for given. */
   skip(): void {
-    this.written = this.last;
+    while (this.nextUngiven <= this.last) this.#at(this.nextUngiven++).letGo(this.#ledger);
     this.waiting = 0;
   }
 
   /** Lets go of the oldest of what was given, beyond so many bytes. */
-  keep(bytes: number): void {
-    while (this.bytes > bytes && this.base <= this.written) this.acknowledge(this.base);
+  forgetBeyond(bytes: number): void {
+    while (this.#kept > bytes && this.firstUnacked < this.nextUngiven) {
+      this.acknowledge(this.firstUnacked);
+    }
   }
 
   clear(): void {
     this.skip();
     this.acknowledge(this.last);
-    this.given = this.last;
+    this.nextUnsent = this.firstUnacked;
   }
 
   /** Lets go of everything up to this number. */
   acknowledge(number: number): void {
-    const before = this.bytes;
     const keep = Math.min(number, this.last);
-    while (this.base <= keep) {
-      this.bytes -= this.#frames[this.#head]!.length;
-      this.#frames[this.#head++] = EMPTY; // frees what was there
-      this.base++;
+    for (; this.firstUnacked <= keep; this.firstUnacked++) {
+      const { length } = this.#messages[this.#head]!.bytes;
+      this.#kept -= length;
+      if (this.firstUnacked < this.nextUnsent) this.inFlight -= length;
+      this.#messages[this.#head++] = NOTHING; // frees what was there
     }
-    const { length } = this.#frames;
+    const { length } = this.#messages;
     if (this.#head === length || this.#head > 1024 && this.#head * 2 > length) {
-      this.#frames = this.#frames.slice(this.#head);
+      this.#messages = this.#messages.slice(this.#head);
       this.#head = 0;
     }
-    this.inFlight -= before - this.bytes;
   }
 }
 
@@ -2181,25 +2778,54 @@ interface Ending {
   reason: string;
   /** How many messages the server had sent, for the client to see whether it has them all. */
   sent: number;
+  /** What the client had sent before it knew is still given to the hooks: the server is shutting down. */
+  delivers?: boolean;
 }
 
 /** A message as it goes out, encoded once for each wire level that anybody needs. */
 class Frame {
   readonly #data: string | Bytes;
-  #full: Bytes | undefined;
-  #plain: Bytes | undefined;
+  #full: Encoded | undefined;
+  #plain: Encoded | undefined;
 
   constructor(data: string | Bytes) {
     this.#data = data;
   }
 
-  get full(): Bytes {
-    return this.#full ??= encodeFull(this.#data);
+  get full(): Encoded {
+    return this.#full ??= new Encoded(encodeFull(this.#data));
   }
 
-  get plain(): Bytes {
-    return this.#plain ??= encodePlain(this.#data);
+  get plain(): Encoded {
+    return this.#plain ??= new Encoded(encodePlain(this.#data));
   }
+}
+
+/** The first event of a full session's stream. */
+function encodeOpen(
+  { idleTimeout, resumeTimeout, maxMessageSize, window }: Settings,
+  { protocol, uplink, next, attempt, heartbeatInterval }: {
+    protocol: string;
+    uplink: Uplink;
+    next: number;
+    attempt: number;
+    heartbeatInterval: number;
+  },
+): string {
+  const { received, handled } = uplink;
+  const terms = JSON.stringify({
+    protocol,
+    received,
+    handled,
+    next,
+    attempt,
+    heartbeatInterval,
+    idleTimeout,
+    resumeTimeout,
+    maxMessageSize,
+    window,
+  });
+  return `event: ${OPEN_EVENT}\ndata: ${terms}\n\n`;
 }
 
 function encodeFull(data: string | Bytes): Bytes {
@@ -2238,18 +2864,20 @@ function encodeClose(event: string, ending: object): Bytes {
  */
 interface Reader {
   read(): Promise<{ done: true } | { done: false; value: Uint8Array }>;
-  cancel(): Promise<void>;
 }
 
 /** Who takes the messages of an uplink body: a session, or what is left of one. */
 interface Receiver {
   readonly uplink: Uplink;
+  /** It is closing: a CLOSE may skip what the client does not send any more. */
+  readonly takesGaps: boolean;
   /** A body has brought bytes. */
   heard(): void;
   /** Takes message `received + 1`; `size` is that of its encoded frame. The payload is lent for the call. */
   receive(type: string, payload: Bytes, size: number): void;
   /** Takes a frame that has no number; its payload is lent, too. */
   control(type: string, payload: Bytes): void;
+  close(code: number, reason: string): void;
 }
 
 /** What a session has been sent. Its tombstone goes on with it, as bodies do that end later. */
@@ -2258,34 +2886,164 @@ class Uplink {
   received = 0;
   /** Encoded bytes of the messages whose hooks have settled. */
   handled = 0;
-  /** Request bodies that are being read. */
-  #bodies: Reader[] | undefined;
+  /** Request bodies that are being read, the oldest first. */
+  #bodies: Set<Body> | undefined;
 
   /** "At most two bodies of a session are read at once; a third ends the oldest." */
-  begin(reader: Reader): void {
-    const bodies = this.#bodies ??= [];
-    if (bodies.push(reader) > MAX_BODIES) bodies.shift()!.cancel().catch(() => {});
+  begin(body: Body, most: number): void {
+    const bodies = this.#bodies ??= new Set();
+    for (const oldest of bodies) {
+      if (bodies.size < most) break;
+      this.end(oldest);
+    }
+    bodies.add(body);
   }
 
-  end(reader: Reader): void {
-    const at = this.#bodies!.indexOf(reader);
-    if (at >= 0) this.#bodies!.splice(at, 1);
+  end(body: Body): void {
+    this.#bodies?.delete(body);
+    body.release();
   }
 
   release(): void {
-    for (const reader of this.#bodies?.splice(0) ?? []) reader.cancel().catch(() => {});
+    for (const body of this.#bodies ?? []) this.end(body);
   }
 }
 
-/** Reads a body's frames and hands on those that are new. Gives what ended it early, if anything did. */
+/** How the reading of a body has ended: it was all there, or something failed, or nobody wanted the rest. */
+interface BodyEnd {
+  complete: boolean;
+  error?: unknown;
+}
+
+/**
+ * The body of one request. It is never cancelled, since hosts that make their own streams may
+ * not survive that: what nobody wants any more is read and dropped up to a bound, for what
+ * comes next on the connection, and the rest is left alone.
+ */
+class Body {
+  readonly end: Promise<BodyEnd>;
+  #settle!: (end: BodyEnd) => void;
+  #wanted = true;
+  #dropped = 0;
+
+  constructor(reader: Reader, take: (chunk: Bytes) => Promise<void> | void) {
+    this.end = new Promise((resolve) => this.#settle = resolve);
+    this.#read(reader, take);
+  }
+
+  /** What still comes is dropped. */
+  release(error?: unknown): void {
+    this.#wanted = false;
+    this.#settle({ complete: false, error });
+  }
+
+  async #read(reader: Reader, take: (chunk: Bytes) => Promise<void> | void): Promise<void> {
+    try {
+      for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
+        if (this.#wanted) {
+          const pending = this.#take(chunk.value as Bytes, take);
+          if (pending) await pending;
+        } else if ((this.#dropped += chunk.value.length) > MAX_DROPPED) return;
+      }
+      this.#settle({ complete: true });
+    } catch (error) { // the connection's end
+      this.#settle({ complete: false, error });
+    }
+  }
+
+  #take(chunk: Bytes, take: (chunk: Bytes) => Promise<void> | void): Promise<void> | void {
+    try {
+      return take(chunk);
+    } catch (error) {
+      this.release(error);
+    }
+  }
+}
+
+/** Reads a body to its end. A promise pauses it; an error ends it. */
+async function readBody(
+  reader: Reader,
+  receiver: Pick<Receiver, "uplink" | "heard">,
+  most: number,
+  take: (chunk: Bytes) => Promise<void> | void,
+): Promise<BodyEnd> {
+  const body = new Body(reader, (chunk) => {
+    receiver.heard();
+    return take(chunk);
+  });
+  receiver.uplink.begin(body, most);
+  const end = await body.end;
+  receiver.uplink.end(body);
+  return end;
+}
+
+/** Lets what is left of a request's body go by, so that its connection can be used again. */
+function discard(request: Request): void {
+  try {
+    const { body, bodyUsed } = request;
+    if (body && !bodyUsed && !body.locked) new Body(readerOf(body), () => {}).release();
+  } catch {
+    // whoever has it may keep it
+  }
+}
+
+/** What was read before us cannot be read again, and must not pass for a message that came. */
+function checkUnread(request: Request): void {
+  if (request.bodyUsed || request.body?.locked) throw notArrived();
+}
+
+/** A body that somebody else has read, or kept from us. */
+function notArrived(cause?: unknown): Refusal {
+  return new Refusal(
+    Object(cause).status === 413 || Object(cause).statusCode === 413 ? 413 : 400,
+    "The body did not arrive: a body parser, or a limit of body sizes, stands before this handler",
+    { stage: "body", cause },
+  );
+}
+
+/** Throws what is no mere end of the connection. Frameworks' limits fail with a status. */
+function throwRefusal(error: unknown): void {
+  if (error instanceof Refusal) throw error;
+  const { status, statusCode } = Object(error);
+  if (typeof status === "number" || typeof statusCode === "number") throw notArrived(error);
+}
+
+/** Reads a request's frames and hands on those that are new. Returns what ended it early, if anything did. */
 async function readUplink(
-  body: ReadableStream<Uint8Array>,
+  request: Request,
   receiver: Receiver,
   maxMessageSize: number,
 ): Promise<unknown> {
+  if (!request.body) return;
+  const { uplink } = receiver;
+  const before = uplink.received;
+  let size = 0;
+  try {
+    checkUnread(request);
+    const parser = new UplinkParser(maxMessageSize, frameTaker(receiver));
+    const { complete, error } = await readBody(
+      readerOf(request.body),
+      receiver,
+      MAX_BODIES,
+      (chunk) => {
+        size += chunk.length;
+        parser.push(chunk);
+      },
+    );
+    throwRefusal(error);
+    if (error) return error;
+    const expected = Number(request.headers.get("content-length"));
+    if (complete && size < expected && uplink.received === before) throw notArrived();
+  } catch (error) {
+    return error;
+  }
+}
+
+/** Hands on the frames of one body. */
+function frameTaker(receiver: Receiver): (type: string, payload: Bytes, size: number) => void {
   const { uplink } = receiver;
   let number = 0; // nothing has told it yet
-  const parser = new UplinkParser(maxMessageSize, (type, payload, size) => {
+  return (type, payload, size) => {
     // "The number of the next message in this body, forward only": the client need not repeat
     // what was acknowledged meanwhile.
     if (type === "SEQ") {
@@ -2300,33 +3058,13 @@ async function readUplink(
     if (!number) throw malformed("a message before SEQ");
     // "Overlap is normal: the server skips what it has, decided at the moment a frame is complete.
     // A gap means damage."
-    if (number > uplink.received + 1) throw new Refusal(409, "Messages are missing");
-    if (number++ === uplink.received + 1) receiver.receive(type, payload, size);
-  });
-  return await readBody(readerOf(body), receiver, (chunk) => parser.push(chunk))
-    .catch((error: unknown) => error);
-}
-
-/** Reads a body to its end. A promise pauses it; an error ends it, and is thrown. */
-async function readBody(
-  reader: Reader,
-  receiver: Pick<Receiver, "uplink" | "heard">,
-  take: (chunk: Bytes) => Promise<void> | void,
-): Promise<void> {
-  const { uplink } = receiver;
-  uplink.begin(reader);
-  try {
-    for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
-      receiver.heard();
-      const pending = take(chunk.value as Bytes);
-      if (pending) await pending;
+    if (number > uplink.received + 1) {
+      // "A server that has closed takes the CLOSE past the gap."
+      if (type !== "CLOSE" || !receiver.takesGaps) throw new Refusal(409, "Messages are missing");
+      uplink.received = number - 1;
     }
-  } catch (error) {
-    reader.cancel().catch(() => {}); // nobody will read the rest
-    throw error;
-  } finally {
-    uplink.end(reader);
-  }
+    if (number++ === uplink.received + 1) receiver.receive(type, payload, size);
+  };
 }
 
 /**
@@ -2351,7 +3089,6 @@ function readerOf(body: ReadableStream<Uint8Array>): Reader {
       buffer = next === size ? used : new ArrayBuffer(next);
       return chunk;
     },
-    cancel: () => reader.cancel(),
   };
 }
 
@@ -2460,23 +3197,99 @@ function hexDigit(byte = 0): number {
   return letter >= 97 && letter <= 102 ? letter - 87 : -1;
 }
 
-// --- Requests and refusals ---
+// --- Options ---
+
+/** The options as everybody here uses them: checked, with their defaults, times in ms. */
+type Settings = { readonly [name in keyof typeof NUMBERS]: number } & {
+  readonly bidir: boolean;
+  /** The most that a session holds back during a rest: nowhere near `maxBufferedAmount`. */
+  readonly mostHeld: number;
+  /** How long a client has to answer a close, and to take the last bytes. */
+  readonly closeTimeout: number;
+  /** Where the runtime's idle cut could not be lifted, for want of `fetch`'s second argument. */
+  readonly unattendedHeartbeat: number;
+};
+
+function settingsOf(options: SSEOptions, reports: Reports): Settings {
+  checkOptions(options, reports);
+  const names = Object.keys(NUMBERS) as (keyof typeof NUMBERS)[];
+  const numbers = Object.fromEntries(names.map((name) => [name, numberOf(options, name)])) as {
+    [name in keyof typeof NUMBERS]: number;
+  };
+  return {
+    ...numbers,
+    idleTimeout: numbers.idleTimeout * 1000,
+    bidir: options.bidir ?? false,
+    mostHeld: Math.min(MAX_HELD, numbers.maxBufferedAmount / 2),
+    closeTimeout: numbers.resumeTimeout || CLOSE_TIMEOUT,
+    unattendedHeartbeat: options.heartbeatInterval ?? UNATTENDED_HEARTBEAT_INTERVAL,
+  };
+}
+
+function numberOf(options: SSEOptions, name: keyof typeof NUMBERS): number {
+  const [fallback, least, most] = NUMBERS[name];
+  const value = options[name] ?? fallback;
+  if (typeof value === "number" && value >= least && value <= most) return value;
+  throw new RangeError(`${name} must be a number from ${least} to ${most}`);
+}
+
+/** For those who have no types: a wrong value throws, an unknown name, which may be a later version's, is told once. */
+function checkOptions(options: SSEOptions, reports: Reports): void {
+  check("option", options, { ...OPTION_TYPES, ...NUMBERS }, reports);
+  if (options.hooks) check("hook", options.hooks, HOOK_TYPES, reports);
+}
+
+function check(kind: string, given: object, known: object, reports: Reports): void {
+  for (const [name, value] of Object.entries(given)) {
+    if (!(name in known)) {
+      const nearest = Object.keys(known).find((other) => areNear(name, other));
+      reports.warnOnce(`unknown ${kind} "${name}"${nearest ? `: is it "${nearest}"?` : ""}`);
+      continue;
+    }
+    const type = (known as Record<string, unknown>)[name];
+    if (typeof type !== "string" || !type || value === undefined || value === null) continue;
+    const actual: string = typeof value;
+    if (actual !== type) {
+      throw new TypeError(`The ${kind} "${name}" is a ${type}, not a ${actual}`);
+    }
+  }
+}
+
+/** One begins with the other, or they differ in a letter or two. */
+function areNear(one: string, other: string): boolean {
+  const [a, b] = [one.toLowerCase(), other.toLowerCase()];
+  if (a.startsWith(b) || b.startsWith(a)) return true;
+  let start = 0;
+  while (start < a.length && a[start] === b[start]) start++;
+  let end = 0;
+  while (end < a.length - start && a.at(-1 - end) === b.at(-1 - end)) end++;
+  return Math.max(a.length, b.length) - start - end <= 2;
+}
+
+// --- Headers and refusals ---
 
 /** Anything that ends a request early: a status, a message, and where it matters a close code. */
 class Refusal extends Error {
   readonly status: number;
   readonly headers: Record<string, string>;
   readonly closeCode: number | undefined;
+  /** Whoever runs the server is to be told, too: what failed, and in which hook. */
+  readonly stage: ErrorContext["stage"] | undefined;
+  readonly hook: string | undefined;
 
-  constructor(
-    status: number,
-    message: string,
-    { closeCode, headers = {} }: { closeCode?: number; headers?: Record<string, string> } = {},
-  ) {
-    super(message);
+  constructor(status: number, message: string, { closeCode, headers = {}, stage, hook, cause }: {
+    closeCode?: number;
+    headers?: Record<string, string>;
+    stage?: ErrorContext["stage"];
+    hook?: string;
+    cause?: unknown;
+  } = {}) {
+    super(message, { cause });
     this.status = status;
     this.headers = headers;
     this.closeCode = closeCode;
+    this.stage = stage;
+    this.hook = hook;
   }
 
   response(): Response {
@@ -2491,11 +3304,49 @@ class Refusal extends Error {
   }
 }
 
-function refuse(request: Request, error: unknown): Response {
-  request.body?.cancel().catch(() => {}); // nobody will read it; a locked one has its reader
-  if (error instanceof Refusal) return error.response();
-  console.error("[duplex-sse] a hook failed:", error);
-  return new Refusal(500, "A hook failed").response();
+/** Tells whoever runs the server. */
+class Reports {
+  readonly #options: SSEOptions;
+  readonly #said: Set<string> = new Set();
+
+  constructor(options: SSEOptions) {
+    this.#options = options;
+  }
+
+  report(error: unknown, context: ErrorContext): void {
+    const { stage, hook } = context;
+    const { onError } = this.#options;
+    if (!onError) {
+      const what = hook === "error"
+        ? "the error hook failed"
+        : hook
+        ? `a hook failed (${hook})`
+        : stage === "request" || stage === "body"
+        ? "a request failed"
+        : `sync ${stage} failed`;
+      return console.error(`[duplex-sse] ${what}:`, error);
+    }
+    try {
+      onError.call(this.#options, error, context);
+    } catch (failure) { // anybody can bring a report about
+      console.error("[duplex-sse] onError failed:", failure);
+    }
+  }
+
+  /** What would be said for every request is said for the first. */
+  once(error: unknown, context: ErrorContext): void {
+    if (!this.#saidBefore(context.stage)) this.report(error, context);
+  }
+
+  warnOnce(message: string): void {
+    if (!this.#saidBefore(message)) console.warn(`[duplex-sse] ${message}`);
+  }
+
+  #saidBefore(what: string): boolean {
+    const before = this.#said.has(what);
+    this.#said.add(what);
+    return before;
+  }
 }
 
 function checkSize(size: number, maxMessageSize: number): void {
@@ -2528,12 +3379,12 @@ function readWire({ headers }: Request) {
     token,
     /** The full level is asked for. */
     full,
-    /** The body is of uplink frames. */
-    // "The body of a request with x-duplex-version is frames, whatever its content type."
+    /** "The body of a request with x-duplex-version is frames, whatever its content type." */
     isUplink: full || mediaType(headers) === UPLINK_TYPE,
-    attempt: optionalNumber(headers, ATTEMPT_HEADER),
-    opening: full && !token ? readOpening(headers) : "",
+    /** The answer is to end with the first news. */
     isPoll: full && headers.get(POLL_HEADER) === "1",
+    opening: full && !token ? readOpening(headers) : "",
+    attempt: optionalNumber(headers, ATTEMPT_HEADER),
     /** Only a full session's is a number. */
     lastEventId: full && token ? optionalNumber(headers, "last-event-id") : undefined,
   };
@@ -2584,15 +3435,6 @@ function remoteAddressOf(request: Request, runtime: Runtime): string | undefined
     (request as { ip?: string }).ip; // srvx's
 }
 
-/** Hooks read the offer where they do with crossws; "a browser may not set Sec-*", so ours names it otherwise. */
-function offerProtocols(request: Request): void {
-  const offered = request.headers.get(PROTOCOL_HEADER);
-  if (offered === null || request.headers.has(WEBSOCKET_PROTOCOL)) return;
-  const headers = new Headers(request.headers);
-  headers.set(WEBSOCKET_PROTOCOL, offered);
-  replaceHeaders(request, headers);
-}
-
 /** Hooks read a peer's request as long as it lives: Deno's is gone with its stream of HTTP/2. */
 function keepReadable(request: Request): Request {
   void request.url; // kept from the first reading on
@@ -2607,75 +3449,8 @@ function replaceHeaders(request: Request, headers: Headers): Request {
   });
 }
 
-function acceptsStream(request: Request): boolean {
-  const accept = request.headers.get("accept");
-  return accept === null || listed(accept).some((entry) => {
-    const [type, ...parameters] = entry.toLowerCase().split(";").map((part) => part.trim());
-    return [STREAM_TYPE, "text/*", "*/*"].includes(type!) &&
-      !parameters.some((p) => /^q=0(\.0*)?$/.test(p));
-  });
-}
-
 function listed(header: string | null): string[] {
   return (header ?? "").split(",").map((part) => part.trim()).filter((part) => part);
-}
-
-/** What the response tells the browser; throws where the origin may not use this server. */
-function checkOrigin(request: Request, cors: Cors = false): Headers | undefined {
-  if (cors === "manual") return;
-  const site = request.headers.get("sec-fetch-site");
-  const sameOrigin = site === "same-origin" || site === "none";
-  // "Without the cors option a request whose Sec-Fetch-Site is neither same-origin nor none is 403
-  // before any hook."
-  if (!cors) {
-    if (site && !sameOrigin) throw new Refusal(403, "Cross-origin requests need the cors option");
-    return;
-  }
-  const origin = request.headers.get("origin");
-  const headers = new Headers({ vary: "origin" });
-  if (origin && isAllowed(origin, request, cors)) {
-    headers.set("access-control-allow-origin", cors === true ? "*" : origin);
-    // To a page of "*" no browser gives an answer that was asked for with credentials.
-    if (cors !== true) headers.set("access-control-allow-credentials", "true");
-    headers.set(
-      "access-control-expose-headers",
-      [TOKEN_HEADER, VERSION_HEADER, RECEIVED_HEADER, "retry-after"].join(", "),
-    );
-    return headers;
-  }
-  const foreign = site ? !sameOrigin : origin && origin !== new URL(request.url).origin;
-  if (foreign) throw new Refusal(403, "This origin is not allowed");
-  return headers;
-}
-
-function isAllowed(origin: string, request: Request, cors: Exclude<Cors, "manual">): boolean {
-  if (typeof cors === "boolean") return cors;
-  return typeof cors === "function" ? cors(origin, request) : cors.includes(origin);
-}
-
-function isPreflight(request: Request, cors: Cors = false): boolean {
-  return request.method === "OPTIONS" && !!cors && cors !== "manual" &&
-    request.headers.has("access-control-request-method");
-}
-
-function preflight(request: Request): Response {
-  const headers = new Headers({
-    "access-control-allow-methods": "GET, POST",
-    "access-control-max-age": "600",
-  });
-  const asked = request.headers.get("access-control-request-headers");
-  if (asked) headers.set("access-control-allow-headers", asked);
-  return new Response(null, { status: 204, headers });
-}
-
-function streamHeaders(full: boolean, token?: string): Headers {
-  return new Headers({
-    "content-type": STREAM_TYPE,
-    "cache-control": "private, no-store, no-transform",
-    "x-accel-buffering": "no",
-    ...full && { [VERSION_HEADER]: VERSION },
-    ...token && { [TOKEN_HEADER]: token },
-  });
 }
 
 /** What comes later replaces what was there, but for headers of which every value counts. */
@@ -2706,7 +3481,12 @@ function toData(value: unknown): string | Bytes {
   if (value instanceof Blob) {
     throw new TypeError("Read the Blob first: send(await blob.arrayBuffer())");
   }
-  if (Array.isArray(value)) return Uint8Array.from(value);
+  if (Array.isArray(value)) {
+    if (value.every((item) => Number.isInteger(item) && item >= 0 && item < 256)) {
+      return Uint8Array.from(value);
+    }
+    throw new TypeError("An array is sent as bytes, which these are not: use JSON.stringify");
+  }
   return JSON.stringify(value);
 }
 
@@ -2768,13 +3548,6 @@ function clock(): number {
   return performance.now();
 }
 
-function numberOf(options: SSEOptions, name: keyof typeof NUMBERS): number {
-  const [fallback, least, most] = NUMBERS[name];
-  const value = options[name] ?? fallback;
-  if (typeof value === "number" && value >= least && value <= most) return value;
-  throw new RangeError(`${name} must be a number from ${least} to ${most}`);
-}
-
 /** A promise, or anything else that has a `then`, as the queries of some databases. */
 function isThenable(value: unknown): value is PromiseLike<unknown> {
   return typeof (value as PromiseLike<unknown> | undefined)?.then === "function";
@@ -2784,4 +3557,35 @@ function getOrMake<K, V>(map: Map<K, V>, key: K, make: () => V): V {
   let value = map.get(key);
   if (value === undefined) map.set(key, value = make());
   return value;
+}
+
+/** Runs a call in the async context of where it was made. */
+type Snapshot = <T>(call: () => T) => T;
+
+/** Of the caller, where the runtime has such contexts and says so: without an import, and at no cost elsewhere. */
+function snapshot(): Snapshot {
+  const { process } = globalThis as { process?: { getBuiltinModule?(name: string): unknown } };
+  const hooks = process?.getBuiltinModule?.("node:async_hooks") as
+    | { AsyncLocalStorage?: { snapshot?(): Snapshot } }
+    | undefined;
+  return hooks?.AsyncLocalStorage?.snapshot?.() ?? ((call) => call());
+}
+
+/** Runs something in a task of its own. */
+function nextTask(task: () => void): void {
+  const { setImmediate } = globalThis as { setImmediate?: (task: () => void) => void };
+  if (setImmediate) setImmediate(task);
+  else setTimeout(task);
+}
+
+/** A long text, as short as will do to tell it from others. */
+function digest(text: string): string {
+  if (text.length <= 64) return text;
+  let one = 0x811c9dc5; // FNV, once from each end
+  let other = one;
+  for (let i = 0; i < text.length; i++) {
+    one = Math.imul(one ^ text.charCodeAt(i), 0x01000193);
+    other = Math.imul(other ^ text.charCodeAt(text.length - 1 - i), 0x01000193);
+  }
+  return `\0${text.length} ${one} ${other}`;
 }

@@ -142,6 +142,7 @@ for (const full of [true, false]) {
             bytes += size;
             if (i % 1000 === 0 || size > 1000) await s.later(0);
           }
+          await s.later(20); // the close hook is called in a task of its own
           return { most, peak, buffered: peer.bufferedAmount, closed: s.closed.splice(0) };
         }, size);
         const limit = 16 * MB;

@@ -104,7 +104,7 @@ test("what a cluster needs of server.ts is at most 60 lines", async () => {
   const lines = (await read("server.ts")).split("\n");
   const seam = new Set<number>();
   for (const [at, line] of lines.entries()) {
-    if (!/Routing(Host|Driver)|#?router\b|#admitted|#forward|"route" in/.test(line)) continue;
+    if (!/Routing(Host|Driver)|\brouter\b|backplane\?\.(instance|connect)/.test(line)) continue;
     if (/^\s*\/?\*/.test(line)) continue; // only spoken of
     let first = at;
     while (/^\s*(\/\*|\*|\/\/)/.test(lines[first - 1]!)) first--;
@@ -114,7 +114,7 @@ test("what a cluster needs of server.ts is at most 60 lines", async () => {
     for (let i = first; i <= last; i++) seam.add(i);
   }
   assertLessOrEqual(seam.size, 60);
-  assertGreater(seam.size, 40, "the seam is somewhere else");
+  assertGreater(seam.size, 30, "the seam is somewhere else");
 });
 
 for (const file of [...files, "cluster.ts"]) {

@@ -460,7 +460,7 @@ export class Scene {
       assertEquals(await bystander.message(), "still there?");
       assertEquals(await bystander.close(), 204);
     }
-    await until(() => this.ws.peers.size === 0);
+    await until(() => this.ws.peers.size === 0 && this.count("close") >= this.count("open"));
     assertEquals(this.count("close"), this.count("open"), "close, once a session");
   }
 }
