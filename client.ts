@@ -40,6 +40,7 @@ const BINARY_EVENT = "duplex-binary";
 const ACK_EVENT = "duplex-ack";
 const PING_EVENT = "duplex-ping";
 const CLOSE_EVENT = "duplex-close";
+const RENEW_EVENT = "duplex-renew";
 
 // --- The client's own constants ---
 
@@ -978,6 +979,11 @@ class Link implements Carrier {
         if (!this.#connection?.isPoll) this.uplink.pump(); // else it goes with the next one
         return;
       }
+      case RENEW_EVENT:
+        // "A client that is open connects anew, by a resumption, which is no drop."
+        return this.#session.phase === "open" && this.#session.terms!.resumeTimeout
+          ? this.renew()
+          : undefined;
       case CLOSE_EVENT: {
         const { code, reason, sent } = JSON.parse(data);
         if (!Number.isInteger(code) || typeof reason !== "string") return this.distrust();
