@@ -33,7 +33,7 @@ async function start(
   adapter: ClusterAdapter,
   { count = 2, ...options }: { count?: number } & SSEOptions = {},
 ): Promise<Fleet> {
-  t.defer(() => sleep(50)); // last of all: what is being signed or sealed
+  t.defer(() => sleep(200)); // last of all: what is on its way, being signed or sealed
   const told: string[] = [];
   const errors: string[] = [];
   const instances: Pair<Record<string, unknown>>[] = [];
