@@ -17,7 +17,7 @@ import {
   type TestContext,
   until,
 } from "./harness.ts";
-import { connect, listen, openRaw, type Pair } from "./pair.ts";
+import { connect, listen, type Pair } from "./pair.ts";
 
 interface Fleet {
   readonly instances: Pair<Record<string, unknown>>[];
@@ -142,7 +142,11 @@ test("a refusal at the new instance leaves the session where it is", async (t) =
     revive: () => {},
   };
   const { instances } = await start(t, bus.adapter, { hooks });
-  const { token } = await openRaw(t, instances[0]!.url);
+  const opened = await fetch(instances[0]!.url, {
+    headers: { accept: "text/event-stream", "x-duplex-version": "1" },
+  });
+  t.defer(() => opened.body!.cancel().catch(() => {}));
+  const token = opened.headers.get("x-crossws-id")!;
   const resume = (at: number, attempt: number) =>
     fetch(instances[at]!.url, {
       headers: {
