@@ -1442,7 +1442,7 @@ class Registry implements Host {
   }
 
   #tellIfEmpty(): void {
-    if (this.#sessions.size || this.#limbo.size) return;
+    if (this.#sessions.size) return;
     this.#whenEmpty.splice(0).forEach((resolve) => resolve());
   }
 
@@ -1502,7 +1502,7 @@ class Registry implements Host {
   async #handOver(signal?: AbortSignal): Promise<void> {
     const moving = [...this.#sessions.values()].filter((one) => one instanceof FullSession)
       .filter((session) => session.isMovable);
-    if (!moving.length) return;
+    if (!moving.length && !this.#limbo.size) return;
     this.#state = "handing over";
     const spread = Math.min(MAX_SPREAD, moving.length);
     for (const session of moving) setTimeout(() => session.renew(), Math.random() * spread);
@@ -1511,6 +1511,8 @@ class Registry implements Host {
     while (remain() && clock() < end && !signal?.aborted) {
       await new Promise((resolve) => setTimeout(resolve, HANDOVER_LOOK));
     }
+    // Whoever was sent these has them, or nobody will.
+    for (const { session } of [...this.#limbo.values()]) this.release(session.token, "moved");
   }
 
   /** Too much waits in all: closes those who have taken nothing for longest, until a quarter is free. */
@@ -1609,9 +1611,7 @@ class Registry implements Host {
     };
     if (signal?.aborted) hurry();
     signal?.addEventListener("abort", hurry);
-    if (this.#sessions.size || this.#limbo.size) {
-      await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
-    }
+    if (this.#sessions.size) await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
     signal?.removeEventListener("abort", hurry);
     for (const session of this.#lingering) session.flush();
     await new Promise((resolve) => setTimeout(resolve)); // the runtime takes what is left
