@@ -174,12 +174,12 @@ async function pageAround(folder: string, source: string): Promise<string> {
 }
 
 /** A script of ours in one file, without types: Deno would check them for each worker anew. */
-async function built(t: TestContext, entry: string, format: "esm" | "iife"): Promise<URL> {
+async function built(t: TestContext, entry: string, format: "esm" | "iife"): Promise<string> {
   const out = await mkdtemp(join(tmpdir(), "duplex-wpt-"));
   t.defer(() => rm(out, { recursive: true }));
   const file = join(out, "script.mjs");
   await esbuild([entry, "--bundle", `--format=${format}`, `--outfile=${file}`]);
-  return new URL(`file://${file}`);
+  return file;
 }
 
 function urlOf({ path, variant }: Case, { http, https }: Addresses): string {
@@ -230,8 +230,8 @@ function subtests(id: string, { tests, status }: Outcomes): Subtest[] {
   }));
 }
 
-async function runInWorker(script: URL, job: Job): Promise<Subtest[]> {
-  const worker = new Worker(script, { type: "module" });
+async function runInWorker(script: string, job: Job): Promise<Subtest[]> {
+  const worker = new Worker(new URL(`file://${script}`), { type: "module" });
   const { pathname, search } = new URL(job.location);
   const id = pathname + search;
   try {
