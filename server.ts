@@ -1256,6 +1256,7 @@ function originTest(cors: unknown): (origin: string, request: Request) => boolea
 /** The origin that a string is, whatever its case and slash at the end; else undefined. */
 function originOf(text: string): string | undefined {
   if (text === "null") return text; // of files and sandboxes
+  if (/[*?#]/.test(text)) return; // a pattern is a RegExp's business
   try {
     const { protocol, host, pathname, search, hash, username } = new URL(text);
     if (host && !search && !hash && !username && pathname.length < 2) return `${protocol}//${host}`;
