@@ -5,6 +5,7 @@ import {
   assertEquals,
   assertGreater,
   assertMatch,
+  freePort,
   needs,
   test,
   type TestContext,
@@ -16,8 +17,12 @@ const timeout = 90_000;
 
 /** Starts an example on a free port; the address of its page. */
 async function start(t: TestContext, server: "deno" | "bun"): Promise<string> {
-  const child = await t.spawn(server, `examples/${server}.ts`, { env: { PORT: "0" } });
-  return (await child.line()).replace("Chat on ", "");
+  return (await run(t, server, 0)).url;
+}
+
+async function run(t: TestContext, server: "deno" | "bun", port: number) {
+  const child = await t.spawn(server, `examples/${server}.ts`, { env: { PORT: `${port}` } });
+  return { child, url: (await child.line()).replace("Chat on ", "") };
 }
 
 /** What a part of the page says, one string an element. */
@@ -154,3 +159,75 @@ test("the chat is usable by keyboard on a narrow, dark screen", async (t) => {
   await page.locator("#reconnect:focus").waitFor();
   await picture(page, "chat-narrow-dark-closed");
 }, { timeout, skip: needs("chromium") });
+
+test("a server that restarts is found again, and what was written meanwhile arrives", async (t) => {
+  t.expect(/ERR_CONNECTION_REFUSED|ERR_INCOMPLETE_CHUNKED_ENCODING/); // while there is no server
+  const port = await freePort();
+  const first = await run(t, "bun", port);
+  const context = await browser.windows(t);
+  const [ada, grace] = [await context.newPage(), await context.newPage()];
+  await enter(ada, first.url, "Ada");
+  await ada.locator("#alone").waitFor(); // it tells how to invite somebody
+  await enter(grace, first.url, "Grace");
+  await ada.locator("#alone").waitFor({ state: "hidden" });
+  await ada.fill("#text", "half a sen");
+  first.child.kill("SIGTERM");
+  await first.child.exited;
+  for (const page of [ada, grace]) await sees(page, "#state", ["reconnecting"]);
+  await say(grace, "Written while nobody listened");
+  await sees(grace, "#outbox p", ["Written while nobody listened"]);
+  await picture(grace, "chat-restarting");
+
+  await run(t, "bun", port);
+  for (const page of [ada, grace]) await sees(page, "#state", ["open"]);
+  await sees(grace, messages, ["Written while nobody listened"]);
+  await sees(grace, "#outbox p", []);
+  // Who comes back later has missed it: the server keeps no history, and says so.
+  await until(async () => /no memory of before/.test((await texts(ada, ".note")).join()));
+  assertEquals(await ada.inputValue("#text"), "half a sen");
+  await picture(grace, "chat-restarted");
+
+  // One that is not there is given up where the person says so.
+  await ada.click("#close");
+  await sees(ada, "#closed p", ["Closed with code 1000: closed on this page"]);
+  await sees(grace, "#who li", ["Grace"]);
+}, { timeout, skip: needs("chromium") });
+
+const SCREENS = {
+  phone: [390, 844],
+  "phone on its side": [844, 390],
+  laptop: [1280, 720],
+} as const;
+for (const [screen, [width, height]] of Object.entries(SCREENS)) {
+  for (const colorScheme of ["light", "dark"] as const) {
+    test(`the chat fits a ${screen}, ${colorScheme}`, async (t) => {
+      const url = await start(t, "bun");
+      const context = await browser.windows(t, { viewport: { width, height }, colorScheme });
+      const page = await context.newPage();
+      await enter(page, url, "Ada");
+      await picture(page, `chat-${width}-${colorScheme}-alone`);
+      for (const text of ["Good morning!", "Is anybody there?"]) await say(page, text);
+      await sees(page, messages, ["Good morning!", "Is anybody there?"]);
+      await picture(page, `chat-${width}-${colorScheme}`);
+      const outside = await page.evaluate(() => {
+        const { scrollWidth, scrollHeight, clientWidth, clientHeight } = document.documentElement;
+        const parts = [
+          ...document.querySelectorAll("#cut, #close, #hint, #text, #send, #name, #rate"),
+        ];
+        const details = document.querySelector("#details")!;
+        return {
+          page: [scrollWidth - clientWidth, scrollHeight - clientHeight],
+          details: [
+            details.scrollWidth - details.clientWidth,
+            details.scrollHeight - details.clientHeight,
+          ],
+          parts: parts.filter((part) => part.checkVisibility()).filter((part) => {
+            const { top, left, right, bottom } = part.getBoundingClientRect();
+            return top < 0 || left < 0 || right > innerWidth || bottom > innerHeight;
+          }).map(({ id }) => id),
+        };
+      });
+      assertEquals(outside, { page: [0, 0], details: [0, 0], parts: [] });
+    }, { timeout, skip: needs("chromium") });
+  }
+}
