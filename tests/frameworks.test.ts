@@ -10,9 +10,19 @@ import { WebSocket as PartySocket } from "partysocket";
 import { WebSocketSSE } from "../client.ts";
 import { sseAdapter } from "../server.ts";
 import { converse } from "./conversation.ts";
-import { assertEquals, deferred, test, type TestContext, until, within } from "./harness.ts";
+import {
+  assertEquals,
+  assertMatch,
+  assertStringIncludes,
+  deferred,
+  test,
+  type TestContext,
+  until,
+  within,
+} from "./harness.ts";
 import { listen, Queue, shutDown } from "./pair.ts";
 import { room } from "./room.ts";
+import { frame, wireClient } from "./wire.ts";
 
 const { hooks: _, ...options } = room;
 
@@ -94,6 +104,44 @@ test("in a plain fetch router, by the hooks of crossws's defineHooks", async (t)
   await checkOthers(server.url);
   await converse(t, server);
 }, { timeout: 40_000 });
+
+for (
+  const framework of ["express", "express, mounted at a path", "fastify", "koa", "hono"]
+) {
+  test(`on Node, in ${framework}, beside other routes`, async (t) => {
+    const child = await t.spawn("node-24", "tests/fixtures/framework.ts", { args: [framework] });
+    const port = Number(await child.line());
+    const url = `http://127.0.0.1:${port}`;
+    await checkOthers(url);
+    const echoed = await fetch(`${url}/echo`, { method: "POST", body: "a body" });
+    assertEquals(await echoed.text(), "a body");
+    await converse(t, { port });
+    await checkOthers(url);
+  }, { timeout: 40_000 });
+}
+
+test("on Node, behind a body parser: 400, and one word to onError of what stands before us", async (t) => {
+  const child = await t.spawn("node-24", "tests/fixtures/framework.ts", {
+    args: ["express, behind a body parser"],
+  });
+  const url = `http://127.0.0.1:${await child.line()}/room`;
+  const session = await wireClient(t, url);
+  for (let i = 0; i < 2; i++) {
+    const refused = await session.post(frame("TEXT", "hi"));
+    assertStringIncludes(await refused.text(), "a body parser");
+    assertEquals([refused.status, refused.headers.get("x-duplex-received")], [400, null]);
+  }
+  assertMatch(await child.line(), /^onError: Error: The body did not arrive: a body parser/);
+});
+
+test("on Node, fetch as it is in a route: 500, and the name of what is to be used", async (t) => {
+  const child = await t.spawn("node-24", "tests/fixtures/framework.ts", {
+    args: ["express, by fetch alone"],
+  });
+  const response = await fetch(`http://127.0.0.1:${await child.line()}/room`);
+  assertEquals(response.status, 500);
+  assertStringIncludes(await response.text(), "toNodeHandler(ws)");
+});
 
 for (const runtime of ["deno", "bun"] as const) {
   test(`examples/graphql.ts: graphql-ws on both ends, on ${runtime}`, async (t) => {
