@@ -40,6 +40,7 @@ const BINARY_EVENT = "duplex-binary";
 const ACK_EVENT = "duplex-ack";
 const PING_EVENT = "duplex-ping";
 const CLOSE_EVENT = "duplex-close";
+const RENEW_EVENT = "duplex-renew";
 
 // --- The client's own constants ---
 
@@ -306,6 +307,7 @@ export class WebSocketSSE extends EventTarget {
         : { protocols: init as string };
     this.#url = parseURL(`${url}`); // as Web IDL has it, no symbol
     this.#protocols = checkProtocols(options.protocols ?? []);
+    refuseMixed(this.#url);
     this.#options = options;
     const session = this.#session;
     const requests = new Requests(this.#url, options, session);
@@ -978,6 +980,11 @@ class Link implements Carrier {
         if (!this.#connection?.isPoll) this.uplink.pump(); // else it goes with the next one
         return;
       }
+      case RENEW_EVENT:
+        // "A client that is open connects anew, by a resumption, which is no drop."
+        return this.#session.phase === "open" && this.#session.terms!.resumeTimeout
+          ? this.renew()
+          : undefined;
       case CLOSE_EVENT: {
         const { code, reason, sent } = JSON.parse(data);
         if (!Number.isInteger(code) || typeof reason !== "string") return this.distrust();
@@ -2313,7 +2320,7 @@ function toMessage(data: unknown): string | Bytes | Blob {
 function parseURL(value: string): URL {
   const { document, location } = globalThis as {
     document?: { baseURI?: string };
-    location?: { href: string; protocol: string };
+    location?: { href: string };
   };
   let url: URL | undefined;
   try {
@@ -2325,15 +2332,16 @@ function parseURL(value: string): URL {
   if (!url || !/^wss?:[^#]*$/.test(url.href)) {
     throw new DOMException(`${value} is no URL for a WebSocket`, "SyntaxError");
   }
-  // As browsers do: a page that came by TLS speaks without it to its own machine at most.
-  if (location?.protocol === "https:" && url.protocol === "ws:" && !isLocal(url.hostname)) {
-    throw new DOMException("A page of https: may not use ws:", "SecurityError");
-  }
   return url;
 }
 
-function isLocal(host: string): boolean {
-  return /^(.*\.)?localhost$|^127\.|^\[::1\]$/.test(host);
+/** As browsers do: a page that came by TLS speaks without it to its own machine at most. */
+function refuseMixed({ protocol, hostname }: URL): void {
+  const { location } = globalThis as { location?: { protocol: string } };
+  const isLocal = /^(.*\.)?localhost$|^127\.|^\[::1\]$/.test(hostname);
+  if (location?.protocol === "https:" && protocol === "ws:" && !isLocal) {
+    throw new DOMException("A page of https: may not use ws:", "SecurityError");
+  }
 }
 
 function checkProtocols(value: string | string[]): string[] {

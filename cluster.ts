@@ -22,8 +22,10 @@
  *
  * @module
  */
+import { type Claim, type Counts, type MoveHead, type Mover, Moves } from "./handover.ts";
 import type {
   MaybePromise,
+  Packed,
   RoutingDriver,
   RoutingHost,
   SyncAdapter,
@@ -39,14 +41,17 @@ const VERSION = 1;
 /** No peer can be in a namespace that begins so. */
 const RESERVED = "\0";
 const NAMESPACE = "\0duplex";
-/** Addressed to every instance. */
+/** Addressed to every instance; and what may be. */
 const ALL = "*";
+const TO_ALL: Set<string> = new Set(["publication", "present", "bye"]);
 
 /** A fragment begins with the version, the id of its message, its index and how many there are. */
 const ID_SIZE = 16;
 const FRAGMENT_HEADER = 1 + ID_SIZE + 4 + 4;
 /** A message begins with its authentication code and the length of its head. */
 const MAC_SIZE = 32;
+/** What a sealed session begins with. */
+const IV_SIZE = 12;
 const MESSAGE_HEADER = MAC_SIZE + 4;
 /** Of 16 MiB of brackets a parser makes seconds and a gigabyte, before anything is verified. */
 const MAX_HEAD = 64 * 1024;
@@ -95,6 +100,12 @@ const REPORT_PERIOD = 1_000;
 const RETRY_PERIOD = 500;
 const MAX_RETRY_PERIOD = 30_000;
 const PRUNE_PERIOD = 60_000;
+/** How often an instance that has sessions says so, and after which silence it is gone. */
+const PRESENCE_PERIOD = 5_000;
+const GONE = 12_000;
+const MAX_INSTANCES = 10_000;
+/** How often a request may be sent on, by instances that know where its session has gone. */
+const MAX_REDIRECTIONS = 4;
 
 const encoder: TextEncoder = new TextEncoder();
 const decoder: TextDecoder = new TextDecoder("utf-8", { ignoreBOM: true });
@@ -131,13 +142,27 @@ export interface ClusterOptions {
 
 /** What stands at the head of a message. All but publications and "unknown" are authenticated. */
 type Head =
-  | { kind: "publication"; namespace: string; topic: string; binary: boolean }
+  | PublicationHead
+  | MoveHead
+  | { kind: "present"; instance: string; commitment: string }
+  | { kind: "bye"; instance: string; secret: string }
+  | { kind: "moved"; id: string; to: string }
   | RequestHead
   | AnswerHead
   | { kind: "credit"; id: string; got: number; ask: boolean }
   | { kind: "alive"; id: string; sent: number }
   | { kind: "cancel"; id: string }
   | { kind: "unknown"; id: string };
+
+/** Where sessions can move it tells its instance, and its number among that one's publications. */
+interface PublicationHead {
+  kind: "publication";
+  namespace: string;
+  topic: string;
+  binary: boolean;
+  from?: string;
+  n?: number;
+}
 
 /** What an instance received for another's session. */
 interface RequestHead {
@@ -216,6 +241,8 @@ class Router implements RoutingDriver {
   readonly #served: Map<string, Served> = new Map();
   readonly #replays: Replays = new Replays();
   readonly #subscription: Subscription;
+  readonly #presence: Presence;
+  #migration!: Migration;
   /** What came in and is not done with. */
   readonly #work: Set<Promise<void>> = new Set();
   #timer: ReturnType<typeof setInterval> | undefined;
@@ -227,6 +254,7 @@ class Router implements RoutingDriver {
     this.#timeout = timeout;
     this.#report = limited((stage, error) => this.#host.report(error, stage));
     this.#bus = new Bus(driver, maxPayload, timeout);
+    this.#presence = new Presence(instance, (head) => this.#tellAll(head));
     this.#subscription = new Subscription(
       driver,
       this.#report,
@@ -238,12 +266,15 @@ class Router implements RoutingDriver {
 
   attach(host: RoutingHost): void {
     this.#host = host;
-    this.#names = new Names(host);
+    this.#names = new Names((token) => host.has(token));
+    const send: Send = (to, key, head, body) => void this.#send(to, key, head, body);
+    this.#migration = new Migration(this.#instance, this.#timeout, host, this.#names, send);
     this.#bus.take(host.maxMessageSize + 2 * MAX_BATCH); // a body as readBody takes it, and a head
   }
 
   own(token: string): void {
     this.#names.own(token);
+    this.#startTimer(); // to be present
   }
 
   subscribe(deliver: (message: SyncMessage) => void): MaybePromise<void> {
@@ -258,15 +289,18 @@ class Router implements RoutingDriver {
   async #publish(message: SyncMessage): Promise<void> {
     const { namespace, topic, data } = message;
     if (namespace.startsWith(RESERVED)) throw new RangeError("A namespace of the backplane's own");
-    if (this.#bus.carries(message)) return await this.#bus.publish(message);
+    const n = this.#host.movable ? this.#migration.count(this.#instance, message) : undefined;
+    if (n === undefined && this.#bus.carries(message)) return await this.#bus.publish(message);
     const binary = typeof data !== "string";
     const body = binary ? data as Bytes : encoder.encode(data);
-    const head: Head = { kind: "publication", namespace, topic, binary };
+    const from = this.#instance;
+    const head: Head = { kind: "publication", namespace, topic, binary, ...n && { from, n } };
     await this.#bus.send(ALL, encodeMessage(head, body));
   }
 
   async close(): Promise<void> {
     this.#closed = true;
+    if (this.#subscription.stands) this.#presence.leave();
     clearInterval(this.#timer);
     this.#subscription.end();
     for (const relay of this.#relays.values()) relay.end();
@@ -293,48 +327,77 @@ class Router implements RoutingDriver {
 
   // --- As the instance that received a request ---
 
+  async adopt(token: string, claim: Claim, take: Take): Promise<void> {
+    if (this.#closed || !this.#subscription.stands || this.#bus.behind) return;
+    const session = await nameOf(token);
+    const owner = this.#ownerOf(token, session);
+    if (this.#presence.isGone(owner)) return;
+    this.#startTimer();
+    await this.#migration.adopt(token, session, owner, claim, take);
+  }
+
+  async settled(token: string): Promise<void> {
+    const moving = this.#migration.moves.moving(await nameOf(token));
+    if (moving) await this.#within(moving);
+  }
+
   async route(request: Request, token: string, namespace: string): Promise<Response> {
     try {
+      const session = await nameOf(token);
+      const owner = this.#ownerOf(token, session);
+      // "Its owner is gone: 404", as from an instance that knows nothing of it, such as this one.
+      if (owner === this.#instance || this.#presence.isGone(owner)) return noSession();
       const body = await readBody(request, this.#host.maxMessageSize + MAX_BATCH);
       if (body instanceof Response) return body;
       if (this.#closed || this.#bus.behind || this.#relays.size >= MAX_RELAYS) return unavailable();
-      return await this.#ask(request, body, token, namespace);
+      return await this.#ask(request, body, token, session, owner, namespace);
     } catch (error) {
       this.#report("publish", error);
       return unavailable();
     }
   }
 
+  /** The token tells where the session was when its client last heard; where it went from here, we know. */
+  #ownerOf(token: string, session: string): string {
+    return this.#migration.moves.whereabouts(session) ?? token.slice(0, 16);
+  }
+
   async #ask(
-    request: Request,
+    { method, headers: given }: Request,
     body: Bytes,
     token: string,
+    session: string,
+    owner: string,
     namespace: string,
   ): Promise<Response> {
-    const [session, key] = await Promise.all([nameOf(token), keyOf(token)]);
+    const key = await keyOf(token);
     const headers: Record<string, string> = {};
     for (const name of ROUTED_HEADERS) {
-      const value = request.headers.get(name);
+      const value = given.get(name);
       if (value !== null) headers[name] = value;
     }
     const id = hex(crypto.getRandomValues(new Uint8Array(ID_SIZE)));
-    const owner = token.slice(0, 16);
-    const send = (head: Head) => this.#send(owner, key, head, EMPTY, () => this.#relays.has(id));
-    const relay = new Relay(id, key, token, this.#timeout, send, () => {
-      this.#relays.delete(id);
-      this.#subscription.leave(id);
+    const relay: Relay = new Relay(id, key, token, owner, this.#timeout, {
+      send: (head) => this.#send(relay.owner, key, head, EMPTY, () => this.#relays.has(id)),
+      forget: () => {
+        this.#relays.delete(id);
+        this.#subscription.leave(id);
+      },
+      again: () => void (relay.owner === this.#instance ? here() : go()),
     });
+    const from = this.#instance;
+    const head: RequestHead = {
+      ...{ kind: "request", id, from, session, time: Date.now() },
+      ...{ method, headers, namespace },
+    } as const;
+    const go = async () => await this.#send(relay.owner, key, head, body) || relay.end();
+    const here = async () => relay.answer(await this.#serveHere(head, token, body));
     const late = setTimeout(() => {
-      this.#report("delivery", new Error(`No answer from instance ${owner}`));
+      this.#report("delivery", new Error(`No answer from instance ${relay.owner}`));
       relay.end();
     }, this.#timeout);
     this.#relays.set(id, relay);
     this.#startTimer();
-    const { method } = request;
-    const time = Date.now();
-    const from = this.#instance;
-    const head: Head = { kind: "request", id, from, session, time, method, headers, namespace };
-    const go = () => this.#send(owner, key, head, body).then((sent) => sent || relay.end());
     if (!this.#subscription.await(id, body.length, go)) relay.end();
     return await relay.response.finally(() => clearTimeout(late));
   }
@@ -343,13 +406,10 @@ class Router implements RoutingDriver {
 
   async #serve(message: Incoming, head: RequestHead): Promise<void> {
     const known = await this.#names.find(head.session);
-    if (!known) {
-      if (this.#bus.busy) return; // anybody can ask
-      const unknown = encodeMessage({ kind: "unknown", id: head.id });
-      return this.#bus.send(head.from, unknown).catch((error) => this.#report("publish", error));
-    }
+    if (!known) return this.#sayUnknown(head);
     const key = await (known.key ??= keyOf(known.token));
     await authenticate(key, message);
+    this.#presence.heard(head.from);
     const off = Date.now() - head.time;
     if (Math.abs(off) > REPLAY_WINDOW) {
       const seconds = Math.round(off / 1000);
@@ -358,19 +418,30 @@ class Router implements RoutingDriver {
     if (this.#closed) return; // silence is 503 there
     this.#replays.check(head);
     this.#startTimer(); // to forget it, though nothing is relayed
-    const response = await this.#host.fetch(
-      new Request("http://cluster.invalid/", {
-        method: head.method,
-        headers: {
-          ...head.headers,
-          [TOKEN_HEADER]: known.token,
-          ...head.method === "POST" && { "content-length": `${message.body.length}` },
-        },
-        ...head.method === "POST" && { body: message.body },
-      }),
-      head.namespace,
-    );
-    await this.#answer(head, key, response);
+    // "A request for a session that is on its way waits" until it is known where it is.
+    await this.settled(known.token);
+    const to = this.#migration.moves.whereabouts(head.session);
+    if (to !== undefined && !this.#host.has(known.token)) {
+      return void await this.#send(head.from, key, { kind: "moved", id: head.id, to });
+    }
+    await this.#answer(head, key, await this.#serveHere(head, known.token, message.body));
+  }
+
+  async #sayUnknown({ id, from }: { id: string; from: string }): Promise<void> {
+    if (this.#bus.busy) return; // anybody can ask
+    const unknown = encodeMessage({ kind: "unknown", id });
+    return await this.#bus.send(from, unknown).catch((error) => this.#report("publish", error));
+  }
+
+  async #serveHere(head: RequestHead, token: string, body: Bytes): Promise<Response> {
+    const isPost = head.method === "POST";
+    const headers = {
+      ...head.headers,
+      [TOKEN_HEADER]: token,
+      ...isPost && { "content-length": `${body.length}` },
+    };
+    const init = { method: head.method, headers, ...isPost && { body } };
+    return await this.#host.fetch(new Request("http://cluster.invalid/", init), head.namespace);
   }
 
   async #answer(
@@ -399,7 +470,23 @@ class Router implements RoutingDriver {
     }
   }
 
+  // --- Sessions that move ---
+
+  async #onMove(message: Incoming, head: MoveHead): Promise<void> {
+    if (head.kind === "adopt") {
+      if (!await this.#names.find(head.session)) return this.#sayUnknown(head);
+      this.#startTimer();
+    }
+    await this.#migration.receive(message, head);
+    this.#presence.heard(head.from);
+  }
+
   // --- The bus ---
+
+  /** What anybody may say, and to all. */
+  #tellAll(head: Head): void {
+    this.#bus.send(ALL, encodeMessage(head)).catch((error) => this.#report("publish", error));
+  }
 
   /** Sends what is authenticated. False when it could not be. */
   async #send(
@@ -429,7 +516,7 @@ class Router implements RoutingDriver {
       const whole = this.#bus.assemble(message);
       if (!whole) return this.#startTimer(); // to forget what stays incomplete
       const incoming = decodeMessage(whole);
-      if (message.topic === ALL && incoming.head.kind !== "publication") {
+      if (message.topic === ALL && !TO_ALL.has(incoming.head.kind)) {
         throw new Error("A request to all on the backplane"); // all would answer
       }
       const work = this.#dispatch(incoming)
@@ -445,21 +532,38 @@ class Router implements RoutingDriver {
     const { head, body } = message;
     switch (head.kind) {
       case "publication": {
-        const { namespace, topic, binary } = head;
+        const { namespace, topic, binary, from, n } = head;
         if (namespace.startsWith(RESERVED)) {
           throw new Error("A publication to a reserved namespace");
         }
-        return this.#deliver({ namespace, topic, data: binary ? body : decoder.decode(body) });
+        const publication = { namespace, topic, data: binary ? body : decoder.decode(body) };
+        this.#deliver(publication);
+        if (from !== undefined) this.#migration.count(from, publication, n);
+        return;
       }
+      case "present":
+        return this.#presence.hear(head.instance, head.commitment);
+      case "bye":
+        return await this.#presence.farewell(head.instance, head.secret);
+      case "adopt":
+      case "state":
+      case "adopted":
+      case "have":
+      case "taken":
+        return await this.#onMove(message, head);
       case "request":
         return await this.#serve(message, head);
       case "unknown":
+        this.#migration.moves.unknown(head.id);
         return this.#relays.get(head.id)?.doubt();
       case "answer":
+      case "moved":
       case "alive": {
         const relay = this.#relays.get(head.id);
         if (!relay) return; // ended meanwhile
         await authenticate(relay.key, message);
+        this.#presence.heard(relay.owner);
+        if (head.kind === "moved") return relay.redirect(head.to);
         return head.kind === "answer" ? relay.take(head, body) : relay.compare(head.sent);
       }
       case "credit":
@@ -489,14 +593,27 @@ class Router implements RoutingDriver {
     for (const served of this.#served.values()) served.tick(period);
     this.#bus.tick(period);
     this.#replays.forget();
-    const busy = this.#relays.size || this.#served.size || this.#replays.size;
-    if (busy || this.#bus.assembling) return;
+    const holding = this.#host.size > 0;
+    this.#presence.tick(period, holding);
+    const { moves } = this.#migration;
+    moves.tick(period);
+    const busy = holding || this.#relays.size || this.#served.size || this.#replays.size;
+    if (busy || this.#bus.assembling || moves.remembers) return;
     clearInterval(this.#timer);
     this.#timer = undefined;
   }
 }
 
 // --- Relaying: the receiving instance's side of one request ---
+
+/** What a relay needs of its instance. */
+interface Line {
+  /** To the owner. */
+  send(head: Head): Promise<boolean>;
+  /** Sends the request again, to another owner. */
+  again(): void;
+  forget(): void;
+}
 
 /** Where a relayed request stands: asking → doubted → streaming → ended; steps may be left out. */
 type RelayPhase = "asking" | "doubted" | "streaming" | "ended";
@@ -505,11 +622,12 @@ type RelayPhase = "asking" | "doubted" | "streaming" | "ended";
 class Relay {
   readonly key: CryptoKey;
   readonly response: Promise<Response>;
+  /** The instance that is asked. */
+  owner: string;
   readonly #id: string;
   readonly #token: string;
   readonly #timeout: number;
-  readonly #send: (head: Head) => Promise<boolean>;
-  readonly #forget: () => void;
+  readonly #line: Line;
   readonly #parts: Sequence = new Sequence();
   readonly #credit: Credit;
   #phase: RelayPhase = "asking";
@@ -521,22 +639,25 @@ class Relay {
   /** The last part has come. */
   #finished = false;
   #queue: Bytes[] = [];
+  #redirections = 0;
 
   constructor(
     id: string,
     key: CryptoKey,
     token: string,
+    owner: string,
     timeout: number,
-    send: (head: Head) => Promise<boolean>,
-    forget: () => void,
+    line: Line,
   ) {
     this.#id = id;
     this.key = key;
     this.#token = token;
+    this.owner = owner;
     this.#timeout = timeout;
-    this.#send = send;
-    this.#forget = forget;
-    this.#credit = new Credit(timeout, (got, ask) => void send({ kind: "credit", id, got, ask }));
+    this.#line = line;
+    this.#credit = new Credit(timeout, (got, ask) => {
+      line.send({ kind: "credit", id, got, ask });
+    });
     this.response = new Promise((resolve) => this.#respond = resolve);
   }
 
@@ -549,9 +670,22 @@ class Relay {
     if (this.#phase !== "asking") return;
     this.#phase = "doubted";
     this.#doubt = setTimeout(() => {
-      this.#respond(refuse(404, "No such session"));
-      this.end();
+      this.answer(noSession());
     }, Math.min(DOUBT, this.#timeout));
+  }
+
+  /** The owner says that another instance has the session. */
+  redirect(to: string): void {
+    if (this.#phase !== "asking" && this.#phase !== "doubted") return;
+    if (++this.#redirections > MAX_REDIRECTIONS) return this.end();
+    this.owner = to;
+    this.#line.again();
+  }
+
+  /** The answer did not come over the backplane. */
+  answer(response: Response): void {
+    this.#respond(response);
+    this.end();
   }
 
   take(head: AnswerHead, body: Bytes): void {
@@ -621,7 +755,7 @@ class Relay {
   }
 
   #cancel(): void {
-    this.#send({ kind: "cancel", id: this.#id });
+    this.#line.send({ kind: "cancel", id: this.#id });
     this.end();
   }
 
@@ -631,7 +765,7 @@ class Relay {
     this.#phase = "ended";
     clearTimeout(this.#doubt);
     this.#respond(unavailable());
-    this.#forget();
+    this.#line.forget();
     try {
       this.#controller?.close();
     } catch {
@@ -845,6 +979,203 @@ class Replays {
   }
 }
 
+// --- Moves: sessions that come here, and that go ---
+
+/** Carries the moves of `handover.ts` over the backplane, with what the server packs and takes. */
+class Migration implements Mover<SyncMessage> {
+  readonly moves: Moves<SyncMessage>;
+  readonly #host: RoutingHost;
+  readonly #names: Names;
+  readonly #send: Send;
+  /** Sessions that were asked for, by name, and what takes them into service. */
+  readonly #wanted: Map<string, { token: string; take: Take }> = new Map();
+  /** How many publications of each instance have been delivered here. */
+  readonly #counts: Map<string, number> = new Map();
+
+  constructor(
+    instance: string,
+    timeout: number,
+    host: RoutingHost,
+    names: Names,
+    send: Send,
+  ) {
+    this.#host = host;
+    this.#names = names;
+    this.#send = send;
+    this.moves = new Moves(instance, timeout, host.resumeTimeout, this);
+  }
+
+  /** Resolves when the session is here, or stays where it is. */
+  async adopt(token: string, session: string, owner: string, claim: Claim, take: Take) {
+    const wanted = { token, take };
+    this.#wanted.set(session, wanted);
+    await this.moves.adopt(session, owner, claim);
+    if (this.#wanted.get(session) === wanted) this.#wanted.delete(session);
+  }
+
+  /** Numbers a publication of this instance, or takes the number of another's. */
+  count(from: string, message: SyncMessage, n: number = (this.#counts.get(from) ?? 0) + 1): number {
+    this.#counts.set(from, n);
+    this.moves.published({ from, n, namespace: message.namespace, message });
+    return n;
+  }
+
+  /** Takes what another instance says of a session, if that session's token vouches for it. */
+  async receive(message: Incoming, head: MoveHead): Promise<void> {
+    const token = this.#wanted.get(head.session)?.token ??
+      (await this.#names.find(head.session))?.token;
+    if (token === undefined) return; // its end is known no more: the asker finds out by its request
+    await authenticate(await keyOf(token), message);
+    const here = head.kind === "state" && head.status === "here";
+    this.moves.receive(head, here ? await unseal(token, message.body) : EMPTY);
+  }
+
+  // --- As a mover ---
+
+  now(): number {
+    return Date.now();
+  }
+
+  send(to: string, head: MoveHead, state?: Bytes): void {
+    const token = this.#tokenOf(head.session);
+    const sending = async () => {
+      const body = state && await seal(token, state);
+      this.#send(to, await keyOf(token), head, body);
+    };
+    sending().catch((error) => this.#host.report(error, "publish"));
+  }
+
+  owns(session: string): boolean {
+    const token = this.#names.tokenOf(session);
+    return token !== undefined && this.#host.owns(token);
+  }
+
+  pack(session: string, claim: Claim): Bytes | undefined {
+    const packed = this.#host.pack(this.#tokenOf(session), claim);
+    return packed && encodePacked(packed);
+  }
+
+  restore(session: string): void {
+    this.#host.restore(this.#tokenOf(session));
+  }
+
+  release(session: string, end: "moved" | "lost"): void {
+    this.#host.release(this.#tokenOf(session), end);
+  }
+
+  take(session: string, state: Bytes, missed: SyncMessage[]): void {
+    this.#wanted.get(session)!.take(decodePacked(state), missed);
+  }
+
+  counts(): Counts {
+    return Object.fromEntries(this.#counts);
+  }
+
+  /** Of a session that is here, was, or was asked for. */
+  #tokenOf(session: string): string {
+    return this.#wanted.get(session)?.token ?? this.#names.tokenOf(session)!;
+  }
+}
+
+/** Sends a message that is authenticated with the key. */
+type Send = (to: string, key: CryptoKey, head: Head, body?: Bytes) => void;
+
+/** Takes a session into service. */
+type Take = (packed: Packed, missed: SyncMessage[]) => void;
+
+/** The length of a JSON head, the head, and the frames of the log one after the other. */
+function encodePacked({ frames, ...rest }: Packed): Bytes {
+  const sizes = frames.map((frame) => frame.length);
+  const head = encoder.encode(JSON.stringify({ ...rest, sizes }));
+  return concat([uint32(head.length), head, ...frames]);
+}
+
+function decodePacked(bytes: Bytes): Packed {
+  const length = new DataView(bytes.buffer, bytes.byteOffset).getUint32(0);
+  const { sizes, ...rest } = JSON.parse(decoder.decode(bytes.subarray(4, 4 + length)));
+  let at = 4 + length;
+  const frames = (sizes as number[]).map((size) => bytes.slice(at, at += size));
+  return { ...rest, frames };
+}
+
+// --- Presence: which instances are there ---
+
+/**
+ * "An instance that has sessions says so every 5 s." It commits to a secret, which its farewell
+ * reveals, so that nobody else can say it.
+ */
+class Presence {
+  readonly #instance: string;
+  readonly #tellAll: (head: Head) => void;
+  readonly #secret: string = hex(crypto.getRandomValues(new Uint8Array(ID_SIZE)));
+  readonly #others: Map<string, { commitment: string; age: number; left: boolean }> = new Map();
+  /** How long this instance has been listening, and has not said that it is there. By ticks. */
+  #age = 0;
+  #silence = PRESENCE_PERIOD;
+
+  constructor(instance: string, tellAll: (head: Head) => void) {
+    this.#instance = instance;
+    this.#tellAll = tellAll;
+  }
+
+  /** Whether the instance has left, or is silent for so long that it must have died. */
+  isGone(instance: string): boolean {
+    if (instance === this.#instance) return false;
+    const other = this.#others.get(instance);
+    return other ? other.left || other.age >= GONE : this.#age >= GONE;
+  }
+
+  /** Anything that is authentic shows that its instance is there. */
+  heard(instance: string): void {
+    const other = this.#others.get(instance);
+    if (other) other.age = 0;
+  }
+
+  hear(instance: string, commitment: string): void {
+    const other = this.#others.get(instance);
+    if (!other) {
+      if (this.#others.size >= MAX_INSTANCES) {
+        this.#others.delete(this.#others.keys().next().value!);
+      }
+      this.#others.set(instance, { commitment, age: 0, left: false });
+      return;
+    }
+    other.age = 0;
+    // Two who claim to be the same: neither's farewell is believed.
+    if (other.commitment !== commitment) other.commitment = "";
+  }
+
+  async farewell(instance: string, secret: string): Promise<void> {
+    const other = this.#others.get(instance);
+    if (other?.commitment && other.commitment === await commitmentOf(secret)) other.left = true;
+  }
+
+  /** `holding`: this instance has sessions. */
+  tick(period: number, holding: boolean): void {
+    this.#age += period;
+    this.#silence += period;
+    for (const other of this.#others.values()) other.age += period;
+    if (holding && this.#silence >= PRESENCE_PERIOD) this.#tell();
+  }
+
+  #tell(): void {
+    this.#silence = 0;
+    const instance = this.#instance;
+    commitmentOf(this.#secret).then((commitment) =>
+      this.#tellAll({ kind: "present", instance, commitment })
+    );
+  }
+
+  /** To those who know this instance; who never heard of it need no farewell. */
+  leave(): void {
+    this.#tellAll({ kind: "bye", instance: this.#instance, secret: this.#secret });
+  }
+}
+
+async function commitmentOf(secret: string): Promise<string> {
+  return hex(await digest(`duplex-sse presence ${secret}`));
+}
+
 // --- Names and keys of sessions ---
 
 interface Known {
@@ -856,13 +1187,13 @@ interface Known {
 
 /** This instance's sessions by the names that they have on the bus. */
 class Names {
-  readonly #host: RoutingHost;
+  readonly #has: (token: string) => boolean;
   readonly #known: Map<string, Known> = new Map();
   readonly #naming: Set<Promise<void>> = new Set();
   #pruned: number = clock();
 
-  constructor(host: RoutingHost) {
-    this.#host = host;
+  constructor(has: (token: string) => boolean) {
+    this.#has = has;
   }
 
   own(token: string): void {
@@ -874,6 +1205,11 @@ class Names {
     if (clock() - this.#pruned > PRUNE_PERIOD) this.#prune();
   }
 
+  /** The token of a session that has its name already. */
+  tokenOf(name: string): string | undefined {
+    return this.#known.get(name)?.token;
+  }
+
   async find(name: string): Promise<Known | undefined> {
     if (!this.#known.has(name)) await Promise.all(this.#naming);
     return this.#known.get(name);
@@ -882,7 +1218,7 @@ class Names {
   #prune(): void {
     this.#pruned = clock();
     for (const [name, known] of this.#known) {
-      if (this.#host.has(known.token)) continue;
+      if (this.#has(known.token)) continue;
       if (known.gone) this.#known.delete(name);
       known.gone = true;
     }
@@ -893,15 +1229,39 @@ async function digest(text: string): Promise<Bytes> {
   return new Uint8Array(await crypto.subtle.digest("SHA-256", encoder.encode(text)));
 }
 
+/** The half of a token that stays the same wherever the session is. */
+function secretOf(token: string): string {
+  return token.slice(token.indexOf(".") + 1);
+}
+
 /** "A session's name is the first 16 bytes, in hex, of SHA-256." */
 async function nameOf(token: string): Promise<string> {
-  return hex((await digest(`duplex-sse name ${token}`)).subarray(0, 16));
+  return hex((await digest(`duplex-sse name ${secretOf(token)}`)).subarray(0, 16));
 }
 
 async function keyOf(token: string): Promise<CryptoKey> {
-  const key = await digest(`duplex-sse key ${token}`);
+  const key = await digest(`duplex-sse key ${secretOf(token)}`);
   const algorithm = { name: "HMAC", hash: "SHA-256" };
   return await crypto.subtle.importKey("raw", key, algorithm, false, ["sign", "verify"]);
+}
+
+async function sealOf(token: string): Promise<CryptoKey> {
+  const key = await digest(`duplex-sse seal ${secretOf(token)}`);
+  return await crypto.subtle.importKey("raw", key, "AES-GCM", false, ["encrypt", "decrypt"]);
+}
+
+/** "A session travels sealed": AES-GCM, behind its nonce. */
+async function seal(token: string, bytes: Bytes): Promise<Bytes> {
+  const iv = crypto.getRandomValues(new Uint8Array(IV_SIZE));
+  const sealed = await crypto.subtle.encrypt({ name: "AES-GCM", iv }, await sealOf(token), bytes);
+  return concat([iv, new Uint8Array(sealed)]);
+}
+
+async function unseal(token: string, sealed: Bytes): Promise<Bytes> {
+  const iv = sealed.subarray(0, IV_SIZE);
+  const bytes = sealed.subarray(IV_SIZE);
+  const key = await sealOf(token);
+  return new Uint8Array(await crypto.subtle.decrypt({ name: "AES-GCM", iv }, key, bytes));
 }
 
 async function authenticate(key: CryptoKey, { mac, signed }: Incoming): Promise<void> {
@@ -958,6 +1318,10 @@ class Subscription {
     this.#waiting.set(id, { size, go });
     this.#waitingBytes += size;
     return true;
+  }
+
+  get stands(): boolean {
+    return this.#state === "standing";
   }
 
   leave(id: string): void {
@@ -1166,12 +1530,23 @@ function decodeMessage(whole: Bytes): Incoming {
 /** The types of what is used before the code is verified, and of what it cannot vouch for. */
 function isHead(head: unknown): head is Head {
   if (typeof head !== "object" || !head) return false;
-  const { kind, namespace, topic, id, from, session, time } = head as Record<string, unknown>;
-  if (kind === "publication") return typeof namespace === "string" && typeof topic === "string";
+  const { kind, namespace, topic, id, from, session, time, n } = head as Record<string, unknown>;
+  const { instance, commitment, secret } = head as Record<string, unknown>;
+  if (kind === "publication") {
+    return typeof namespace === "string" && typeof topic === "string" &&
+      (from === undefined || isInstance(from) && Number.isSafeInteger(n));
+  }
+  if (kind === "present") return isInstance(instance) && typeof commitment === "string";
+  if (kind === "bye") return isInstance(instance) && typeof secret === "string";
   if (typeof id !== "string" || !/^[0-9a-f]{32}$/.test(id)) return false;
-  return kind !== "request" ||
-    typeof from === "string" && /^[0-9a-f]{16}$/.test(from) &&
-      typeof session === "string" && typeof time === "number";
+  const names = ["request", "adopt", "state", "adopted", "have", "taken"].includes(kind as string);
+  if (names && (typeof session !== "string" || !isInstance(from))) return false;
+  return kind !== "request" || typeof time === "number";
+}
+
+/** The id of an instance. */
+function isInstance(value: unknown): value is string {
+  return typeof value === "string" && /^[0-9a-f]{16}$/.test(value);
 }
 
 // --- Requests and responses ---
@@ -1231,6 +1606,10 @@ function refuse(status: number, reason: string, headers: Record<string, string> 
       ...headers,
     },
   });
+}
+
+function noSession(): Response {
+  return refuse(404, "No such session");
 }
 
 /** "Without an answer within 5 s the client is told 503 and tries again." */

@@ -48,6 +48,7 @@ const BINARY_EVENT = "duplex-binary";
 const ACK_EVENT = "duplex-ack";
 const PING_EVENT = "duplex-ping";
 const CLOSE_EVENT = "duplex-close";
+const RENEW_EVENT = "duplex-renew";
 
 // --- The server's own constants ---
 
@@ -75,6 +76,8 @@ const HOOK_TYPES = {
   close: "function",
   error: "function",
   drain: "function",
+  suspend: "function",
+  revive: "function",
   ping: "function",
   pong: "function",
 };
@@ -98,6 +101,7 @@ const NUMBERS = {
   maxMessageSize: [1024 * 1024, 1, Infinity],
   maxBufferedAmount: [16 * 1024 * 1024, 0, Infinity],
   maxTotalBufferedAmount: [256 * 1024 * 1024, 0, Infinity],
+  maxConnectionAge: [Infinity, 1, Infinity],
   maxPeers: [100_000, 1, Infinity],
 } as const;
 /** Bun cuts a connection that is quiet for 10 s, unless told otherwise through `fetch`'s second argument. */
@@ -140,6 +144,13 @@ const LARGE_READ = 64 * 1024;
 /** What a page of another origin may read of an answer. */
 const EXPOSED_HEADERS = [TOKEN_HEADER, VERSION_HEADER, RECEIVED_HEADER, "retry-after"].join(", ");
 
+/** How long sessions have to go to other instances before a shutdown, and how they are spread, in ms. */
+const HANDOVER_TIMEOUT = 5_000;
+const HANDOVER_LOOK = 20;
+const MAX_SPREAD = 1_000;
+/** Publications kept for a session on its way, until it is known where it is. */
+const MAX_COLLECTED = 10_000;
+
 /** The end of a session whose client was lost. */
 const LOST = { code: 1006, reason: "" };
 
@@ -151,6 +162,7 @@ const encoder: TextEncoder = new TextEncoder();
 const decoder: TextDecoder = new TextDecoder("utf-8", { ignoreBOM: true });
 const strictDecoder: TextDecoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const HEARTBEAT: Bytes = encoder.encode(":\n");
+const RENEWAL: Bytes = encoder.encode(`event: ${RENEW_EVENT}\ndata:\n\n`);
 const TEXT_HEADER: Bytes = encoder.encode("TEXT ");
 const EMPTY: Bytes = new Uint8Array();
 
@@ -228,6 +240,14 @@ export interface Hooks<Context = PeerContext> {
   message(peer: Peer<Context>, message: Message<Context>): MaybePromise<void>;
   /** A session has ended: once, in a task of its own, with the code and reason that the client sees, too. */
   close(peer: Peer<Context>, details: CloseDetails): MaybePromise<void>;
+  /**
+   * The session is about to go to another instance, where `revive` is called: stop timers, and leave
+   * in `peer.context` what that needs, as JSON. Called only where `revive` is set, and with no
+   * message hook at work. What is sent from then on is not taken: `send` returns 0.
+   */
+  suspend(peer: Peer<Context>): void;
+  /** The session has come from another instance, or back to this one. Without this hook none moves. */
+  revive(peer: Peer<Context>): MaybePromise<void>;
   /** A hook of this peer failed. */
   error(peer: Peer<Context>, error: Error): MaybePromise<void>;
   /** What was held back by a slow client has all been given to its connection. */
@@ -387,8 +407,22 @@ export interface SyncDriver {
 export interface RoutingHost {
   /** The option of the same name. */
   readonly maxMessageSize: number;
+  /** The option of the same name, in ms. */
+  readonly resumeTimeout: number;
+  /** How many sessions are here, and what is left of others. */
+  readonly size: number;
+  /** Sessions with a `revive` hook have been here. */
+  readonly movable: boolean;
   /** Whether the token is that of a session here, or of one that closed lately. */
   has(token: string): boolean;
+  /** Whether the token is that of a session in service here. */
+  owns(token: string): boolean;
+  /** Takes a session out of service and returns it; undefined: it cannot move now. */
+  pack(token: string, claim: Claim): Packed | undefined;
+  /** Puts a packed session back in service. */
+  restore(token: string): void;
+  /** Forgets a packed session: another instance has it, or it is lost. */
+  release(token: string, end: "moved" | "lost"): void;
   /** Serves a request that another instance has received, and admitted to a namespace. */
   fetch(request: Request, namespace: string): Promise<Response>;
   /** Tells `onError`. */
@@ -401,8 +435,50 @@ export interface RoutingDriver extends SyncDriver {
   attach(host: RoutingHost): void;
   /** A session has begun here. */
   own(token: string): void;
+  /** Resolves when it is known where a session on its way is; soon for any other. */
+  settled(token: string): Promise<void>;
+  /** Asks for a session, which is given to `take` with the publications that it has missed. */
+  adopt(
+    token: string,
+    claim: Claim,
+    take: (packed: Packed, missed: SyncMessage[]) => void,
+  ): Promise<void>;
   /** Answers as the instance does that has the session. Never throws. */
   route(request: Request, token: string, namespace: string): Promise<Response>;
+}
+
+/** Where the client of a session stands, as its resumption says. */
+export interface Claim {
+  /** Counts its connections. */
+  readonly attempt: number;
+  /** The number of the last message that it has. */
+  readonly received: number;
+  /** The one that `upgrade` has given it. */
+  readonly namespace: string;
+}
+
+/** A session on its way between instances: JSON, but for `frames`. Nothing of its requests goes along. */
+export interface Packed {
+  /** The peer's. */
+  id: string;
+  /** As `upgrade` and the hooks left it. */
+  context: PeerContext;
+  /** The subprotocol chosen, or "". */
+  protocol: string;
+  /** What the peer is subscribed to. */
+  topics: string[];
+  /** In ms. */
+  heartbeatInterval: number;
+  /** The number of the last message up, and the bytes that are handled. */
+  received: number;
+  /** Encoded bytes of messages up whose hooks have settled. */
+  handled: number;
+  /** The number of the first of `frames`. */
+  firstUnacked: number;
+  /** The number of the first message that no connection was given. */
+  nextUngiven: number;
+  /** Encoded messages that the client has not acknowledged. */
+  frames: Uint8Array[];
 }
 
 /** Makes a {@link SyncDriver} for the instance with this id. */
@@ -466,6 +542,11 @@ export interface SSEOptions<Context = PeerContext> {
    * peers are closed with 1013, those first that have taken nothing for longest. Default: 256 MiB.
    */
   maxTotalBufferedAmount?: number | undefined;
+  /**
+   * The age of a connection, in ms, at 80 to 100 % of which its client is asked to connect anew:
+   * for platforms that cut streams, or to spread sessions. Default: never.
+   */
+  maxConnectionAge?: number | undefined;
   /** Bytes that may be under way unacknowledged, each way. Default: 256 KiB. */
   window?: number | undefined;
   /**
@@ -628,7 +709,18 @@ class Requests {
     this.#reports = reports;
     topics.backplane?.connect({
       maxMessageSize: settings.maxMessageSize,
+      resumeTimeout: settings.resumeTimeout,
+      get size() {
+        return registry.size;
+      },
+      get movable() {
+        return registry.movable;
+      },
       has: (token) => !!registry.find(token),
+      owns: (token) => registry.owns(token),
+      pack: (token, claim) => registry.pack(token, claim),
+      restore: (token) => registry.restore(token),
+      release: (token, end) => registry.release(token, end),
       fetch: (request, namespace) => this.fetch(request, undefined, namespace),
       report: (error, stage) => reports.report(error, { stage }),
     }, (message) => topics.deliver(message));
@@ -673,9 +765,8 @@ class Requests {
     // Only what streams may be quiet for long: a body with a length is to come.
     if (method === "GET" || duplex || !headers.has("content-length")) liftIdleCut(request, runtime);
     const router = this.#topics.backplane?.router;
-    if (router && wire.token && !this.#registry.issued(wire.token)) {
-      const { namespace } = await this.#admissions.admit(request);
-      return await router.route(request, wire.token, namespace);
+    if (router && wire.token && !this.#registry.find(wire.token)) {
+      return await this.#reach(router, asked, wire.token);
     }
     if (method === "GET") {
       if (!acceptsStream(request)) throw new Refusal(406, "This answers with text/event-stream");
@@ -696,6 +787,53 @@ class Requests {
     const empty = !request.body || headers.get("content-length") === "0";
     if (wire.full && duplex && !empty) return await this.#open(asked);
     throw new Refusal(400, `Missing ${TOKEN_HEADER}`);
+  }
+
+  /**
+   * The session is elsewhere: `upgrade` is asked here, and the request goes there. But a session
+   * belongs where its stream is, so that a resumption brings it here, if it can move.
+   */
+  async #reach(router: RoutingDriver, asked: Asked, token: string): Promise<Response> {
+    const { request, wire: { attempt, lastEventId }, runtime } = asked;
+    const admission = await this.#admissions.admit(request);
+    const { namespace } = admission;
+    await router.settled(token);
+    const resumes = attempt !== undefined && lastEventId !== undefined;
+    if (resumes && isMovable(admission.hooks) && this.#registry.adopts(token)) {
+      const claim = { attempt, received: lastEventId, namespace };
+      await router.adopt(token, claim, (packed, missed) => {
+        this.#adopt(asked, admission, packed, missed);
+      });
+    }
+    if (this.#registry.find(token)) return await this.#route(request, runtime, namespace);
+    return await router.route(request, token, namespace);
+  }
+
+  /** A session of another instance goes on here. Its resumption follows. */
+  #adopt(
+    { request, wire, runtime }: Asked,
+    admission: Admission,
+    packed: Packed,
+    missed: SyncMessage[],
+  ): void {
+    const context = { ...admission.context, ...packed.context };
+    const { id, protocol, heartbeatInterval } = packed;
+    const session = new FullSession(this.#registry, {
+      token: this.#registry.tokenHere(wire.token!),
+      name: "",
+      request,
+      admission: { ...admission, context, protocol },
+      heartbeatInterval,
+      remoteAddress: remoteAddressOf(request, runtime),
+      makePeer: (session) => new ServerPeer(session, this.#registry.peers, this.#topics, id),
+    });
+    session.unpack(packed);
+    this.#registry.add(session);
+    for (const topic of packed.topics) this.#topics.subscribe(session, topic);
+    for (const { topic, data } of missed) {
+      if (session.topics.has(topic)) session.send(new Frame(toData(data)));
+    }
+    session.callHooks("revive");
   }
 
   async #open({ request, wire, runtime }: Asked): Promise<Response> {
@@ -757,6 +895,7 @@ class Requests {
     }
     const session = await this.#readmit(asked, wire.token!);
     if (session instanceof Tombstone) return this.#unearth(asked, session);
+    if (session && this.#registry.sendsAway(session)) throw new Refusal(503, "Shutting down");
     if (!session) throw this.#unknown(wire.token!);
     if (!(session instanceof FullSession)) {
       throw new Refusal(400, "A plain session resumes by Last-Event-ID alone");
@@ -1117,6 +1256,7 @@ function originTest(cors: unknown): (origin: string, request: Request) => boolea
 /** The origin that a string is, whatever its case and slash at the end; else undefined. */
 function originOf(text: string): string | undefined {
   if (text === "null") return text; // of files and sandboxes
+  if (/[*?#]/.test(text)) return; // a pattern is a RegExp's business
   try {
     const { protocol, host, pathname, search, hash, username } = new URL(text);
     if (host && !search && !hash && !username && pathname.length < 2) return `${protocol}//${host}`;
@@ -1169,8 +1309,11 @@ class Registry implements Host {
   #calls: (() => void)[] = [];
   /** By then they are called, even if the runtime has stopped its timers. */
   #callsDue = Infinity;
-  #closing = false;
+  #state: "open" | "handing over" | "closing" = "open";
   #whenEmpty: (() => void)[] = [];
+  /** Packed sessions, until another instance has them: out of service here. */
+  readonly #limbo: Map<string, Limbo> = new Map();
+  #movable = false;
 
   constructor(settings: Settings, topics: Topics, flusher: Flusher, reports: Reports) {
     this.settings = settings;
@@ -1186,13 +1329,27 @@ class Registry implements Host {
     return `${this.#instance ??= randomHex(8)}.${randomHex(16)}`;
   }
 
+  /** The name of another instance's session here: a token's second half stays, wherever it goes. */
+  tokenHere(token: string): string {
+    return `${this.#instance}.${secretOf(token)}`;
+  }
+
+  get size(): number {
+    return this.#sessions.size + this.#limbo.size + this.#tombstones.size;
+  }
+
+  get movable(): boolean {
+    return this.#movable;
+  }
+
   /** Whether the token is of this instance, whatever has become of its session. */
   issued(token: string): boolean {
     return token.startsWith(`${this.#instance}.`);
   }
 
   add(session: FullSession | PlainSession): void {
-    this.#sessions.set(session.token, session);
+    this.#sessions.set(secretOf(session.token), session);
+    this.#movable ||= session.isMovable;
     this.#topics.backplane?.router?.own(session.token);
     if (session instanceof PlainSession) this.#keys.set(session.key, session);
     else if (session.opening) this.#openings.set(session.opening, session);
@@ -1202,7 +1359,12 @@ class Registry implements Host {
 
   /** By token; the tombstone of a plain session by the key of its event ids. */
   find(token: string): Found | undefined {
-    return this.#sessions.get(token) ?? this.#tombstones.get(token);
+    const secret = secretOf(token);
+    return this.#sessions.get(secret) ?? this.#tombstones.get(secret);
+  }
+
+  owns(token: string): boolean {
+    return this.#sessions.has(secretOf(token));
   }
 
   findOpening(name: string): FullSession | undefined {
@@ -1220,7 +1382,9 @@ class Registry implements Host {
 
   /** Throws where nobody can come in. */
   checkRoom(): void {
-    if (this.#closing) throw new Refusal(503, "Shutting down", { headers: { "retry-after": "1" } });
+    if (this.#state !== "open") {
+      throw new Refusal(503, "Shutting down", { headers: { "retry-after": "1" } });
+    }
     if (this.#sessions.size >= this.settings.maxPeers && !this.#expendable()) {
       throw new Refusal(503, "Full", { headers: { "retry-after": "5" } });
     }
@@ -1250,12 +1414,7 @@ class Registry implements Host {
 
   /** Forgets a session that has ended; its tombstone tells those who missed the end. */
   bury(session: Session, ending: Ending | undefined): void {
-    this.#sessions.delete(session.token);
-    if (session instanceof FullSession) this.confirmed(session);
-    const peers = this.peers.get(session.namespace);
-    peers?.delete(session.peer);
-    if (!peers?.size) this.peers.delete(session.namespace);
-    this.#topics.leave(session);
+    this.#leave(session);
     const key = session instanceof PlainSession ? session.key : "";
     this.#keys.delete(key);
     const { resumeTimeout, maxPeers } = this.settings;
@@ -1264,10 +1423,97 @@ class Registry implements Host {
         if (this.#tombstones.size < maxPeers) break;
         this.#remove(oldest, tombstone);
       }
-      this.#tombstones.set(key || session.token, new Tombstone(session, ending, resumeTimeout));
+      this.#tombstones.set(
+        key || secretOf(session.token),
+        new Tombstone(session, ending, resumeTimeout),
+      );
       this.#startTimer();
     }
-    if (!this.#sessions.size) this.#whenEmpty.splice(0).forEach((resolve) => resolve());
+    this.#tellIfEmpty();
+  }
+
+  /** The session is out of service. */
+  #leave(session: Session): void {
+    this.#sessions.delete(secretOf(session.token));
+    if (session instanceof FullSession) this.confirmed(session);
+    const peers = this.peers.get(session.namespace);
+    peers?.delete(session.peer);
+    if (!peers?.size) this.peers.delete(session.namespace);
+    this.#topics.leave(session);
+  }
+
+  #tellIfEmpty(): void {
+    if (this.#sessions.size) return;
+    this.#whenEmpty.splice(0).forEach((resolve) => resolve());
+  }
+
+  // --- Sessions that move ---
+
+  /** Whether a session of another instance may come here: not where sessions are sent away. */
+  adopts(token: string): boolean {
+    return this.#state === "open" && !this.find(token) &&
+      this.#sessions.size < this.settings.maxPeers;
+  }
+
+  /** Whether the session is to go on at another instance, since this one will end. */
+  sendsAway(session: Session): boolean {
+    return this.#state === "handing over" && session.isMovable && session.readyState === OPEN;
+  }
+
+  pack(token: string, claim: Claim): Packed | undefined {
+    const secret = secretOf(token);
+    const session = this.#sessions.get(secret);
+    if (!(session instanceof FullSession)) return;
+    const packed = session.pack(claim);
+    if (!packed) return;
+    const { namespace } = session;
+    this.#leave(session);
+    const limbo: Limbo = { session, namespace, topics: new Set(), frames: [], send: collect };
+    for (const topic of packed.topics) this.#topics.subscribe(limbo, topic);
+    this.#limbo.set(secret, limbo);
+    return packed;
+  }
+
+  restore(token: string): void {
+    const limbo = this.#endLimbo(token);
+    if (!limbo) return;
+    const { session, topics, frames } = limbo;
+    session.restore();
+    this.add(session);
+    for (const topic of topics) this.#topics.subscribe(session, topic);
+    for (const frame of frames) session.send(frame);
+    session.callHooks("revive");
+  }
+
+  release(token: string, end: "moved" | "lost"): void {
+    const session = this.#endLimbo(token)?.session;
+    if (end === "moved") session?.forget();
+    else session?.terminate();
+    this.#tellIfEmpty();
+  }
+
+  #endLimbo(token: string): Limbo | undefined {
+    const limbo = this.#limbo.get(secretOf(token));
+    this.#limbo.delete(secretOf(token));
+    if (limbo) this.#topics.leave(limbo);
+    return limbo;
+  }
+
+  /** Sends the sessions that can move to other instances, not all at once, and waits for that. */
+  async #handOver(signal?: AbortSignal): Promise<void> {
+    const moving = [...this.#sessions.values()].filter((one) => one instanceof FullSession)
+      .filter((session) => session.isMovable);
+    if (!moving.length && !this.#limbo.size) return;
+    this.#state = "handing over";
+    const spread = Math.min(MAX_SPREAD, moving.length);
+    for (const session of moving) setTimeout(() => session.renew(), Math.random() * spread);
+    const end = clock() + Math.min(this.settings.resumeTimeout, HANDOVER_TIMEOUT);
+    const remain = () => this.#limbo.size || moving.some((session) => session.readyState === OPEN);
+    while (remain() && clock() < end && !signal?.aborted) {
+      await new Promise((resolve) => setTimeout(resolve, HANDOVER_LOOK));
+    }
+    // Whoever was sent these has them, or nobody will.
+    for (const { session } of [...this.#limbo.values()]) this.release(session.token, "moved");
   }
 
   /** Too much waits in all: closes those who have taken nothing for longest, until a quarter is free. */
@@ -1307,9 +1553,10 @@ class Registry implements Host {
 
   /** Fine enough for the shortest of the deadlines; one timer for all sessions. */
   get #period(): number {
-    const { resumeTimeout, idleTimeout, unattendedHeartbeat } = this.settings;
+    const { resumeTimeout, idleTimeout, unattendedHeartbeat, maxConnectionAge } = this.settings;
     const shortest = Math.min(
       unattendedHeartbeat / 2,
+      maxConnectionAge / 20,
       resumeTimeout / 4 || Infinity,
       idleTimeout / 4 || Infinity,
     );
@@ -1357,7 +1604,8 @@ class Registry implements Host {
     { signal }: { signal?: AbortSignal } = {},
   ): Promise<void> {
     checkClose(code, reason);
-    this.#closing = true;
+    if (this.#topics.backplane?.router && this.#state === "open") await this.#handOver(signal);
+    this.#state = "closing";
     for (const session of this.#sessions.values()) session.close(code, reason, true);
     const hurry = () => {
       for (const session of this.#sessions.values()) session.terminate();
@@ -1376,6 +1624,24 @@ class Registry implements Host {
     this.#nextSweep = Infinity;
     await this.#topics.backplane?.close();
   }
+}
+
+/** A session that is packed, and stands in for it where that is subscribed. */
+interface Limbo extends Subscriber {
+  readonly session: FullSession;
+  readonly topics: Set<string>;
+  readonly frames: Frame[];
+}
+
+/** What is published meanwhile is kept, for the case that the session comes back. */
+function collect(this: Limbo, frame: Frame): number {
+  if (this.frames.length < MAX_COLLECTED) this.frames.push(frame);
+  return 0;
+}
+
+/** The half of a token that names a session, wherever it is; the key of a plain one's tombstone as it is. */
+function secretOf(token: string): string {
+  return token.slice(token.indexOf(".") + 1);
 }
 
 // --- Topics: publishing, here and on other instances ---
@@ -1502,10 +1768,12 @@ class ServerPeer implements Peer {
   #id: string | undefined;
   #websocket: PeerWebSocket | undefined;
 
-  constructor(session: Session, peers: Map<string, Set<Peer>>, topics: PeerTopics) {
+  /** `id`: of a peer that has one, from another instance. */
+  constructor(session: Session, peers: Map<string, Set<Peer>>, topics: PeerTopics, id?: string) {
     this.#session = session;
     this.#peers = peers;
     this.#topics = topics;
+    this.#id = id;
   }
 
   get id(): string {
@@ -1614,15 +1882,23 @@ class ServerPeer implements Peer {
 // --- Sessions: a client's state, which outlives its connections ---
 
 /** Where a session is in its life. */
-type Phase = "carried" | "away" | "closing carried" | "closing away" | "lingering" | "gone";
+type Phase =
+  | "carried"
+  | "away"
+  | "limbo"
+  | "closing carried"
+  | "closing away"
+  | "lingering"
+  | "gone";
 
 /**
  * Every way from phase to phase; any other throws, always, since a lookup at each of these
  * rare steps costs nothing that could be measured.
  */
 const TRANSITIONS: Readonly<Record<Phase, readonly Phase[]>> = {
-  "carried": ["carried", "away", "closing carried", "gone"],
-  "away": ["carried", "closing away", "gone"],
+  "carried": ["carried", "away", "limbo", "closing carried", "gone"],
+  "away": ["carried", "limbo", "closing away", "gone"],
+  "limbo": ["away", "gone"],
   "closing carried": ["closing carried", "closing away", "lingering", "gone"],
   "closing away": ["closing carried", "gone"],
   "lingering": ["gone"],
@@ -1633,6 +1909,7 @@ const TRANSITIONS: Readonly<Record<Phase, readonly Phase[]>> = {
 const READY_STATES: Readonly<Record<Phase, number>> = {
   "carried": OPEN,
   "away": OPEN,
+  "limbo": CLOSED,
   "closing carried": CLOSING,
   "closing away": CLOSING,
   "lingering": CLOSED,
@@ -1705,7 +1982,7 @@ abstract class Session {
   protected unhandledBytes = 0;
   /** Something is due that is no message. */
   protected controlDue = false;
-  readonly #hooks: Partial<Hooks>[];
+  protected readonly hooks: Partial<Hooks>[];
   readonly #inContext: Snapshot;
   #phase: Phase = "away";
   /** The host flushes this session at the end of the current job, or at that of its rest. */
@@ -1718,7 +1995,7 @@ abstract class Session {
     const { token, request, admission, heartbeatInterval, remoteAddress } = opening;
     this.host = host;
     this.outbox = new Outbox(host.ledger);
-    this.#hooks = admission.hooks;
+    this.hooks = admission.hooks;
     this.#inContext = snapshot();
     this.token = token;
     this.namespace = admission.namespace;
@@ -1742,12 +2019,17 @@ abstract class Session {
     return this.#phase === "carried" || this.#phase === "away";
   }
 
+  /** It is packed, for another instance. */
+  protected get isAway(): boolean {
+    return this.#phase === "limbo";
+  }
+
   /** It is over: only its last bytes may still be on their way. */
   protected get isOver(): boolean {
     return this.#phase === "lingering" || this.#phase === "gone";
   }
 
-  #become(phase: Phase): void {
+  protected become(phase: Phase): void {
     if (!TRANSITIONS[this.#phase].includes(phase)) {
       throw new Error(`A session that is ${this.#phase} cannot become ${phase}`);
     }
@@ -1759,6 +2041,8 @@ abstract class Session {
 
   /** The client has sent anything but its opening request. */
   abstract get wasHeard(): boolean;
+  /** It can go to another instance. */
+  abstract get isMovable(): boolean;
   /** How long it waits for its client to come back. */
   protected abstract get patience(): number;
   /** What a stream begins with, when it goes on after this message. */
@@ -1781,7 +2065,7 @@ abstract class Session {
     this.connection?.end();
     this.attempt = attempt;
     this.outbox.rewind(received);
-    this.#become(this.isOpen ? "carried" : "closing carried");
+    this.become(this.isOpen ? "carried" : "closing carried");
     if (this.isOpen) this.deadline = Infinity;
     this.lastWrite = clock();
     this.connection = new Connection(this, encoder.encode(this.preface(received)), until);
@@ -1797,7 +2081,7 @@ abstract class Session {
     if (connection !== this.connection) return; // a newer one has taken over
     this.connection = undefined;
     if (this.isOver) return this.release();
-    this.#become(this.isOpen ? "away" : "closing away");
+    this.become(this.isOpen ? "away" : "closing away");
     this.deadline = Math.min(this.deadline, clock() + this.patience);
     if (!this.patience) this.terminate();
   }
@@ -1814,7 +2098,7 @@ abstract class Session {
     this.connection?.end();
     this.connection = undefined;
     this.uplink.release();
-    if (this.#phase !== "gone") this.#become("gone");
+    if (this.#phase !== "gone") this.become("gone");
   }
 
   // --- Sending ---
@@ -1892,7 +2176,7 @@ abstract class Session {
   #endTurn(connection: Connection): void {
     connection.end();
     this.connection = undefined;
-    this.#become(this.isOpen ? "away" : "closing away");
+    this.become(this.isOpen ? "away" : "closing away");
     this.deadline = Math.min(this.deadline, clock() + this.host.settings.closeTimeout);
   }
 
@@ -1975,7 +2259,7 @@ abstract class Session {
 
   #callHooks(name: HookName, argument: unknown): Promise<void> | undefined {
     let pending: Promise<void> | undefined;
-    for (const hooks of this.#hooks) {
+    for (const hooks of this.hooks) {
       const hook = hooks[name] as Hook | undefined;
       if (!hook) continue;
       pending = pending
@@ -2004,7 +2288,7 @@ abstract class Session {
   #fail(hook: HookName, cause: unknown): void {
     const error = cause instanceof Error ? cause : new Error("A hook failed", { cause });
     const { peer } = this;
-    const listeners = this.#hooks.filter((hooks) => hooks.error);
+    const listeners = this.hooks.filter((hooks) => hooks.error);
     if (!listeners.length) this.host.report(error, { stage: "hook", hook, peer });
     for (const hooks of listeners) {
       const telling = async () => await hooks.error!(peer, error); // also a throw rejects
@@ -2026,7 +2310,7 @@ abstract class Session {
 
   /** "Whichever comes first at the server, its own close or the client's CLOSE, fixes code and reason." */
   protected startClosing(ending: Ending): void {
-    this.#become(this.connection ? "closing carried" : "closing away");
+    this.become(this.connection ? "closing carried" : "closing away");
     this.ending = ending;
     this.wake();
     this.schedule();
@@ -2036,7 +2320,7 @@ abstract class Session {
     if (this.isOver) return this.release();
     this.connection!.end();
     this.connection = undefined;
-    this.#become("closing away");
+    this.become("closing away");
     this.afterClose();
   }
 
@@ -2051,7 +2335,7 @@ abstract class Session {
     if (this.isOver) return;
     const lost = code === LOST.code;
     // Whoever is connected is still to be told.
-    this.#become(this.connection && this.ending && !lost ? "lingering" : "gone");
+    this.become(this.connection && this.ending && !lost ? "lingering" : "gone");
     this.outbox.clear();
     this.wake();
     this.host.bury(this, lost ? undefined : this.ending);
@@ -2085,6 +2369,11 @@ class FullSession extends Session implements Receiver {
   readonly opening: string;
   #wasHeard = false;
   #ackDue = false;
+  #renewDue = false;
+  /** What hooks have left in its context is no JSON. */
+  #isUnpackable = false;
+  /** When the connection is old. */
+  #renewAt = Infinity;
   readonly #pings: string[] = [];
   #lastHeard: number = clock();
   /** The client was asked for a sign of life, and has not been heard since. */
@@ -2109,12 +2398,85 @@ class FullSession extends Session implements Receiver {
     return !this.isOpen;
   }
 
+  get isMovable(): boolean {
+    return isMovable(this.hooks) && !this.#isUnpackable;
+  }
+
+  // --- To another instance, and from one ---
+
+  /** The session as it stands, which is out of service from now on. Not while hooks are at work. */
+  pack({ attempt, received, namespace }: Claim): Packed | undefined {
+    if (!this.isMovable || !this.isOpen || this.unhandledBytes || this.#pendingControls) return;
+    if (attempt < this.attempt || !this.canResumeFrom(received)) return;
+    if (namespace !== this.namespace) return;
+    this.callHooks("suspend");
+    if (!this.isOpen) return; // it failed, or has closed the peer
+    const { id } = this.peer;
+    const context = this.#packContext();
+    if (!context) return;
+    const { protocol, heartbeatInterval, uplink, outbox } = this;
+    const { frames, firstUnacked, nextUngiven } = outbox.pack();
+    const packed: Packed = {
+      ...{ id, context, protocol, topics: [...this.topics], heartbeatInterval },
+      ...{ received: uplink.received, handled: uplink.handled, firstUnacked, nextUngiven, frames },
+    };
+    this.connection?.end();
+    this.connection = undefined;
+    this.uplink.release();
+    this.become("limbo");
+    this.wake();
+    return packed;
+  }
+
+  /** What is no JSON stays, and says so once. */
+  #packContext(): PeerContext | undefined {
+    try {
+      return JSON.parse(JSON.stringify(this.context));
+    } catch (error) {
+      this.#isUnpackable = true;
+      this.host.report(error, { stage: "hook", hook: "suspend", peer: this.peer });
+      this.callHooks("revive");
+    }
+  }
+
+  /** Begins as the session that was packed elsewhere. */
+  unpack({ received, handled, firstUnacked, nextUngiven, frames }: Packed): void {
+    this.#wasHeard = true;
+    this.uplink.received = received;
+    this.uplink.handled = handled;
+    this.outbox.unpack({ firstUnacked, nextUngiven, frames: frames as Bytes[] });
+    this.deadline = clock() + this.patience;
+  }
+
+  /** Nobody has taken it: it waits for its client, as after a lost connection. */
+  restore(): void {
+    this.become("away");
+    this.deadline = clock() + this.patience;
+  }
+
+  /** Another instance has it. */
+  forget(): void {
+    this.outbox.clear();
+    this.release();
+  }
+
+  /** Asks the client to connect anew. */
+  renew(): void {
+    if (!this.isOpen || !this.connection) return;
+    this.#renewDue = this.controlDue = true;
+    this.schedule();
+  }
+
   // --- Down ---
 
   override attach(attempt: number, received: number, until?: Until): ReadableStream<Bytes> {
     this.#acknowledged(received);
     this.#pinged = false;
     this.#ackDue = false; // its first event says it
+    this.#renewDue = false;
+    // "At 80 to 100 % of maxConnectionAge, so that clients who came together do not go together."
+    const { maxConnectionAge } = this.host.settings;
+    this.#renewAt = clock() + maxConnectionAge * (1 - Math.random() / 5);
     return super.attach(attempt, received, until);
   }
 
@@ -2159,6 +2521,8 @@ class FullSession extends Session implements Receiver {
       parts.push(encoder.encode(`event: ${ACK_EVENT}\ndata: ${received} ${handled}\n\n`));
     }
     this.#ackDue = false;
+    if (this.#renewDue) parts.push(RENEWAL);
+    this.#renewDue = false;
     for (const data of this.#pings.splice(0)) {
       const sent = this.outbox.nextUnsent - 1;
       parts.push(encoder.encode(`event: ${PING_EVENT}\ndata: ${sent} ${data}\n\n`));
@@ -2192,6 +2556,8 @@ class FullSession extends Session implements Receiver {
   }
 
   receive(type: string, payload: Bytes, size: number): void {
+    // Sent again, it finds the session wherever that is.
+    if (this.isAway) throw new Refusal(503, "The session moves");
     if (type === "CLOSE") return this.#receiveClose(payload);
     if (!this.isOpen && !(this.ending?.delivers && !this.isOver)) {
       this.uplink.received++; // counted, so that the client can finish
@@ -2273,6 +2639,10 @@ class FullSession extends Session implements Receiver {
         this.ping(EMPTY);
       }
     }
+    if (now >= this.#renewAt) {
+      this.#renewAt = Infinity;
+      this.renew();
+    }
     super.tick(now);
   }
 }
@@ -2282,6 +2652,10 @@ class PlainSession extends Session {
   /** The secret in its event ids, which can resume but not send. */
   readonly key: string = randomHex(16);
   #wasHeard = false;
+
+  get isMovable(): boolean {
+    return false; // what it has sent and received is not numbered
+  }
 
   get wasHeard(): boolean {
     return this.#wasHeard;
@@ -2405,7 +2779,15 @@ class PlainSession extends Session {
 
 /** Any hook of a peer, as it is called. */
 type Hook = (this: Partial<Hooks>, peer: Peer, argument: unknown) => unknown;
-type HookName = "open" | "message" | "close" | "drain" | "ping" | "pong";
+type HookName =
+  | "open"
+  | "message"
+  | "close"
+  | "drain"
+  | "ping"
+  | "pong"
+  | "suspend"
+  | "revive";
 
 /** Somebody who waits for `bufferedAmount` to fall. */
 interface Waiter {
@@ -2725,6 +3107,19 @@ class Outbox {
       message.letGo(this.#ledger);
     }
     return message.bytes;
+  }
+
+  /** What is kept, as it goes to another instance. */
+  pack(): { firstUnacked: number; nextUngiven: number; frames: Bytes[] } {
+    const { firstUnacked, nextUngiven } = this;
+    const frames = this.#messages.slice(this.#head).map((message) => message.bytes);
+    return { firstUnacked, nextUngiven, frames };
+  }
+
+  unpack(packed: ReturnType<Outbox["pack"]>): void {
+    this.firstUnacked = this.nextUnsent = this.nextUngiven = packed.firstUnacked;
+    for (const bytes of packed.frames) this.push(new Encoded(bytes));
+    while (this.nextUnsent < packed.nextUngiven) this.take();
   }
 
   /** Whether all that comes after this number is still kept, and nothing of it was never given. */
@@ -3548,6 +3943,11 @@ function checkClose(code: number, reason: string): void {
 /** Milliseconds by a clock that nobody sets: time that is set must neither end sessions nor keep them. */
 function clock(): number {
   return performance.now();
+}
+
+/** Only hooks that say what is to be done then can go on elsewhere. */
+function isMovable(hooks: Partial<Hooks>[]): boolean {
+  return hooks.some((hooks) => hooks.revive);
 }
 
 /** A promise, or anything else that has a `then`, as the queries of some databases. */

@@ -5,7 +5,7 @@
  */
 import { WebSocket as PartySocket } from "partysocket";
 import { WebSocketSSE } from "../client.ts";
-import { RedisServer, type RoundRobin, roundRobin } from "./bus.ts";
+import { RedisServer } from "./bus.ts";
 import { chaos, pickSeed } from "./chaos.ts";
 import type { Told } from "./fixtures/instance.ts";
 import {
@@ -14,7 +14,6 @@ import {
   assertGreater,
   assertLess,
   assertMatch,
-  type Child,
   needs,
   once,
   sleep,
@@ -22,51 +21,11 @@ import {
   type TestContext,
   until,
 } from "./harness.ts";
+import { launch, launchAll } from "./fleet.ts";
 import { connect } from "./pair.ts";
 import { everyTurn, gather, numbers, Talker, talkers } from "./talker.ts";
 
 const skip = needs("redis-server", "deno", "bun");
-
-interface Instance {
-  readonly child: Child;
-  readonly port: number;
-  tell(): Promise<Told>;
-}
-
-async function launch(
-  t: TestContext,
-  runtime: "deno" | "bun",
-  redis: RedisServer,
-  env: Record<string, string> = {},
-): Promise<Instance> {
-  const child = await t.spawn(runtime, "tests/fixtures/cluster.ts", {
-    env: { REDIS_PORT: `${redis.port}`, ...env },
-  });
-  const { port } = await child.json<{ port: number }>({ timeout: 20_000 });
-  return {
-    child,
-    port,
-    tell() {
-      child.send("tell");
-      return child.json<Told>();
-    },
-  };
-}
-
-async function launchAll(t: TestContext, env: Record<string, string> = {}): Promise<{
-  redis: RedisServer;
-  instances: Instance[];
-  proxy: RoundRobin;
-}> {
-  const redis = await RedisServer.start(t);
-  const runtimes = ["deno", "bun", "deno"] as const;
-  const instances = await Promise.all(
-    runtimes.map((runtime) => launch(t, runtime, redis, env)),
-  );
-  const proxy = await roundRobin(t, instances.map(({ port }) => port));
-  await sleep(200, t.signal); // their subscriptions
-  return { redis, instances, proxy };
-}
 
 test(
   "three processes, every request at the next one: exactly once, in order, through cuts",

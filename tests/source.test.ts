@@ -100,7 +100,7 @@ test("every name of the vocabulary is used, or at least known, in both files", a
   }
 });
 
-test("what a cluster needs of server.ts is at most 60 lines", async () => {
+test("what a cluster needs of server.ts is at most 100 lines", async () => {
   const lines = (await read("server.ts")).split("\n");
   const seam = new Set<number>();
   for (const [at, line] of lines.entries()) {
@@ -113,12 +113,12 @@ test("what a cluster needs of server.ts is at most 60 lines", async () => {
     const last = line.endsWith("{") ? lines.findIndex((l, i) => i > at && l.startsWith(close)) : at;
     for (let i = first; i <= last; i++) seam.add(i);
   }
-  assertLessOrEqual(seam.size, 60);
-  assertGreater(seam.size, 30, "the seam is somewhere else");
+  assertLessOrEqual(seam.size, 100);
+  assertGreater(seam.size, 40, "the seam is somewhere else");
 });
 
-for (const file of [...files, "cluster.ts"]) {
-  const document = file === "cluster.ts" ? "docs/cluster-protocol.md" : "PROTOCOL.md";
+for (const file of [...files, "cluster.ts", "handover.ts"]) {
+  const document = files.includes(file) ? "PROTOCOL.md" : "docs/cluster-protocol.md";
   test(`what ${file} quotes stands in ${document}`, async () => {
     const spec = normal(await read(document));
     const quoted = quotations(await read(file));

@@ -386,8 +386,11 @@ test("a page of https: may use no http: nor ws:, but to its own machine", (t) =>
     const error = assertThrows(() => connect(t, url), DOMException) as DOMException;
     assertEquals([error.name, error.code], ["SecurityError", 18], url);
   }
-  // What cannot be parsed is told first.
+  // What is wrong by itself is told first.
   assertEquals((assertThrows(() => connect(t, "ws://[")) as Error).name, "SyntaxError");
+  const twice = { protocols: ["a", "a"] };
+  const error = assertThrows(() => connect(t, "ws://example.test/", twice)) as Error;
+  assertEquals(error.name, "SyntaxError");
   for (
     const url of [
       "wss://127.0.0.1:1/",

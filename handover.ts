@@ -1,0 +1,397 @@
+/**
+ * Sessions that change their instance: the protocol between the two, without the network. A
+ * session belongs where its stream is: an instance that gets the resumption of another's session
+ * asks for it. `cluster` carries the messages, authenticates and seals them; docs/cluster-protocol.md
+ * specifies them; its sentences are quoted here.
+ *
+ * Everything is synchronous: a session is given away, taken and taken back in one step each, so
+ * that at no moment two instances have it, whatever the backplane loses, repeats or delays.
+ *
+ * @module
+ */
+
+// --- Limits ---
+
+/** In ms, like all times here: how long publications that the session has had are waited for. */
+const CATCH_UP = 1_000;
+/** "A state older than 30 s is dropped": by then its giver will not take it back either. */
+const MAX_AGE = 30_000;
+/** How long an instance knows which sessions it has taken: more than twice as long. */
+const MEMORY = 90_000;
+const MAX_REMEMBERED = 100_000;
+/** "A claim follows at most four pointers." */
+const MAX_HOPS = 4;
+
+type Bytes = Uint8Array<ArrayBuffer>;
+
+// --- Types ---
+
+/** How many publications of each instance have been delivered, by its id. */
+export type Counts = { readonly [instance: string]: number };
+
+/** Where the client of a session stands, as its resumption says. */
+export interface Claim {
+  readonly attempt: number;
+  readonly received: number;
+  readonly namespace: string;
+}
+
+/** What instances tell each other of a session: `from` says it, and `id` is the adoption's. */
+export type MoveHead =
+  | Head<"adopt"> & Claim & { readonly time: number }
+  | StateHead
+  | Head<"adopted">
+  | Head<"have">
+  | Head<"taken"> & { readonly yes: boolean };
+
+interface Head<Kind extends string> {
+  readonly kind: Kind;
+  readonly id: string;
+  readonly session: string;
+  readonly from: string;
+}
+
+/** The answer to `adopt`: the session, where it has gone, or that it stays. */
+export interface StateHead extends Head<"state"> {
+  readonly time: number;
+  readonly status: "here" | "moved" | "stays";
+  /** With "moved". */
+  readonly to?: string;
+  /** With "here": the publications that the session has had, or could have. */
+  readonly counts?: Counts;
+}
+
+/** A publication, and its number among those of its instance. */
+export interface Publication<Message> {
+  readonly from: string;
+  readonly n: number;
+  readonly namespace: string;
+  readonly message: Message;
+}
+
+/** What a move needs of the instance. A session is named by its name on the backplane. */
+export interface Mover<Message> {
+  /** By the clock of the day, in ms: it goes on while a process is frozen. */
+  now(): number;
+  send(to: string, head: MoveHead, state?: Bytes): void;
+  /** Whether the session is here, and no other instance has it. */
+  owns(session: string): boolean;
+  /** Takes the session out of service and returns it, packed; undefined: it cannot move now. */
+  pack(session: string, claim: Claim): Bytes | undefined;
+  /** Puts a packed session back in service. */
+  restore(session: string): void;
+  /** Forgets a packed session: another instance has it, or it is lost. */
+  release(session: string, end: "moved" | "lost"): void;
+  /** Takes a session into service, with the publications that it has missed. */
+  take(session: string, state: Bytes, missed: Message[]): void;
+  /** How many publications of each instance have been delivered here. */
+  counts(): Counts;
+}
+
+/** A session that this instance has asked for. */
+interface Adoption<Message> {
+  id: string;
+  readonly session: string;
+  readonly claim: Claim;
+  hops: number;
+  /** By ticks. */
+  age: number;
+  /** Publications of its namespace since it was asked for. */
+  readonly published: Publication<Message>[];
+  /** The session, while publications that it has had there are still to come here. */
+  arrived: { from: string; state: Bytes; counts: Counts } | undefined;
+  readonly end: PromiseWithResolvers<void>;
+}
+
+/** A session given away, until its taker says that it has it. No hook runs meanwhile. */
+interface Limbo {
+  readonly id: string;
+  readonly session: string;
+  readonly to: string;
+  readonly since: number;
+  readonly answer: { readonly head: StateHead; readonly state: Bytes };
+  readonly end: PromiseWithResolvers<void>;
+}
+
+// --- Moves ---
+
+/** The sessions that are on their way, to this instance or from it, and where those are that left. */
+export class Moves<Message> {
+  readonly #instance: string;
+  readonly #timeout: number;
+  readonly #mover: Mover<Message>;
+  readonly #adoptions: Map<string, Adoption<Message>> = new Map();
+  readonly #limbos: Map<string, Limbo> = new Map();
+  /** Adoptions by which a session came here, and sessions that went from here to which instance. */
+  readonly #taken: Memory<string> = new Memory(MEMORY);
+  readonly #moved: Memory<string>;
+
+  /**
+   * `timeout` bounds how long a session is waited for; a client that has not heard where its
+   * session went may come back within the `resumeTimeout`.
+   */
+  constructor(instance: string, timeout: number, resumeTimeout: number, mover: Mover<Message>) {
+    this.#moved = new Memory(MEMORY + resumeTimeout);
+    this.#instance = instance;
+    this.#timeout = timeout;
+    this.#mover = mover;
+  }
+
+  /** Sessions on their way. */
+  get size(): number {
+    return this.#adoptions.size + this.#limbos.size;
+  }
+
+  /** Sessions given away whose taker has not confirmed it yet. */
+  get leaving(): number {
+    return this.#limbos.size;
+  }
+
+  /** Something is kept that a tick will forget. */
+  get remembers(): boolean {
+    return this.size + this.#taken.size + this.#moved.size > 0;
+  }
+
+  /** The instance that the session went to from here, as far as this one knows. */
+  whereabouts(session: string): string | undefined {
+    return this.#moved.get(session);
+  }
+
+  /** The end of the session's way, if it is on one: then it is here, or is known not to be. */
+  moving(session: string): Promise<void> | undefined {
+    return (this.#adoptions.get(session) ?? this.#limbos.get(session))?.end.promise;
+  }
+
+  // --- The instance that gets a resumption ---
+
+  /** Asks `owner` for the session. Resolves when it is here, or stays where it is. */
+  async adopt(session: string, owner: string, claim: Claim): Promise<void> {
+    for (let end; (end = this.moving(session));) await end;
+    if (owner === this.#instance || this.#mover.owns(session)) return;
+    const end = Promise.withResolvers<void>();
+    const adoption = {
+      id: "",
+      session,
+      claim,
+      hops: 0,
+      age: 0,
+      published: [],
+      arrived: undefined,
+      end,
+    };
+    this.#adoptions.set(session, adoption);
+    this.#ask(adoption, owner);
+    await end.promise;
+  }
+
+  #ask(adoption: Adoption<Message>, owner: string): void {
+    const { session, claim } = adoption;
+    adoption.id = crypto.randomUUID().replaceAll("-", "");
+    const { id } = adoption;
+    const time = this.#mover.now();
+    const from = this.#instance;
+    this.#mover.send(owner, { kind: "adopt", id, from, session, time, ...claim });
+  }
+
+  /** Anyone may say that nobody knows the session: then it is not waited for. */
+  unknown(id: string): void {
+    for (const adoption of this.#adoptions.values()) {
+      if (adoption.id === id && !adoption.arrived) this.#end(adoption);
+    }
+  }
+
+  /** A publication has been delivered here. */
+  published(publication: Publication<Message>): void {
+    for (const adoption of this.#adoptions.values()) {
+      const { namespace } = publication;
+      if (namespace && namespace !== adoption.claim.namespace) continue;
+      adoption.published.push(publication);
+    }
+    for (const adoption of [...this.#adoptions.values()]) {
+      if (adoption.arrived && this.#caughtUp(adoption.arrived.counts)) this.#take(adoption);
+    }
+  }
+
+  /** The owner's answer. */
+  #onState(head: StateHead, state: Bytes): void {
+    const { id, session, from, status, to, counts = {} } = head;
+    if (this.#taken.get(id)) return this.#confirm(from, id, session); // a confirmation was lost
+    const adoption = this.#adoptions.get(session);
+    // "A state that nobody waits for is dropped": its giver asks, and takes it back.
+    if (adoption?.id !== id || this.#isOld(head.time)) return;
+    if (status === "moved" && to && to !== this.#instance && adoption.hops++ < MAX_HOPS) {
+      return this.#ask(adoption, to);
+    }
+    if (status !== "here") return this.#end(adoption);
+    adoption.arrived = { from, state, counts };
+    if (this.#caughtUp(counts)) this.#take(adoption);
+  }
+
+  /** Every publication that the session has had has come here, too. */
+  #caughtUp(counts: Counts): boolean {
+    const here = this.#mover.counts();
+    return Object.entries(counts).every(([from, n]) =>
+      from === this.#instance || (here[from] ?? 0) >= n
+    );
+  }
+
+  #take(adoption: Adoption<Message>): void {
+    const { id, session, published, arrived } = adoption;
+    const { from, state, counts } = arrived!;
+    // "It is given the publications that are beyond the counts."
+    const missed = published.filter((one) => one.n > (counts[one.from] ?? 0));
+    this.#moved.delete(session);
+    this.#taken.set(id, session, this.#mover.now());
+    this.#mover.take(session, state, missed.map(({ message }) => message));
+    this.#confirm(from, id, session);
+    this.#end(adoption);
+  }
+
+  #confirm(to: string, id: string, session: string): void {
+    this.#mover.send(to, { kind: "adopted", id, session, from: this.#instance });
+  }
+
+  /** Waits no more; if it was not taken, it is refused from now on. */
+  #end(adoption: Adoption<Message>): void {
+    this.#adoptions.delete(adoption.session);
+    adoption.end.resolve();
+  }
+
+  // --- The instance that has the session ---
+
+  #onAdopt(head: MoveHead & { kind: "adopt" }): void {
+    const { id, from, session, attempt, received, namespace } = head;
+    if (this.#isOld(head.time)) return;
+    const limbo = this.#limbos.get(session);
+    if (limbo?.id === id) return this.#mover.send(from, limbo.answer.head, limbo.answer.state);
+    const time = this.#mover.now();
+    const answer = { kind: "state", id, session, from: this.#instance, time } as const;
+    // "On its way it stays": the request itself is brought here, and waits.
+    if (this.moving(session)) return this.#mover.send(from, { ...answer, status: "stays" });
+    if (this.#mover.owns(session)) {
+      const state = this.#mover.pack(session, { attempt, received, namespace });
+      if (!state) return this.#mover.send(from, { ...answer, status: "stays" });
+      return this.#giveAway(
+        { ...answer, status: "here", counts: this.#mover.counts() },
+        from,
+        state,
+      );
+    }
+    const to = this.#moved.get(session);
+    this.#mover.send(
+      from,
+      to ? { ...answer, status: "moved", to } : { ...answer, status: "stays" },
+    );
+  }
+
+  /** "Whoever gives a session away keeps it in limbo until the taker confirms." */
+  #giveAway(head: StateHead, to: string, state: Bytes): void {
+    const { id, session } = head;
+    const end = Promise.withResolvers<void>();
+    this.#limbos.set(session, { id, session, to, since: head.time, answer: { head, state }, end });
+    this.#mover.send(to, head, state);
+  }
+
+  /** "It asks whether the taker has it", and only a "no" brings the session back. */
+  #inquire({ id, session, to }: Limbo): void {
+    this.#mover.send(to, { kind: "have", id, session, from: this.#instance });
+  }
+
+  #onHave({ id, session, from }: Head<"have">): void {
+    const yes = this.#taken.get(id) !== undefined;
+    const adoption = this.#adoptions.get(session);
+    // "A no binds": the state is refused, should it still come.
+    if (!yes && adoption?.id === id) this.#end(adoption);
+    this.#mover.send(from, { kind: "taken", id, session, from: this.#instance, yes });
+  }
+
+  #onTaken({ id, session, yes }: { id: string; session: string; yes: boolean }): void {
+    const limbo = this.#limbos.get(session);
+    if (limbo?.id !== id) return;
+    this.#limbos.delete(session);
+    if (yes) {
+      this.#moved.set(session, limbo.to, this.#mover.now());
+      this.#mover.release(session, "moved");
+    } else this.#mover.restore(session);
+    limbo.end.resolve();
+  }
+
+  // --- Messages and time ---
+
+  /** Takes a message that is authentic. */
+  receive(head: MoveHead, state: Bytes): void {
+    switch (head.kind) {
+      case "adopt":
+        return this.#onAdopt(head);
+      case "state":
+        return this.#onState(head, state);
+      case "adopted":
+        return this.#onTaken({ ...head, yes: true });
+      case "have":
+        return this.#onHave(head);
+      case "taken":
+        return this.#onTaken(head);
+    }
+  }
+
+  #isOld(time: number): boolean {
+    return Math.abs(this.#mover.now() - time) > MAX_AGE;
+  }
+
+  /** Ticks, not clocks: while this process paused, it was not the others who were silent. */
+  tick(period: number): void {
+    for (const adoption of [...this.#adoptions.values()]) {
+      adoption.age += period;
+      // Where publications do not come here that the session has had, it stays: at most once.
+      const patience = adoption.arrived ? Math.min(CATCH_UP, this.#timeout) : this.#timeout;
+      if (adoption.age >= patience) this.#end(adoption);
+    }
+    for (const limbo of [...this.#limbos.values()]) {
+      if (!this.#isOld(limbo.since)) this.#inquire(limbo);
+      else { // nobody takes it any more, and neither do we: the taker may have it
+        this.#limbos.delete(limbo.session);
+        this.#mover.release(limbo.session, "lost");
+        limbo.end.resolve();
+      }
+    }
+    this.#taken.forget(this.#mover.now());
+    this.#moved.forget(this.#mover.now());
+  }
+}
+
+/** What is known for a while. */
+class Memory<Value> {
+  readonly #duration: number;
+  readonly #entries: Map<string, { value: Value; since: number }> = new Map();
+
+  constructor(duration: number) {
+    this.#duration = duration;
+  }
+
+  get size(): number {
+    return this.#entries.size;
+  }
+
+  get(key: string): Value | undefined {
+    return this.#entries.get(key)?.value;
+  }
+
+  set(key: string, value: Value, now: number): void {
+    this.#entries.delete(key); // the oldest stand first
+    if (this.#entries.size >= MAX_REMEMBERED) {
+      this.#entries.delete(this.#entries.keys().next().value!);
+    }
+    this.#entries.set(key, { value, since: now });
+  }
+
+  delete(key: string): void {
+    this.#entries.delete(key);
+  }
+
+  forget(now: number): void {
+    for (const [key, { since }] of this.#entries) {
+      if (now - since <= this.#duration) break;
+      this.#entries.delete(key);
+    }
+  }
+}

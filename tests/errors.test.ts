@@ -1,0 +1,120 @@
+/** docs/errors.md has a row for every message that the sources can give, and no other. */
+import { readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { assert, assertEquals, root, test } from "./harness.ts";
+
+/** One message as a source gives it: an interpolated part is "…". */
+interface Told {
+  message: string;
+  /** A class, the name of a DOMException, "console", or the status of an answer. */
+  kind: string;
+}
+
+const GIVES =
+  /\bnew (Refusal|TypeError|RangeError|DOMException|Error)\(|\bconsole\.(?:warn|error)\(|\bwarn(?:Once)?\(/g;
+const PART = /\$\{(?:[^{}`]|`(?:\$\{[^}]*\}|[^`])*`)*\}/;
+const LITERAL = new RegExp(`"(?:[^"\\\\\\n]|\\\\.)*"|\`(?:${PART.source}|[^\`$])*\``);
+/** A literal, sums of them, or the name of a constant. */
+const TOKENS = new RegExp(
+  `(?:${LITERAL.source})(?:\\s*\\+\\s*(?:${LITERAL.source}))*|\\b[A-Z][A-Z_]+\\b`,
+  "g",
+);
+
+/** Every message of a source, without a parser: the literals in what makes or writes an error. */
+export function messagesOf(source: string): Told[] {
+  const code = source.replace(/^\s*(\/\/|\*|\/\*\*).*$/gm, "");
+  const constants = new Map(
+    [...code.matchAll(/^const ([A-Z_]+)(?:: string)? =\s+((?:"[^"\n]*"[\s+]*)+);/gm)]
+      .map(([, name, sum]) => [name!, textOf(sum!)]),
+  );
+  return [...code.matchAll(GIVES)].flatMap((match) => {
+    const args = argumentsAt(code, match.index + match[0].length);
+    const texts = [...args.matchAll(TOKENS)]
+      .map(([token]) => /^["`]/.test(token) ? textOf(token) : constants.get(token))
+      .filter((text) => text !== undefined && /\w/.test(text)) as string[];
+    const type = match[1];
+    if (type === "DOMException") {
+      const name = texts.pop()!;
+      return texts.map((message) => ({ message, kind: name }));
+    }
+    const statuses = args.split(LITERAL)[0]!.match(/\b\d{3}\b/g);
+    const status = [...new Set(statuses)].join(" or ");
+    return texts.map((message) => ({
+      message,
+      kind: type === "Refusal" ? status : type ?? "console",
+    }));
+  });
+}
+
+/** Until the parenthesis closes, or an object begins: that holds headers, codes and causes. */
+function argumentsAt(code: string, start: number): string {
+  let depth = 1;
+  for (let at = start; at < code.length; at++) {
+    const literal = /["`]/.test(code[at]!) && new RegExp(LITERAL.source, "y");
+    if (literal) {
+      literal.lastIndex = at;
+      at += (literal.exec(code)?.[0].length ?? 1) - 1;
+    } else if (code[at] === "(") depth++;
+    else if (code[at] === "{" || code[at] === ")" && --depth === 0) return code.slice(start, at);
+  }
+  return "";
+}
+
+/** Of a literal or a sum of them. */
+function textOf(sum: string): string {
+  return [...sum.matchAll(new RegExp(LITERAL.source, "g"))]
+    .map(([literal]) => literal.slice(1, -1).replace(new RegExp(PART.source, "g"), "…"))
+    .join("");
+}
+
+/** Each section of the page is about one file; each row begins with message and kind. */
+function rowsOf(page: string, file: string): Told[] {
+  const section = page.split(/^## /m).find((section) => section.startsWith(`\`${file}\``)) ?? "";
+  return [...section.matchAll(/^\| `(.+?)` +\| (.+?) +\| .{10,} \| .{3,} \|$/gm)]
+    .map(([, message, kind]) => ({
+      message: message!.replace(/^`|`$/g, "").trim(),
+      kind: kind!.trim(),
+    }));
+}
+
+const key = ({ message, kind }: Told) => `${kind}: ${message}`;
+
+for (const file of ["client.ts", "server.ts", "cluster.ts"]) {
+  test(`docs/errors.md explains every message of ${file}, and none that it does not give`, async () => {
+    const source = await readFile(join(root, file), "utf8");
+    const page = await readFile(join(root, "docs/errors.md"), "utf8");
+    const given = messagesOf(source);
+    assert(given.length > 5);
+    const explained = rowsOf(page, file);
+    const [inSource, inPage] = [given, explained].map((told) => new Set(told.map(key)));
+    assertEquals([...inSource!].filter((each) => !inPage!.has(each)), [], "not explained");
+    assertEquals([...inPage!].filter((each) => !inSource!.has(each)), [], "given no more");
+    assertEquals(inPage!.size, explained.length, "a row stands twice");
+  });
+}
+
+test("what gives a message is found in whatever form it is written", () => {
+  const source = [
+    'const TEXT = "a constant, " +\n  "over two lines";',
+    'throw new TypeError("plain");',
+    'throw new Refusal(409, `of ${a.b("x")} and ${c}`, { headers: { allow: "GET" } });',
+    'throw new Refusal(isLarge ? 413 : 400, "either");',
+    'throw new TypeError(`not ${typeof x === "string" ? `"${x}"` : x}`);',
+    'throw new DOMException(sends ? "one" : "other", "SyntaxError");',
+    "console.error(`[x] ${what} failed:`, error);",
+    "this.warn(TEXT);",
+    '  // throw new Error("a comment");',
+    'new Error(`(${deep(1)}) "quoted"`, { cause: "no message" })',
+  ].join("\n");
+  assertEquals(messagesOf(source), [
+    { message: "plain", kind: "TypeError" },
+    { message: "of … and …", kind: "409" },
+    { message: "either", kind: "413 or 400" },
+    { message: "not …", kind: "TypeError" },
+    { message: "one", kind: "SyntaxError" },
+    { message: "other", kind: "SyntaxError" },
+    { message: "[x] … failed:", kind: "console" },
+    { message: "a constant, over two lines", kind: "console" },
+    { message: '(…) "quoted"', kind: "Error" },
+  ]);
+});

@@ -1,0 +1,282 @@
+/**
+ * Sessions that go to the instance that has their stream: resumed elsewhere, asked to go by a
+ * shutdown or by the age of a connection, over a backplane that may lose and repeat.
+ */
+import { cluster, type ClusterAdapter } from "../cluster.ts";
+import type { Peer, SSEOptions } from "../server.ts";
+import { MemoryBus, type RoundRobin, roundRobin } from "./bus.ts";
+import { chaos, type ChaosProxy, mulberry32, pickSeed } from "./chaos.ts";
+import {
+  assert,
+  assertEquals,
+  assertGreater,
+  assertLessOrEqual,
+  note,
+  sleep,
+  test,
+  type TestContext,
+  until,
+} from "./harness.ts";
+import { connect, listen, type Pair } from "./pair.ts";
+
+interface Fleet {
+  readonly instances: Pair<Record<string, unknown>>[];
+  /** What the hooks of all instances have been told, in order, by session. */
+  readonly told: string[];
+  readonly proxy: RoundRobin;
+  readonly errors: string[];
+}
+
+/** Instances whose sessions move: they count messages in `context`, and echo them. */
+async function start(
+  t: TestContext,
+  adapter: ClusterAdapter,
+  { count = 2, ...options }: { count?: number } & SSEOptions = {},
+): Promise<Fleet> {
+  t.defer(() => sleep(200)); // last of all: what is on its way, being signed or sealed
+  const told: string[] = [];
+  const errors: string[] = [];
+  const instances: Pair<Record<string, unknown>>[] = [];
+  for (let at = 0; at < count; at++) {
+    instances.push(
+      await listen(t, {
+        sync: cluster(adapter),
+        onError: (error) => void errors.push(String(error)),
+        hooks: {
+          open(peer) {
+            told.push(`open ${at}`);
+            peer.context.count = 0;
+            peer.subscribe("all");
+          },
+          message(peer, message) {
+            const count = peer.context.count as number + 1;
+            peer.context.count = count;
+            peer.send(`${message.text()} ${count} at ${at}`);
+          },
+          close: (_, { code }) => void told.push(`close ${at} ${code}`),
+          suspend: () => void told.push(`suspend ${at}`),
+          revive: () => void told.push(`revive ${at}`),
+        },
+        ...options,
+      }),
+    );
+  }
+  await sleep(50, t.signal); // subscriptions tell nobody when they stand
+  const proxy = await roundRobin(t, instances.map(({ port }) => port));
+  proxy.choose = () => 0;
+  return { told, errors, instances, proxy };
+}
+
+function peersOf({ ws }: Pair<Record<string, unknown>>): Peer<Record<string, unknown>>[] {
+  return [...ws.peers.values()].flatMap((peers) => [...peers]);
+}
+
+/** A network in front of the balancer, that can be cut. */
+async function network(t: TestContext, { proxy }: Fleet): Promise<ChaosProxy> {
+  return t.use(await chaos(proxy.port, { seed: pickSeed() }));
+}
+
+test("a session goes to the instance that gets its resumption, and is relayed no more", async (t) => {
+  const bus = new MemoryBus(t);
+  const fleet = await start(t, bus.adapter);
+  const { instances, told, proxy, errors } = fleet;
+  const front = await network(t, fleet);
+  const { socket, messages, opened, closed, events } = connect(t, front.url);
+  await opened;
+  socket.send("a");
+  assertEquals(await messages.next(), "a 1 at 0");
+  const [{ id }] = peersOf(instances[0]!) as [Peer];
+  bus.reset();
+  proxy.choose = () => 1;
+  front.cutAll("rst");
+  await until(() => told.includes("revive 1"));
+  socket.send("b");
+  assertEquals(await messages.next(), "b 2 at 1");
+  assertLessOrEqual(bus.counts.published, 3 + 2, "adopt, state, adopted; and presence");
+  assertEquals(peersOf(instances[1]!).map((peer) => peer.id), [id]);
+  assertEquals(peersOf(instances[0]!).length, 0);
+  bus.reset();
+  for (let n = 3; n < 20; n++) {
+    socket.send("c");
+    assertEquals(await messages.next(), `c ${n} at 1`);
+  }
+  assertLessOrEqual(bus.counts.published, 2, "nothing but presence");
+  instances[0]!.ws.publish("all", "from 0");
+  assertEquals(await messages.next(), "from 0");
+  socket.close(3001, "bye");
+  assertEquals((await closed).code, 3001);
+  await until(() => told.length === 4);
+  assertEquals(told, ["open 0", "suspend 0", "revive 1", "close 1 3001"]);
+  assertEquals(events, ["open", "drop", "resume", "close"]);
+  assertEquals(errors, []);
+});
+
+test("what travels is sealed, and says nothing of the token", async (t) => {
+  const bus = new MemoryBus(t);
+  const fleet = await start(t, bus.adapter);
+  const front = await network(t, fleet);
+  const { socket, messages, opened } = connect(t, front.url);
+  await opened;
+  socket.send("secret");
+  await messages.next();
+  const [peer] = peersOf(fleet.instances[0]!);
+  peer!.context.password = "hunter2";
+  fleet.proxy.choose = () => 1;
+  front.cutAll("rst");
+  await until(() => fleet.told.includes("revive 1"));
+  assertEquals(peersOf(fleet.instances[1]!)[0]!.context.password, "hunter2");
+  const texts = bus.payloads.map((payload) => {
+    const data = /"data":"([^"]*)"/.exec(payload)?.[1] ?? "";
+    return payload + Array.from(atob(data)).join("");
+  });
+  for (const word of ["hunter2", "secret", "password"]) {
+    assert(texts.every((text) => !text.includes(word)), word);
+  }
+});
+
+test("a refusal at the new instance leaves the session where it is", async (t) => {
+  const bus = new MemoryBus(t);
+  let refuse = false;
+  const hooks = {
+    upgrade: () => refuse ? new Response("No", { status: 401 }) : undefined,
+    revive: () => {},
+  };
+  const { instances } = await start(t, bus.adapter, { hooks });
+  const opened = await fetch(instances[0]!.url, {
+    headers: { accept: "text/event-stream", "x-duplex-version": "1" },
+  });
+  t.defer(() => opened.body!.cancel().catch(() => {}));
+  const token = opened.headers.get("x-crossws-id")!;
+  const resume = (at: number, attempt: number) =>
+    fetch(instances[at]!.url, {
+      headers: {
+        accept: "text/event-stream",
+        "x-duplex-version": "1",
+        "x-crossws-id": token,
+        "x-duplex-attempt": `${attempt}`,
+        "last-event-id": "0",
+      },
+    });
+  refuse = true;
+  const refused = await resume(1, 1);
+  await refused.text();
+  assertEquals(refused.status, 401);
+  refuse = false;
+  assertEquals(peersOf(instances[0]!).length, 1);
+  const back = await resume(0, 2);
+  assertEquals(back.status, 200);
+  await back.body!.cancel();
+});
+
+test("a context that is no JSON stays where it is, and is relayed", async (t) => {
+  const bus = new MemoryBus(t);
+  const fleet = await start(t, bus.adapter);
+  const front = await network(t, fleet);
+  const { socket, messages, opened } = connect(t, front.url);
+  await opened;
+  socket.send("a");
+  await messages.next();
+  const [peer] = peersOf(fleet.instances[0]!);
+  peer!.context.self = peer!.context;
+  fleet.proxy.choose = () => 1;
+  front.cutAll("rst");
+  socket.send("b");
+  assertEquals(await messages.next(), "b 2 at 0");
+  assertEquals(fleet.errors.length, 1);
+});
+
+/** Sends numbered messages until told to stop, and checks that each is echoed once and in order. */
+function talk(t: TestContext, url: string) {
+  const connected = connect(t, url);
+  let sent = 0;
+  let stopped = false;
+  const sending = (async () => {
+    await connected.opened;
+    while (!stopped) {
+      connected.socket.send(`${sent++}`);
+      await sleep(5);
+    }
+  })();
+  return {
+    ...connected,
+    async stop(): Promise<void> {
+      stopped = true;
+      await sending;
+      const echoes = await connected.messages.take(sent, { timeout: 10_000 });
+      assertEquals(
+        echoes.map((echo) => `${echo}`.split(" at ")[0]),
+        Array.from({ length: sent }, (_, n) => `${n} ${n + 1}`),
+      );
+    },
+  };
+}
+
+const faults = (seed: number) => {
+  const random = mulberry32(seed);
+  return () => {
+    const draw = random();
+    if (draw < 0.1) return [];
+    return draw < 0.2 ? [0, random() * 20] : [random() * 10];
+  };
+};
+
+for (
+  const [name, lossy] of [["a sound backplane", false], ["one that loses 10 %", true]] as const
+) {
+  test(`through 20 moves over ${name} nothing is lost, repeated or had by two`, async (t) => {
+    const seed = pickSeed();
+    note(`DUPLEX_SEED=${seed}`);
+    const random = mulberry32(seed);
+    const bus = new MemoryBus(t, lossy ? { fault: faults(seed) } : {});
+    const fleet = await start(t, bus.adapter, { count: 3 });
+    const front = await network(t, fleet);
+    const { socket, events, stop } = talk(t, front.url);
+    let most = 0;
+    const counting = setInterval(() => {
+      const owners = fleet.instances.filter((instance) => peersOf(instance).length > 0);
+      most = Math.max(most, owners.length);
+    }, 1);
+    t.defer(() => clearInterval(counting));
+    await until(() => socket.readyState === 1);
+    for (let move = 0; move < 20; move++) {
+      const at = Math.floor(random() * 3);
+      fleet.proxy.choose = () => at;
+      front.cutAll("rst");
+      await sleep(40 + random() * 60);
+    }
+    await stop();
+    assertEquals(most, 1);
+    assertEquals(fleet.told.filter((call) => /open|close/.test(call)), ["open 0"]);
+    assertGreater(fleet.told.filter((call) => /revive/.test(call)).length, lossy ? 0 : 5);
+    assertEquals(events.includes("error"), false);
+  }, { timeout: 40_000 });
+}
+
+test("at a shutdown sessions go to other instances, and no client sees a close", async (t) => {
+  const bus = new MemoryBus(t);
+  const fleet = await start(t, bus.adapter);
+  const talks = Array.from({ length: 10 }, () => talk(t, fleet.proxy.url));
+  await Promise.all(talks.map(({ opened }) => opened));
+  fleet.proxy.choose = () => 1;
+  await fleet.instances[0]!.ws.close(1012);
+  assertEquals(peersOf(fleet.instances[1]!).length, 10);
+  await Promise.all(talks.map(({ stop }) => stop()));
+  for (const { events } of talks) assertEquals(events.filter((type) => type !== "open"), []);
+  const calls = fleet.told.map((call) => call.split(" ")[0]!);
+  for (const name of ["open", "suspend", "revive"]) {
+    assertEquals(calls.filter((call) => call === name).length, 10, name);
+  }
+  assertEquals(calls.includes("close"), false);
+}, { timeout: 30_000 });
+
+test("a connection of a certain age is renewed, and nobody notices", async (t) => {
+  const bus = new MemoryBus(t);
+  const fleet = await start(t, bus.adapter, { maxConnectionAge: 200 });
+  let turn = 0;
+  fleet.proxy.choose = () => turn++ % 2;
+  const { events, socket, stop } = talk(t, fleet.proxy.url);
+  await until(() => fleet.told.filter((call) => call.startsWith("revive")).length > 3);
+  await stop();
+  assertEquals(events, ["open"]);
+  assertEquals(socket.readyState, 1);
+}, { timeout: 20_000 });
