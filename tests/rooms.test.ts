@@ -139,3 +139,24 @@ test("an arrow up, a long class, a long function and a field too many are notice
     64,
   ]]);
 });
+
+test("a session's phases have a table of transitions, and nothing else changes one", async () => {
+  const code = withoutComments(await readFile(join(root, "server.ts"), "utf8"));
+  const [, table] = /^const TRANSITIONS[^{]*(\{[^}]*\})/m.exec(code)!;
+  const transitions = JSON.parse(table!.replace(/,(\s*[\]}])/g, "$1")) as Record<string, string[]>;
+  const phases = [
+    ...["carried", "away", "limbo", "closing carried", "closing away", "lingering", "gone"],
+  ];
+  assertEquals(Object.keys(transitions), phases);
+  for (const next of Object.values(transitions)) {
+    assertEquals(next.filter((phase) => !phases.includes(phase)), []);
+  }
+  assertEquals([transitions.gone, transitions.lingering], [[], ["gone"]], "an end is an end");
+  for (const phase of phases.filter((phase) => phase.startsWith("closing"))) {
+    assertEquals(transitions[phase]!.filter((next) => /^(carried|away)$/.test(next)), []);
+  }
+  const set = code.split("\n").filter((line) => /#phase(: Phase)? = /.test(line));
+  assertEquals(set.map((line) => line.trim()), ['#phase: Phase = "away";', "this.#phase = phase;"]);
+  const [become] = functions(code).filter(({ name }) => name === "become");
+  assertEquals(/includes\(phase\)\) \{\n\s*throw/.test(become!.text), true, "any other throws");
+});
