@@ -32,6 +32,8 @@ export class Clock {
   /** Whose code is running. */
   owner: Owner = "world";
   events = 0;
+  /** Thrown where nobody catches: a process would end by it. */
+  readonly uncaught: unknown[] = [];
   #order = 0;
   readonly #heap: Event[] = [];
   readonly #frozen: Map<Owner, number> = new Map();
@@ -68,7 +70,7 @@ export class Clock {
 
   /** The events of this owner come no sooner than that. */
   freeze(owner: Owner, until: number): void {
-    this.#frozen.set(owner, until);
+    this.#frozen.set(owner, Math.max(until, this.#frozen.get(owner) ?? 0));
   }
 
   /** No event of this owner comes any more: its process was killed. */
@@ -179,6 +181,7 @@ export function inTask<T>(run: () => T): Promise<T> {
 }
 
 const realTimeout = setTimeout;
+const realMicrotask = queueMicrotask;
 
 // --- The globals of a run ---
 
@@ -216,6 +219,14 @@ function timersOf(clock: Clock): Record<string, unknown> {
     clearTimeout: clear,
     clearInterval: clear,
     clearImmediate: clear,
+    queueMicrotask: (run: Callback) =>
+      realMicrotask(() => {
+        try {
+          run();
+        } catch (error) {
+          clock.uncaught.push(error);
+        }
+      }),
     MessageChannel: class {
       readonly port1: { onmessage?: (event: { data: unknown }) => void; close(): void };
       readonly port2: { postMessage(data: unknown): void; close(): void };

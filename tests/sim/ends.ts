@@ -7,7 +7,7 @@ import type { WebSocketSSE } from "../../client.ts";
 import type { Hooks, Message, Peer, SSEAdapter } from "../../server.ts";
 import type { Clock, Owner } from "./clock.ts";
 import { diceFor } from "./dice.ts";
-import { type Data, drawMessage, show, sizeOf } from "./messages.ts";
+import { type Data, drawMessage, eventSizeOf, show, sizeOf } from "./messages.ts";
 import { type Instance, NAME_HEADER } from "./network.ts";
 import type { Product } from "./product.ts";
 import type { HookTraits, Scenario } from "./scenario.ts";
@@ -219,7 +219,7 @@ export class Session {
   /** Messages, and their bytes, whose hooks have not settled. */
   unsettled = 0;
   unsettledBytes = 0;
-  /** Of the largest message, each way. */
+  /** Of the largest message up, and the largest event down. */
   largestUp = 0;
   largestDown = 0;
   closing: Closing | undefined;
@@ -252,7 +252,7 @@ export class Session {
   send(data: Data): void {
     if (!this.open) return;
     this.sent.push(data);
-    this.largestDown = Math.max(this.largestDown, sizeOf(data));
+    this.largestDown = Math.max(this.largestDown, eventSizeOf(data));
     this.#stage.note(`${this} sends ${this.sent.length}: ${show(data)}`);
     const { maxBufferedAmount } = this.#stage.scenario.server;
     const most = this.peer.bufferedAmount;
@@ -262,7 +262,7 @@ export class Session {
       const full = most + MESSAGE_COST * this.sent.length > maxBufferedAmount;
       if (!full) this.#stage.violated("send refused", `${this}`);
     }
-    if (this.peer.bufferedAmount > maxBufferedAmount + 3 * this.largestDown + 64) {
+    if (this.peer.bufferedAmount > maxBufferedAmount + this.largestDown) {
       this.#stage.violated("bound", `${this}: bufferedAmount ${this.peer.bufferedAmount}`);
     }
   }

@@ -5,7 +5,7 @@
  * @module
  */
 import type { Client, Session } from "./ends.ts";
-import { endOf } from "./faults.ts";
+import { endOf, type Fault } from "./faults.ts";
 import { same, show } from "./messages.ts";
 import type { World } from "./world.ts";
 
@@ -104,10 +104,9 @@ function judgeBounds(world: World, client: Client, session: Session): void {
   const { network, scenario: { server } } = world;
   const requests = network.most.get(client.number)!;
   if (requests > MOST_REQUESTS) world.violated("bound", `${client}: ${requests} requests at once`);
-  // Text may grow by its line breaks, base64 by a third; acknowledgements are in no window.
-  const largest = 8 * session.largestDown + 64;
-  const acknowledgements = 64 * (client.sent.length + 20);
-  const most = server.window + largest + acknowledgements + 1024;
+  // Acknowledgements, and what a stream begins with, are in no window.
+  const control = 40 * (client.sent.length + 10) + 1024;
+  const most = server.window + session.largestDown + control;
   for (const trip of network.trips) {
     if (trip.client !== client.number || trip.mostDown <= most) continue;
     world.violated("bound", `${trip}: ${trip.mostDown} bytes down, of ${most}`);
@@ -128,10 +127,19 @@ function judgeEnd(world: World, client: Client, session: Session): void {
     }
     return;
   }
+  // A refused message ends its socket, whatever the server was about to say.
+  if (client.oversized && here.code === 1009 && session.closing) return;
+  if (isOutOfReach(client, session)) return;
   if (here.code !== there.code || here.reason !== there.reason) world.violated("codes", name);
   if (isOfTheServer(world, client, session)) return;
   if (!here.wasClean) world.violated("not clean", name);
   judgeComplete(world, client, session);
+}
+
+/** The instance that closed it was gone before this client could hear the last word: then its own stands. */
+function isOutOfReach({ closing, ending }: Client, { server }: Session): boolean {
+  const isOurs = closing?.code === ending!.code && closing.reason === ending!.reason;
+  return isOurs && server.shutdown?.done !== undefined && server.shutdown.done < ending!.at;
 }
 
 /** "Close codes of the server's own": where something gave a reason for them. */
@@ -172,16 +180,20 @@ function judgeComplete(world: World, client: Client, session: Session): void {
 // --- Where nothing goes wrong ---
 
 function isQuiet({ scenario: { faults, backplane, traits, level } }: World): boolean {
-  return !faults.length && !backplane.until && level === "full" && traits.rate === Infinity &&
+  return !faults.length && !backplane.until && level === "full" &&
     traits.streamsUp === "pass" && traits.fullDuplex && !traits.holdsAnswers;
 }
 
 function judgeQuiet(world: World, client: Client): void {
   const { drop } = client.counts;
   const { resent, resumes } = client.socket.stats;
-  const clustered = world.scenario.instances > 1 && world.scenario.traits.balance === "random";
+  const { instances, traits } = world.scenario;
+  // There a stream is refused, or too slow to be told from one that is held.
+  const mayLeave = instances > 1 && traits.balance === "random" || traits.rate < Infinity;
   if (drop || resumes) world.violated("quiet", `${client} was dropped ${drop} times`);
-  if (resent && !clustered) world.violated("quiet", `${client} sent ${resent} again`);
+  if (resent && !mayLeave && !client.oversized) {
+    world.violated("quiet", `${client} sent ${resent} again`);
+  }
 }
 
 // --- Excuses ---
@@ -206,6 +218,13 @@ const EXCUSES: Record<string, Excuse> = {
   "closed while connecting": (_, client) => !client.counts.open && !!client.closing,
   /** "This wire has no close from the client", and no resumption by one that sends. */
   "plain": ({ scenario }) => scenario.level === "plain",
+  /** It closed while nothing came through: for so long a page waits. */
+  "closed while away": (world, { closing, ending }) =>
+    !!closing && !!ending && isBadFrom(world, closing.at, CLOSE_PATIENCE),
+  /** By these options the session is over before its client can miss it. */
+  "no time to notice": ({ scenario: { server, faults } }) =>
+    server.resumeTimeout < 1.5 * server.heartbeatInterval &&
+    faults.some((fault) => !!unnoticed(fault)),
   /** Nobody waits for a client that was lost. */
   "no resumption": ({ scenario, network }, client) =>
     scenario.server.resumeTimeout === 0 && network.wasHit(client.number),
@@ -230,6 +249,25 @@ function longestBad({ scenario: { faults } }: World): number {
     longest = Math.max(longest, until - from);
   }
   return longest;
+}
+
+/** A page is not kept waiting for longer than this by its own close, in ms. */
+const CLOSE_PATIENCE = 2_900;
+
+/** How long a request waits for an answer that does not come. */
+function unnoticed(fault: Fault): number {
+  const silent = fault.kind === "silence" || fault.kind === "stall" || fault.kind === "half-open" ||
+    fault.kind === "lose answer" && fault.silent;
+  return silent ? CLOSE_PATIENCE : 0;
+}
+
+/** Whether something was wrong all this time. */
+function isBadFrom({ start, scenario: { faults } }: World, from: number, ms: number): boolean {
+  let until = from - start;
+  for (const fault of [...faults].sort((a, b) => a.at - b.at)) {
+    if (fault.at <= until) until = Math.max(until, endOf(fault) + unnoticed(fault));
+  }
+  return until - (from - start) >= ms;
 }
 
 /** A resumption that begins while something is wrong takes a third of its time, and a pause. */

@@ -49,6 +49,14 @@ export function sizeOf(data: Data): number {
   return typeof data === "string" ? new TextEncoder().encode(data).length : data.length;
 }
 
+/** The most that a message takes as an event. */
+export function eventSizeOf(data: Data): number {
+  const around = 48;
+  if (typeof data !== "string") return around + 4 * Math.ceil(data.length / 3);
+  if (data.includes("\r")) return around + sizeOf(JSON.stringify(data));
+  return around + sizeOf(data) + "data: ".length * (data.split("\n").length - 1);
+}
+
 export function same(a: unknown, b: unknown): boolean {
   if (typeof a === "string" || typeof b === "string") return a === b;
   const [left, right] = [a, b].map((data) =>

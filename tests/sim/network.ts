@@ -48,12 +48,15 @@ export interface NetworkOptions {
   faults: readonly Fault[];
   instances: readonly Instance[];
   note(text: string): void;
+  /** Something that must never be. */
+  violated(check: string, detail: string): void;
 }
 
 export class Network {
   readonly clock: Clock;
   readonly traits: Traits;
   readonly note: NetworkOptions["note"];
+  readonly violated: NetworkOptions["violated"];
   readonly instances: readonly Instance[];
   readonly trips: Set<Trip> = new Set();
   /** Requests made, and faults that hit, by name. */
@@ -72,6 +75,7 @@ export class Network {
     this.clock = clock;
     this.traits = options.traits;
     this.note = options.note;
+    this.violated = options.violated;
     this.instances = options.instances;
     this.#seed = options.seed;
     this.#faults = options.faults;
@@ -101,6 +105,14 @@ export class Network {
     let open = 0;
     for (const trip of this.trips) if (trip.client === client && !trip.clientDone) open++;
     return open;
+  }
+
+  /** Whether this client reads the answer of a request that it made after this one. */
+  hasNewer({ client, number }: Trip): boolean {
+    for (const trip of this.trips) {
+      if (trip.client === client && trip.number > number && trip.reads) return true;
+    }
+    return false;
   }
 
   /** Whether any fault hit a request of this client. */
@@ -144,6 +156,10 @@ export class Network {
   }
 }
 
+function isStream({ status, headers }: Response): boolean {
+  return status === 200 && !!headers.get("content-type")?.startsWith("text/event-stream");
+}
+
 interface TripOptions {
   client: number;
   number: number;
@@ -183,8 +199,8 @@ export class Trip {
   #reject!: (error: unknown) => void;
   /** What the client reads, and what it sends as a stream. */
   #side: Side | undefined;
+  #streams = false;
   #dead = false;
-  #silent = false;
   #lag = 0;
   #requestSent = false;
   #onRequestSent: (() => void) | undefined;
@@ -203,12 +219,20 @@ export class Trip {
     this.hit = new Set(fate.hit);
   }
 
-  /** Both ends are done with it. */
+  /**
+   * Both ends are done with it. A body of which nothing comes any more may still be read: its
+   * server ends quiet connections by itself, where the answer has gone.
+   */
   get over(): boolean {
     return this.clientDone &&
       this.#sides.every(({ given, up, down }) =>
-        !given || down.sourceDone && (up.sinkDone || !up.awaited)
+        !given || down.sourceDone && (up.sinkDone || !up.awaited || this.#dead)
       );
+  }
+
+  /** The client has an event stream of this. */
+  get reads(): boolean {
+    return !this.clientDone && !!this.#side && this.#streams;
   }
 
   /** The most bytes that were on their way down at once. */
@@ -383,7 +407,11 @@ export class Trip {
   #hand(instance: Instance, side: Side, first: boolean): void {
     if (this.clientDone && first) return; // the client has gone before the request came
     side.given = true;
+    const overtaken = !first && this.method === "GET" && this.#network.hasNewer(this);
     instance.fetch(this.#request(side)).then((response) => {
+      if (overtaken && isStream(response)) {
+        this.#network.violated("takeover", `${this}, repeated, takes the stream of a newer one`);
+      }
       this.#clock.at(this.#clock.now, () => this.#answer(side, response), side.owner);
     });
   }
@@ -426,13 +454,15 @@ export class Trip {
     }
   }
 
-  #give(side: Side, { status, headers }: Response): void {
+  #give(side: Side, response: Response): void {
     if (this.clientDone || this.#dead) return;
+    const { status, headers } = response;
     this.#note(`is answered: ${status}`);
     const name = headers.get(NAME_HEADER);
     const { names } = this.#network;
     if (name) names.set(this.client, [name, ...names.get(this.client) ?? []]);
     this.#side = side;
+    this.#streams = isStream(response);
     const hasBody = ![204, 304].includes(status);
     if (this.#fate.stalls && !this.#network.traits.plain) side.down.die();
     this.#resolve(new Response(hasBody ? side.down.stream : null, { status, headers }));

@@ -105,7 +105,11 @@ export class Pipe {
       if (whole?.length) this.#send(whole);
       return this.#finish();
     }
-    this.#source = source.getReader() as Source;
+    const reader = source.getReader();
+    this.#source = reader as Source;
+    // Where nothing moves any more, the end of what is sent does not wait for what is not read.
+    const end = () => this.sourceDone ||= this.#dead;
+    reader.closed.then(end, end);
     this.#pump();
   }
 
@@ -163,7 +167,7 @@ export class Pipe {
   }
 
   #send(chunk: Bytes): void {
-    const { dice, hold } = this.#options;
+    const { dice, hold, rate } = this.#options;
     this.#underWay += chunk.length;
     this.most = Math.max(this.most, this.#underWay);
     if (hold) {
@@ -175,7 +179,7 @@ export class Pipe {
     let at = 0;
     while (at < chunk.length) {
       const left = chunk.length - at;
-      const size = dice.chance(0.15) ? dice.size(left) : left;
+      const size = Math.min(dice.chance(0.15) ? dice.size(left) : left, Math.ceil(rate / 20));
       const piece = chunk.subarray(at, at += size);
       this.#deliver(() => this.#arrive(piece), piece.length);
     }

@@ -73,6 +73,8 @@ export interface Scenario {
   hooks: HookTraits;
   traits: Traits;
   backplane: Backplane;
+  /** How long the conversation rests before it is looked at, in ms. */
+  rests: number;
   script: Step[];
   faults: Fault[];
 }
@@ -82,16 +84,19 @@ export interface ScenarioOptions {
   quiet?: boolean;
   /** How likely each kind of fault is. */
   kinds?: Partial<Record<Fault["kind"], number>>;
+  /** These instead of what is drawn, in a conversation that says little. */
+  faults?: readonly Fault[];
 }
 
 /** When the last fault is over, and the script as well. */
-export function wellAt({ script, faults, backplane }: Scenario): number {
-  return Math.max(0, backplane.until, ...script.map(({ at }) => at), ...faults.map(endOf));
+export function wellAt({ script, faults, backplane, rests }: Scenario): number {
+  return rests +
+    Math.max(0, backplane.until, ...script.map(({ at }) => at), ...faults.map(endOf));
 }
 
 export function drawScenario(
   seed: number,
-  { quiet, kinds = KINDS }: ScenarioOptions = {},
+  { quiet, kinds = KINDS, faults }: ScenarioOptions = {},
 ): Scenario {
   const dice = diceFor(seed, 1);
   const level = dice.chance(0.1) ? "plain" : "full";
@@ -99,6 +104,7 @@ export function drawScenario(
   const clients = dice.weighted({ 1: 6, 2: 3, 3: 1 });
   const server = drawServer(dice);
   const traits = drawTraits(dice, level === "plain", quiet ?? false);
+  if (dice.chance(0.03)) makeLong(dice, server, traits);
   const length = dice.int(200, 3000);
   const scenario: Scenario = {
     seed,
@@ -110,10 +116,12 @@ export function drawScenario(
     hooks: drawHooks(dice),
     traits,
     backplane: { loss: 0, repeat: 0, delay: dice.int(0, 5), until: 0 },
+    rests: dice.chance(0.1) ? dice.int(0, 3000 * server.idleTimeout) : 0,
     script: [],
     faults: [],
   };
   scenario.script = drawScript(dice, scenario, length);
+  if (faults) return { ...scenario, script: [], faults: [...faults], transport: "post" };
   if (!quiet) misfortune(dice, scenario, length, kinds);
   return scenario;
 }
@@ -135,13 +143,19 @@ function drawTraits(dice: Dice, plain: boolean, quiet: boolean): Traits {
   return {
     latency: [least, least + dice.pick([0, 1, 20])],
     capacity: dice.pick([4096, 65536, 4194304]),
-    rate: quiet || dice.chance(0.9) ? Infinity : dice.int(20_000, 500_000),
+    rate: dice.chance(0.9) ? Infinity : dice.int(20_000, 500_000),
     byob: dice.chance(0.5),
     fullDuplex: quiet || dice.chance(0.8),
     streamsUp: quiet ? "pass" : dice.weighted({ pass: 10, "are held": 1, fail: 1 }),
     plain,
     balance: dice.chance(0.5) ? "random" : "sticky",
   };
+}
+
+/** One message takes longer than all patience: "a message of any size is no silence". */
+function makeLong(dice: Dice, server: ServerTraits, traits: Traits): void {
+  Object.assign(server, { heartbeatInterval: 500, idleTimeout: 2, window: 64 * 1024 });
+  traits.rate = dice.int(15_000, 40_000);
 }
 
 function drawHooks(dice: Dice): HookTraits {
@@ -156,9 +170,11 @@ function drawHooks(dice: Dice): HookTraits {
 }
 
 function drawScript(dice: Dice, scenario: Scenario, length: number): Step[] {
-  const { server: { window }, clients } = scenario;
+  const { server, clients } = scenario;
+  const { window } = server;
   const steps: Step[] = [];
-  const most = Math.min(dice.size(3 * window), 64 * 1024);
+  const long = scenario.traits.rate < 50_000 && server.heartbeatInterval === 500;
+  const most = long ? 120 * 1024 : Math.min(dice.size(3 * window), 64 * 1024);
   const add = (what: Step["do"], at: number, client: number, count = 1) =>
     steps.push({
       at: Math.floor(at),

@@ -50,6 +50,7 @@ function shorten(scenario: Scenario, list: "faults" | "script", fails: Fails): S
 /** What makes a scenario easier to read. */
 const SIMPLER: ((scenario: Scenario) => Scenario)[] = [
   (scenario) => ({ ...scenario, backplane: { loss: 0, repeat: 0, delay: 0, until: 0 } }),
+  (scenario) => ({ ...scenario, rests: 0 }),
   (scenario) => ({ ...scenario, instances: 1 }),
   (scenario) => ({ ...scenario, clients: Math.max(1, scenario.clients - 1) }),
   (scenario) => ({
