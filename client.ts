@@ -78,8 +78,12 @@ const UNSURE_TRIAL_AFTER_MS = 5_000;
 /** After that we say what may be the matter. */
 const WARN_AFTER_MS = 5_000;
 /** Besides 1 s for every 8 KiB. */
-const POST_TIMEOUT_MS = 15_000;
+const POST_TIMEOUT_MS = 6_000;
+/** So long the uplink may fail before that counts as a lost connection. */
+const UPLINK_PATIENCE_MS = 5_000;
+/** How long the page waits for one step of a close. */
 const CLOSE_TIMEOUT_MS = 3_000;
+const MAX_REASON_BYTES = 123;
 /** The most of any term: timers cannot wait longer. */
 const MAX_TERM = 2 ** 31 - 1;
 const ACK_DELAY_MS = 1_000;
@@ -87,8 +91,8 @@ const ACK_DELAY_MS = 1_000;
 const ACK_EVERY = 32;
 /** Answers to pings that may wait. */
 const MAX_PONGS = 16;
-/** Half heartbeats without a byte, after which a stream is taken for dropped. */
-const QUIET_TICKS = 4;
+/** Of a heartbeat's interval. */
+const TICKS = 4;
 const WATCH_PERIOD_MS = 250;
 /**
  * Watches without a confirmation, after which a stream is left: while it is not even read (it may
@@ -107,7 +111,12 @@ const MAX_LEARNED = 100;
 /** It may have been the network, and not something in front of the server. */
 const LEARNED_FOR_MS = 600_000;
 
+const DOES_NOT_ANSWER = "does not answer. Over HTTP/1.1 all tabs share 6 connections: serve HTTP/2";
+const TOOK_NOTHING =
+  "took nothing of a whole request. Does something in front of it read the body, or cut it?";
+
 const encoder: TextEncoder = new TextEncoder();
+const decoder: TextDecoder = new TextDecoder();
 const EMPTY: Bytes = new Uint8Array();
 
 // --- Types ---
@@ -193,6 +202,8 @@ type Phase =
 interface Terms {
   protocol: string;
   heartbeatInterval: number;
+  /** 0 or null: any time. */
+  idleTimeout: number | null;
   resumeTimeout: number;
   window: number;
   received: number;
@@ -209,6 +220,9 @@ interface Outgoing {
   size: number;
   isClose: boolean;
 }
+
+/** What a `close` event tells. */
+type Verdict = [code: number, reason: string, wasClean: boolean];
 
 /** The rooms of one socket that its link and its uplink have in common. */
 interface Parts {
@@ -269,7 +283,11 @@ export class WebSocketSSE extends EventTarget {
     if (typeof handler === "function") handler.call(this, event); // any object may be set
   };
   readonly #leave = (): void => this.#pageHides();
-  readonly #abort = (): void => this.#fail();
+  readonly #abort = (): void => {
+    this.#uplink.dismiss();
+    if (this.#readyState === CONNECTING) this.#link.abandon();
+    this.#fail();
+  };
 
   readonly #session: Session = new Session();
   readonly #parts: Parts;
@@ -285,8 +303,8 @@ export class WebSocketSSE extends EventTarget {
   #bufferedAmount = 0;
   /** Of a close under way. */
   #deadline: ReturnType<typeof setTimeout> | undefined;
-  /** What `close` will tell, once our side has been sent. */
-  #verdict: [code: number, reason: string, wasClean: boolean] | undefined;
+  /** What `close` will tell, if the closing handshake that has begun comes to its end. */
+  #verdict: Verdict | undefined;
 
   /**
    * Begins to connect. Events come later, never before the current task ends.
@@ -455,19 +473,26 @@ export class WebSocketSSE extends EventTarget {
       }
     }
     const text = encoder.encode(`${reason}`);
-    if (text.length > 123) throw new DOMException("The reason is over 123 bytes", "SyntaxError");
+    if (text.length > MAX_REASON_BYTES) {
+      throw new DOMException("The reason is over 123 bytes", "SyntaxError");
+    }
     if (this.#readyState >= CLOSING) return;
     const connecting = this.#readyState === CONNECTING;
     this.#readyState = CLOSING;
     const { phase, level } = this.#session;
     if (phase === "left" || phase === "ended") return; // `close` is on its way
-    if (connecting) return this.#fail();
-    const frame = level.close(code ?? (text.length ? 1000 : 1005), text);
+    if (connecting) {
+      this.#link.abandon();
+      return this.#fail();
+    }
+    code ??= text.length ? 1000 : 1005;
+    const frame = level.close(code, text);
     if (!frame) return this.#leavePlain();
     this.#session.enter("leaving");
+    this.#verdict = [code, decoder.decode(text), true];
     this.#parts.outbox.add(frame, 0, true);
     this.#uplink.pumpSoon();
-    this.#awaitClose();
+    this.#awaitReceipt();
   }
 
   // As Web IDL defines them
@@ -513,8 +538,10 @@ export class WebSocketSSE extends EventTarget {
       onRenewal: () => this.#onRenewal(),
       onResume: () => this.#onResume(),
       onProgress: (size) => this.#onProgress(size),
+      onFarewell: () => this.#onFarewell(),
       onClose: (code, reason, isComplete) => this.#onClose(code, reason, isComplete),
-      onFail: (code, reason) => this.#fail(code, reason),
+      onTooLarge: () => this.#onTooLarge(),
+      onFail: () => this.#fail(),
     };
   }
 
@@ -544,13 +571,10 @@ export class WebSocketSSE extends EventTarget {
   /** The connection has ended; false if it is not to be resumed. */
   #onBreak(): boolean {
     const { phase, terms } = this.#session;
-    if (phase === "dropped" || phase === "renewing" || phase === "leaving") return true;
-    if (phase === "open" && terms) {
-      this.#drop();
-      return true;
-    }
-    if (phase === "open" || phase === "opening") this.#fail();
-    return false;
+    if (phase === "leaving") this.#awaitReceipt();
+    else if (phase === "open" && terms) this.#drop();
+    else if (phase === "open" || phase === "opening") this.#fail();
+    return ["dropped", "renewing", "leaving"].includes(this.#session.phase);
   }
 
   /** The connection is replaced by ourselves, which nobody is to notice. */
@@ -563,12 +587,15 @@ export class WebSocketSSE extends EventTarget {
     if (this.#session.phase === "renewing") this.#drop();
   }
 
+  /** There is a connection again. While nothing goes up, the page goes on waiting. */
   #onResume(): void {
     const { phase } = this.#session;
-    if (phase !== "renewing") this.#counts.resumes++;
-    if (phase === "leaving") return;
+    if (phase === "leaving") return this.#awaitReceipt();
+    if (phase === "dropped" && this.#uplink.isStuck) return;
     this.#session.enter("open");
-    if (phase === "dropped") this.#tell("resume");
+    if (phase === "renewing") return;
+    this.#counts.resumes++;
+    this.#tell("resume");
   }
 
   #drop(): void {
@@ -577,43 +604,74 @@ export class WebSocketSSE extends EventTarget {
   }
 
   #tell(type: string): void {
-    this.#parts.inbox.add(() => this.dispatchEvent(new Event(type)));
+    const { inbox } = this.#parts;
+    inbox.add(() => this.dispatchEvent(new Event(type)));
+    nextTask(() => inbox.dispatch()); // it may be no chunk of a stream that brings this about
   }
 
   /** The server has taken something of ours: of so much of `bufferedAmount`, it has all. */
   #onProgress(size: number): void {
     this.#parts.inbox.afterTask(() => this.#bufferedAmount -= size);
-    this.#awaitClose();
-    if (this.#verdict && this.#parts.outbox.isEmpty) this.#finish();
+    const { phase } = this.#session;
+    if (phase === "dropped" && this.#uplink.isLinked) this.#onResume();
+    else if (phase === "leaving") {
+      if (this.#parts.outbox.isEmpty) this.#awaitAnswer();
+      else this.#awaitReceipt();
+    } else if (phase === "plain leaving" && this.#parts.outbox.isEmpty) this.#finish();
   }
 
   // The end
 
-  /** The server's close: its own, or the answer to ours. Ours goes out, then the socket is closed. */
+  /** The server's close: its own, or the answer to ours. */
   #onClose(code: number, reason: string, isComplete: boolean): void {
-    const { phase, level } = this.#session;
-    if (phase !== "open" && phase !== "leaving") return;
+    const { phase } = this.#session;
+    if (phase !== "open" && phase !== "dropped" && phase !== "leaving") return;
+    const { outbox } = this.#parts;
+    const verdict: Verdict = [code, reason, isComplete || phase === "leaving"];
+    if (phase === "leaving" && outbox.isEmpty) this.#end(...verdict); // the answer to ours
+    else this.#takeLeave(verdict, outbox.last + 1);
+  }
+
+  /** The server closes as well, where it was it that refused. Ours takes the number of the message. */
+  #onTooLarge(): void {
+    const verdict: Verdict = [1009, "Message too large", false];
+    if (this.#session.terms) this.#takeLeave(verdict, this.#parts.outbox.firstUnacked);
+    else this.#end(...verdict);
+  }
+
+  /** Sends CLOSE alone; messages that are still here go no more. */
+  #takeLeave(verdict: Verdict, number: number): void {
     this.#session.enter("left");
     this.#parts.inbox.add(() => {
       if (this.#readyState === OPEN) this.#readyState = CLOSING;
     });
-    this.#verdict = [code, reason, isComplete || phase === "leaving"];
-    // If the server cannot be told, that is no reason to keep the page waiting.
-    clearTimeout(this.#deadline);
-    this.#deadline = setTimeout(() => this.#finish(), CLOSE_TIMEOUT_MS);
-    if (phase === "open") {
-      this.#parts.outbox.add(level.close(code, encoder.encode(reason)), 0, true);
-    }
-    this.#uplink.postOnly();
-    if (this.#parts.outbox.isEmpty) this.#finish();
+    this.#verdict = verdict;
+    // If the server cannot be told soon, that is no reason to keep the page waiting.
+    this.#after(CLOSE_TIMEOUT_MS, () => this.#finish());
+    const [code, reason] = verdict;
+    this.#uplink.farewell(this.#session.level.close(code, encoder.encode(reason))!, number);
   }
 
-  /** A server that answers nothing must not hold us; one that takes messages has its time. */
-  #awaitClose(): void {
-    if (this.#session.phase !== "leaving") return;
-    clearTimeout(this.#deadline);
+  /** A server that takes nothing must not hold us; one that takes messages has its time. */
+  #awaitReceipt(): void {
+    const { outbox } = this.#parts;
+    if (outbox.isEmpty) return;
+    const isAway = !this.#uplink.isLinked && outbox.isOnlyClose;
     const patience = this.#session.terms!.resumeTimeout || OPEN_TIMEOUT_MS;
-    this.#deadline = setTimeout(() => this.#fail(), patience);
+    this.#after(isAway ? CLOSE_TIMEOUT_MS : patience, () => this.#fail());
+  }
+
+  /** The server has our close. If its answer is late, a new connection may bring it; else ours stands. */
+  #awaitAnswer(): void {
+    this.#after(CLOSE_TIMEOUT_MS, () => {
+      this.#after(2 * CLOSE_TIMEOUT_MS, () => this.#finish());
+      this.#link.hangUp();
+    });
+  }
+
+  #after(ms: number, task: () => void): void {
+    clearTimeout(this.#deadline);
+    this.#deadline = setTimeout(task, ms);
   }
 
   /** "This wire has no close from the client: what it sent before goes out, then it leaves." */
@@ -621,7 +679,12 @@ export class WebSocketSSE extends EventTarget {
     this.#session.enter("plain leaving");
     this.#verdict = [1006, "", false];
     if (this.#parts.outbox.isEmpty) this.#finish();
-    else this.#deadline = setTimeout(() => this.#finish(), OPEN_TIMEOUT_MS);
+    else this.#after(OPEN_TIMEOUT_MS, () => this.#finish());
+  }
+
+  #onFarewell(): void {
+    if (this.#session.isOver) this.#options.signal?.removeEventListener("abort", this.#abort);
+    else this.#finish();
   }
 
   #finish(): void {
@@ -629,21 +692,23 @@ export class WebSocketSSE extends EventTarget {
   }
 
   /** As a WebSocket fails: `error`, then `close` with 1006. After a close by either side, by that. */
-  #fail(code = 1006, reason = ""): void {
-    if (this.#verdict) this.#finish();
-    else this.#end(code, reason, false);
+  #fail(): void {
+    // Our own close stands once the server has it.
+    const stands = this.#session.phase !== "leaving" || this.#parts.outbox.isEmpty;
+    if (this.#verdict && stands) this.#finish();
+    else this.#end(1006, "", false);
   }
 
   /** Stops everything on the network at once; the last events come in their turn. */
   #end(code: number, reason: string, wasClean: boolean): void {
     if (this.#session.isOver) return;
-    const hasFailed = code === 1006 && !this.#verdict;
+    const hasFailed = code === 1006 && this.#session.phase !== "plain leaving";
     this.#session.enter("ended");
     clearTimeout(this.#deadline);
     this.#link.end();
     this.#uplink.end();
     this.#parts.pauses.end();
-    this.#options.signal?.removeEventListener("abort", this.#abort);
+    if (!this.#uplink.isTakingLeave) this.#onFarewell();
     if ("document" in globalThis) globalThis.removeEventListener("pagehide", this.#leave);
     this.#parts.inbox.add(() => {
       this.#readyState = CLOSED;
@@ -739,11 +804,14 @@ class Link implements Carrier {
   /** How often the stream was damaged: once is resumed, twice is the end. */
   #damages = 0;
   #ticker: ReturnType<typeof setInterval> | undefined;
+  #ticks = 0;
   /** Of the first events of a connection. */
   #deadline: ReturnType<typeof setTimeout> | undefined;
   /** Of an opening that has been answered. */
   #limit: ReturnType<typeof setTimeout> | undefined;
   #unacknowledgedBytes = 0;
+  /** When the server last heard of us that a message is coming. */
+  #spokeAt = 0;
 
   constructor(parts: Parts, host: LinkHost) {
     this.#session = parts.session;
@@ -772,6 +840,20 @@ class Link implements Carrier {
     }
   }
 
+  /** The page leaves before the session is open to it: what the server has opened is closed at once. */
+  abandon(): void {
+    const connection = this.#connection;
+    if (!connection || this.#session.level !== FULL) return;
+    if (this.#session.token) return this.#takeLeave();
+    // The answer may still come, with a session that must not be left behind.
+    this.#connection = undefined;
+    connection.endIn(CLOSE_TIMEOUT_MS);
+  }
+
+  #takeLeave(): void {
+    this.uplink.farewell(this.#session.level.close(1001, EMPTY)!, 1);
+  }
+
   /** Ends all requests; where there is a session, `run` goes on to resume it. */
   hangUp(): void {
     this.uplink.hangUp();
@@ -792,8 +874,9 @@ class Link implements Carrier {
     this.#connection?.end();
   }
 
+  /** Not at once all the same: uplink requests may get through where no stream does. */
   onHeard(): void {
-    this.#retries = 0;
+    this.#retries = Math.min(this.#retries, 1);
   }
 
   end(): void {
@@ -843,7 +926,7 @@ class Link implements Carrier {
    */
   async #connect(
     headers: Record<string, string>,
-    timeout: number,
+    patience: number,
     answerTimeout?: number,
     isPatient = false,
   ): Promise<Exchange> {
@@ -852,29 +935,35 @@ class Link implements Carrier {
     const connection = this.#connection = this.#transports.current === "duplex"
       ? this.uplink.exchange()
       : new Exchange(undefined, isPoll);
+    connection.endIn(patience);
     await this.#requests.ask(connection, {
       headers: { accept: STREAM_TYPE, ...headers, ...isPoll && { [POLL_HEADER]: "1" } },
       bytes: isPoll ? this.uplink.poll(isPatient) : undefined,
-      timeout,
       answerTimeout,
     });
     this.#inbox.inNewTask();
     // No answer at all: the request is held until its body ends, as any streaming one would be.
     // (Whatever else ends it lets go of it first.)
     if (this.#connection?.body && connection.isEnded) this.#transports.leave("post");
-    return connection;
+    // "A client takes the one that the latest answer names."
+    if (connection.isFull) this.#session.token = connection.header(TOKEN_HEADER);
+    connection.endIn(0);
+    if (!this.#session.isOver) return connection;
+    if (connection.isFull && !this.#session.terms) this.#takeLeave();
+    connection.end();
+    throw new Error("Closed");
   }
 
   /** Checks the answer to an opening request; the session is open with its first events. */
   #accept(connection: Exchange): Exchange {
-    if (this.#session.isOver || !connection.isStream) {
+    if (!connection.isStream) {
       connection.end();
       throw new Error(`Refused: ${connection.status}`);
     }
-    this.#session.token = connection.header(TOKEN_HEADER);
     this.#limit = setTimeout(() => this.#host.onFail(), OPEN_TIMEOUT_MS);
     if (connection.isFull) return this.#await(connection, FIRST_EVENT_TIMEOUT_MS);
     this.#session.level = PLAIN;
+    this.#session.token = connection.header(TOKEN_HEADER);
     connection.body?.finish();
     this.#transports.settle("post");
     if (this.#session.token || !this.#host.sends) this.#openPlain();
@@ -899,8 +988,9 @@ class Link implements Carrier {
 
   #opened(protocol: string): void {
     clearTimeout(this.#limit);
-    if (protocol && !this.#host.offered.includes(protocol)) return this.#host.onFail();
-    this.#host.onOpen(protocol);
+    if (!protocol || this.#host.offered.includes(protocol)) return this.#host.onOpen(protocol);
+    this.abandon();
+    this.#host.onFail();
   }
 
   // Reading
@@ -970,6 +1060,7 @@ class Link implements Carrier {
         return this.#onTerms(JSON.parse(data));
       case ACK_EVENT: {
         const [received, handled] = data.split(" ").map(Number) as [number, number];
+        this.#retries = 0;
         return this.uplink.confirm(received, handled);
       }
       case PING_EVENT: {
@@ -987,7 +1078,7 @@ class Link implements Carrier {
           : undefined;
       case CLOSE_EVENT: {
         const { code, reason, sent } = JSON.parse(data);
-        if (!Number.isInteger(code) || typeof reason !== "string") return this.distrust();
+        if (!isCloseCode(code) || !isReason(reason)) return this.distrust();
         return this.#host.onClose(code, reason, sent === this.#receipts.received);
       }
     }
@@ -1007,12 +1098,13 @@ class Link implements Carrier {
   }
 
   #onTerms(terms: Terms): void {
-    const { next, attempt, received, handled, window, heartbeatInterval, resumeTimeout } = terms;
+    const { next, attempt, received, handled, window, heartbeatInterval } = terms;
     if (
       next !== this.#receipts.received + 1 || attempt !== this.#attempt ||
       typeof terms.protocol !== "string" ||
       !(received >= 0 && handled >= 0 && heartbeatInterval >= 1) ||
-      [window, heartbeatInterval, resumeTimeout].some((term) => !(term >= 0 && term <= MAX_TERM))
+      [window, heartbeatInterval, terms.resumeTimeout]
+        .some((term) => !(term >= 0 && term <= MAX_TERM))
     ) return this.distrust();
     const isOpening = !this.#session.terms;
     const wasLost = this.#lostAt > 0;
@@ -1024,7 +1116,7 @@ class Link implements Carrier {
     this.#receipts.settle();
     this.#unacknowledgedBytes = 0;
     clearInterval(this.#ticker);
-    this.#ticker = setInterval(() => this.#tick(), heartbeatInterval / 2);
+    this.#ticker = setInterval(() => this.#tick(), heartbeatInterval / TICKS);
     if (isOpening) this.#opened(terms.protocol);
     else {
       this.#pauses.wake(); // the network is back
@@ -1044,12 +1136,16 @@ class Link implements Carrier {
   /** "The client acknowledges with ACK at half a window." A part of an event counts for the next time. */
   #acknowledge(partial: number): void {
     const { terms } = this.#session;
-    // The next poll acknowledges, too.
-    if (!terms || !this.#receipts.isBehind || this.#connection?.isPoll) return;
-    if (this.#unacknowledgedBytes >= terms.window / 2) {
+    if (!terms || this.#connection?.isPoll) return; // the next poll acknowledges, too
+    const isBehind = this.#receipts.isBehind;
+    if (isBehind && this.#unacknowledgedBytes >= terms.window / 2) {
       this.#unacknowledgedBytes = 3 * partial; // characters have up to 3 bytes
       this.uplink.acknowledge();
-    } else this.uplink.acknowledgeLater();
+    } else if (partial && terms.idleTimeout && clock() > this.#spokeAt + terms.idleTimeout / 4) {
+      // "A message of any size is no silence": its parts are not acknowledged, but we are there.
+      if (this.#spokeAt) this.uplink.acknowledge();
+      this.#spokeAt = clock();
+    } else if (isBehind) this.uplink.acknowledgeLater();
   }
 
   /** One ticker: streams that went quiet, and keep-alive of ours. */
@@ -1057,12 +1153,19 @@ class Link implements Carrier {
     const connection = this.#connection;
     if (connection?.reader) {
       this.#retries = 0;
-      // "The client takes two intervals without a byte for a drop." Ticks, not clocks: after a
-      // long pause of this process they say nothing of the network.
+      const { heartbeatInterval, resumeTimeout } = this.#session.terms!;
+      // "The client takes two intervals without a byte for a drop, or three quarters of the resume
+      // timeout if that is less, but not less than one and a quarter intervals": else the session may be over
+      // before its client misses it. Ticks, not clocks: after a long pause of this process they say
+      // nothing of the network.
+      const share = resumeTimeout
+        ? Math.floor(0.75 * TICKS * resumeTimeout / heartbeatInterval)
+        : TICKS;
+      const patience = Math.max(TICKS + 1, Math.min(2 * TICKS, share));
       // Nor while the page is behind: then nothing is read.
-      if (!this.#inbox.isBehind && ++connection.quietTicks > QUIET_TICKS) this.hangUp();
+      if (!this.#inbox.isBehind && ++connection.quietTicks > patience) this.hangUp();
     }
-    this.uplink.keepAlive();
+    if (++this.#ticks % 2) this.uplink.keepAlive();
   }
 
   // Resuming
@@ -1079,7 +1182,8 @@ class Link implements Carrier {
     const isTrial = why === "turn" && !this.#transports.polls;
     const patience = Math.max(Math.min(resumeTimeout / 3, 2 * heartbeatInterval), 1000);
     const deadline = this.#lostAt ? this.#lostAt + resumeTimeout : Infinity;
-    while (await this.#pauses.wait(this.#retries++, deadline)) {
+    let pause = 0;
+    while (await this.#pauses.wait(this.#retries++, deadline, pause)) {
       const isPatient = why === "turn" && this.#transports.polls;
       const timeout = isPatient
         ? heartbeatInterval + patience
@@ -1093,13 +1197,11 @@ class Link implements Carrier {
           [ATTEMPT_HEADER]: `${++this.#attempt}`,
           "last-event-id": `${this.#receipts.received}`,
         },
-        Math.max(Math.min(deadline - clock(), timeout), 1),
+        Math.max(1, Math.min(deadline - clock(), timeout)),
         undefined,
         isPatient,
       );
       if (connection.isFull) {
-        // "A client takes the one that the latest answer names": the session may have moved.
-        this.#session.token = connection.header(TOKEN_HEADER) || this.#session.token;
         return this.#await(connection, isTrial ? TRIAL_TIMEOUT_MS : FIRST_EVENT_TIMEOUT_MS);
       }
       connection.end();
@@ -1110,9 +1212,10 @@ class Link implements Carrier {
         return this.#resume(isTrial ? "held" : "lost");
       }
       // "A streaming body at an instance that is not the session's." For this socket only.
-      if (connection.status === 411) this.#transports.current = "post";
-      else if (!isTransient(connection.status)) break;
+      if (connection.rawStatus === 411) this.#transports.current = "post";
+      else if (this.#requests.isFinal(connection)) break;
       else this.#host.onOutage();
+      pause = connection.retryAfter;
     }
     throw new Error("Not resumed");
   }
@@ -1131,7 +1234,11 @@ class Link implements Carrier {
 interface UplinkHost {
   /** The server has handled or received something: of so much of `bufferedAmount`, all. */
   onProgress(size: number): void;
-  onFail(code?: number, reason?: string): void;
+  /** A message is larger than the server, or something in front of it, takes. */
+  onTooLarge(): void;
+  /** The server has the last CLOSE, or will not have it. */
+  onFarewell(): void;
+  onFail(): void;
 }
 
 /** The connection that an {@link Uplink} goes with. */
@@ -1146,6 +1253,9 @@ interface Carrier {
   onHeard(): void;
 }
 
+/** What a page may still send while it is being left, by all its sockets. */
+let keepaliveLeft = MAX_KEEPALIVE_BYTES;
+
 /** Sends what is in the outbox, and what the server waits to hear, over what is there. */
 class Uplink {
   readonly #session: Session;
@@ -1159,7 +1269,7 @@ class Uplink {
   readonly #host: UplinkHost;
 
   /** There is a connection, whose session is open or resumed. */
-  #isLinked = false;
+  isLinked = false;
   /** Its body streams: the connection itself, or a request beside it. */
   #stream: Exchange | undefined;
   /** A batch that is on its way, or waits to be sent again. */
@@ -1169,8 +1279,13 @@ class Uplink {
   /** Nothing is sent after a stream that failed. */
   #isPausing = false;
   #isScheduled = false;
-  #maxBatch = MAX_BODY_BYTES;
   #ackTimer: ReturnType<typeof setTimeout> | undefined;
+  /** When the first of the requests was made that have failed since one did not; 0: none. */
+  #failingSince = 0;
+  /** When that was told as a lost connection, the last time. */
+  #hungUpAt = 0;
+  /** The pauses of a farewell. */
+  #farewell: Pauses | undefined;
   #watch: ReturnType<typeof setInterval> | undefined;
   #quietWatches = 0;
 
@@ -1186,12 +1301,17 @@ class Uplink {
     this.#host = host;
   }
 
+  /** Nothing goes up, and that is known as a lost connection. */
+  get isStuck(): boolean {
+    return !!this.#hungUpAt;
+  }
+
   /** A request whose body this fills: the connection's, once it has begun, or a stream of our own. */
   exchange(): Exchange {
     // Some fetches send no header before a byte of the body.
     const body = new Body(
       () => this.#fill(exchange),
-      this.#isLinked ? EMPTY : frame("PING", EMPTY),
+      this.isLinked ? EMPTY : frame("PING", EMPTY),
     );
     const exchange = new Exchange(body);
     return exchange;
@@ -1206,18 +1326,18 @@ class Uplink {
 
   /** A connection has opened the session, or resumed it. */
   begin(connection: Exchange): void {
-    if (this.#session.isOver) return;
-    this.#isLinked = true;
+    if (!this.#session.isActive) return;
+    this.isLinked = true;
     this.#transports.failures = 0;
     if (connection.body?.isOpen) this.#stream ??= connection;
   }
 
   /** Ends all that is on its way; a batch goes again by itself, all else when there is a connection. */
   hangUp(): void {
-    this.#isLinked = false;
+    this.isLinked = false;
     this.#endStream();
     this.#batch?.end();
-    this.#control?.end();
+    if (!this.#farewell) this.#control?.end();
   }
 
   /** The connection was lost. */
@@ -1230,16 +1350,41 @@ class Uplink {
     this.hangUp();
   }
 
-  /** Nothing streams any more. */
-  postOnly(): void {
-    this.#endStream();
-    this.#transports.current = "post";
-    this.pumpSoon();
+  get isTakingLeave(): boolean {
+    return !!this.#farewell;
+  }
+
+  /** Ends a farewell. */
+  dismiss(): void {
+    this.#farewell?.end();
+    this.#control?.end();
+  }
+
+  /**
+   * Sends CLOSE alone, in place of all else, until the server has it. That may outlive the socket:
+   * who closed and hears no answer would take it for lost.
+   */
+  async farewell(close: Bytes, number: number): Promise<void> {
+    this.hangUp();
+    const { level, terms } = this.#session;
+    const bytes = concat([level.seq(number), close]);
+    const deadline = clock() + (terms?.resumeTimeout ?? 0);
+    const pauses = this.#farewell = new Pauses(true);
+    for (let retries = 1;; retries++) {
+      const exchange = this.#control = new Exchange();
+      exchange.endIn(POST_TIMEOUT_MS);
+      await this.#requests.ask(exchange, { bytes, keepalive: true });
+      exchange.end();
+      if (level.confirmed(exchange, 1) || this.#requests.isFinal(exchange)) break;
+      if (!await pauses.wait(retries, deadline, exchange.retryAfter)) break;
+    }
+    this.#farewell = undefined;
+    this.#host.onFarewell();
   }
 
   /** Messages up to this number have arrived, and so many bytes of all have been handled. */
   confirm(received: number, handled = 0): void {
-    if (this.#session.isOver) return; // an answer that was on its way
+    if (!this.#session.isActive) return; // an answer that was on its way
     if (this.#outbox.handle(handled)) this.#host.onProgress(0);
     if (received < this.#outbox.firstUnacked) return this.pump();
     if (!(received < this.#outbox.nextUnsent)) return this.#carrier.distrust();
@@ -1264,17 +1409,19 @@ class Uplink {
 
   /** Sends what can be sent. */
   pump(): void {
-    const { phase } = this.#session;
-    if (phase === "opening" || phase === "ended") return;
+    if (!this.#session.isActive) return;
     const stream = this.#stream;
     if (stream) {
       const body = stream.body!;
       if (body.isOpen) return this.#fill(stream);
-      // Ended, by us or by its reader, and nothing of it is to be confirmed.
-      if (body.next <= this.#outbox.firstUnacked) this.#leaveStream();
+      // Ended, and nothing of it is to be confirmed. A request whose body was not wanted has yet to
+      // be answered, but for one whose answer is our event stream.
+      if ((body.isFinished || stream.reader) && body.next <= this.#outbox.firstUnacked) {
+        this.#leaveStream();
+      }
     }
     const { posts } = this.#transports;
-    if (!posts && !this.#isLinked) return; // the resumption brings a new stream
+    if (!posts && !this.isLinked) return; // the resumption brings a new stream
     if (this.#outbox.isDue && !this.#stream && !this.#batch && !this.#isPausing) {
       const sending = posts ? this.#post() : this.#postStream();
       return void sending.catch(() => this.#host.onFail()); // an own fetch may answer with anything
@@ -1309,7 +1456,14 @@ class Uplink {
 
   /** All that is not acknowledged, as far as a page that is left may send it. */
   flush(): void {
-    const bytes = concat(this.#outbox.take(new Load(), MAX_KEEPALIVE_BYTES, false));
+    const load = new Load();
+    const most = this.#outbox.isOnlyClose ? MAX_KEEPALIVE_BYTES : keepaliveLeft;
+    const bytes = concat(this.#outbox.take(load, most, false));
+    // All sockets of a page are left in one task.
+    if (keepaliveLeft === MAX_KEEPALIVE_BYTES) {
+      nextTask(() => keepaliveLeft = MAX_KEEPALIVE_BYTES);
+    }
+    keepaliveLeft -= load.used;
     this.#requests.ask(new Exchange(), { bytes, keepalive: true });
   }
 
@@ -1321,15 +1475,15 @@ class Uplink {
     const body = stream.body!;
     this.#startWatch(); // it may never be read
     await this.#send(stream, body);
-    if (this.#session.isOver || this.#stream !== stream) return; // confirmed, or ended by ourselves
+    if (this.#stream !== stream) return; // confirmed, or ended by ourselves
     this.#endStream();
-    const { status } = stream;
-    if (status === 411 || status === 413 || !body.isConfirmed && this.#transports.fail()) {
+    const { rawStatus } = stream;
+    if (rawStatus === 411 || rawStatus === 413 || !body.isConfirmed && this.#transports.fail()) {
       this.#transports.leave("post");
-    } else if (isFinal(status)) return this.#host.onFail();
+    } else if (this.#requests.isFinal(stream)) return this.#host.onFail();
     else {
       this.#isPausing = true;
-      await this.#pauses.wait(this.#transports.failures);
+      await this.#pauses.wait(this.#transports.failures, Infinity, stream.retryAfter);
       this.#isPausing = false;
     }
     this.acknowledge();
@@ -1361,7 +1515,7 @@ class Uplink {
     const isConnection = !!this.#stream?.reader;
     this.#stream = undefined;
     if (!isConnection || !this.#session.terms!.resumeTimeout) return;
-    this.#isLinked = false;
+    this.isLinked = false;
     this.#carrier.renew();
   }
 
@@ -1406,66 +1560,90 @@ class Uplink {
    */
   async #post(): Promise<void> {
     let since = 0;
-    for (let retries = 0; !this.#session.isOver && this.#outbox.isDue;) {
+    for (let retries = 0; this.#session.isActive && this.#outbox.isDue;) {
+      const begun = clock();
       const load = new Load();
       const batch = this.#batch = new Exchange();
-      const most = Math.min(this.#maxBatch, this.#session.level.maxBatch);
+      const most = Math.min(this.#transports.maxBatch, this.#session.level.maxBatch);
       const bytes = concat([...this.#receipts.take(), ...this.#outbox.take(load, most)]);
-      await this.#send(batch, load, bytes, POST_TIMEOUT_MS + bytes.length / 8);
-      if (this.#session.isOver) return;
+      await this.#send(batch, load, bytes);
+      if (!this.#session.isActive) return;
       // As told by the answer, or by the event stream.
       if (this.#outbox.firstUnacked > load.first) since = retries = 0;
       else {
         this.#receipts.isDue = true; // what it carried may be lost
-        since ||= clock();
-        if (!this.#mayRetry(batch.status, load)) return;
-        const patience = this.#session.terms!.resumeTimeout || OPEN_TIMEOUT_MS;
-        if (batch.status !== 413 && !await this.#pauses.wait(++retries, since + patience)) {
-          return this.#host.onFail();
-        }
+        since ||= begun;
+        if (this.#halve(batch, load)) continue;
+        if (batch.received! < load.first && !retries) this.#requests.warn(TOOK_NOTHING);
+        if (!await this.#mayRetry(batch, ++retries, since)) return;
       }
     }
     this.#batch = undefined;
     this.pump();
   }
 
-  /** Whether a batch may go again, smaller if it was too large. */
-  #mayRetry(status: number, load: Load): boolean {
+  /** Whether a batch that was too large goes again as smaller ones: for the server, or for a firewall. */
+  #halve({ rawStatus, isTrusted }: Exchange, load: Load): boolean {
+    const isTooLarge = rawStatus === 413 || !isTrusted && (rawStatus === 400 || rawStatus === 403);
+    if (!isTooLarge || load.next === load.first + 1) return false;
+    this.#transports.maxBatch = load.used >> 1;
+    return true;
+  }
+
+  /** Waits, where a batch may go again. */
+  async #mayRetry(batch: Exchange, retries: number, since: number): Promise<boolean> {
+    const { terms } = this.#session;
+    const patience = terms?.resumeTimeout || OPEN_TIMEOUT_MS;
     // Whoever says 413, a proxy, too: a message that is too large alone is "also 413".
-    if (status === 413 && load.next === load.first + 1) {
-      this.#host.onFail(1009, "Message too large");
-    } else if (isFinal(status) && status !== 413 || !this.#session.terms) this.#host.onFail();
-    else {
-      if (status === 413) this.#maxBatch = load.used >> 1;
-      return true;
-    }
+    if (batch.rawStatus === 413) {
+      this.#host.onTooLarge();
+    } else if (
+      !terms || this.#requests.isFinal(batch) ||
+      !await this.#pauses.wait(retries, since + patience, batch.retryAfter)
+    ) this.#host.onFail();
+    else return true;
     return false;
   }
 
   async #postControl(): Promise<void> {
-    for (let retries = 0; this.#receipts.isOwed && !this.#session.isOver;) {
+    const nothing = new Load();
+    for (let retries = 0; this.#receipts.isOwed && this.#session.isActive;) {
       const control = this.#control = new Exchange();
-      const bytes = concat(this.#receipts.take());
-      await this.#send(control, new Load(), bytes, POST_TIMEOUT_MS);
-      if (control.response?.ok) continue;
-      if (isFinal(control.status)) this.#carrier.hangUp();
-      else {
-        this.#receipts.isDue = true;
-        await this.#pauses.wait(++retries);
-      }
+      await this.#send(control, nothing, concat(this.#receipts.take()));
+      if (control.received !== undefined) continue;
+      this.#receipts.isDue = true;
+      if (this.#requests.isFinal(control)) this.#carrier.hangUp();
+      await this.#pauses.wait(++retries, Infinity, control.retryAfter);
     }
     this.#control = undefined;
   }
 
-  /** Sends one body, and takes what its answer confirms. */
-  async #send(exchange: Exchange, load: Load, bytes?: Bytes, timeout?: number): Promise<void> {
-    await this.#requests.ask(exchange, { bytes, timeout });
+  /** Sends one body, and takes what its answer confirms: no status, but that, is success. */
+  async #send(exchange: Exchange, load: Load, bytes?: Bytes): Promise<void> {
+    const since = clock();
+    if (bytes) exchange.endIn(POST_TIMEOUT_MS + bytes.length / 8);
+    await this.#requests.ask(exchange, { bytes });
     this.#inbox.inNewTask();
-    const { response, body } = exchange;
-    if (!response) return;
-    body?.finish(); // before another is begun
-    response.body?.cancel().catch(() => {});
-    if (response.ok) this.confirm(this.#session.level.confirmed(response, load.first));
+    exchange.endIn(0);
+    exchange.body?.finish(); // before another is begun
+    exchange.response?.body?.cancel().catch(() => {});
+    const received = this.#session.level.confirmed(exchange, load.first);
+    exchange.received = received;
+    if (received !== undefined) {
+      const wasStuck = this.isStuck;
+      this.#failingSince = this.#hungUpAt = 0;
+      this.confirm(received);
+      if (wasStuck) this.#host.onProgress(0);
+    } else if (bytes && this.#session.isActive && this.#session.terms) this.#onFailure(since);
+  }
+
+  /** A request has failed. Where that lasts, the connection is lost, however well its stream does. */
+  #onFailure(since: number): void {
+    this.#failingSince ||= since;
+    const patience = Math.min(UPLINK_PATIENCE_MS, this.#session.terms!.resumeTimeout / 3);
+    if (clock() - Math.max(this.#failingSince, this.#hungUpAt) < patience) return;
+    this.#hungUpAt = clock();
+    this.#carrier.hangUp();
   }
 }
 
@@ -1477,6 +1655,8 @@ class Transports {
   readonly #isOurChoice: boolean;
   /** For this socket; {@link leave} and {@link settle} tell the next one, too. */
   current: Transport;
+  /** Bytes of messages in one request: so many get through. */
+  maxBatch = MAX_BODY_BYTES;
   /** Streams in a row that ended unconfirmed. */
   failures = 0;
   /** A streaming body has been confirmed in this session. */
@@ -1668,6 +1848,16 @@ class Outbox {
     return !this.#queue.length;
   }
 
+  /** The number of the last message. */
+  get last(): number {
+    return this.firstUnacked + this.#queue.length - 1;
+  }
+
+  /** All else has been acknowledged. */
+  get isOnlyClose(): boolean {
+    return !!this.#queue[0]?.isClose;
+  }
+
   /** Something was written, and is not acknowledged. */
   get hasBegun(): boolean {
     return this.nextUnsent > this.firstUnacked;
@@ -1764,7 +1954,9 @@ class Receipts {
     return this.received > this.#acknowledged;
   }
 
+  /** An acknowledgement goes along: the last one may be lost. */
   pong(payload: Bytes): void {
+    this.isDue = true;
     this.#pongs.push(frame("PONG", payload));
     if (this.#pongs.length > MAX_PONGS) this.#pongs.shift();
   }
@@ -1819,8 +2011,7 @@ const types: Findings<string> = new Findings();
 /** How a request is made, besides what all of a socket have in common. */
 interface RequestDetails {
   bytes?: Bytes | undefined;
-  timeout?: number | undefined;
-  /** From when the request is made, instead of from now. */
+  /** How long the answer may take from when the request is made. */
   answerTimeout?: number | undefined;
   keepalive?: boolean;
   headers?: Record<string, string>;
@@ -1834,6 +2025,8 @@ class Requests {
   readonly #session: Session;
   readonly #host: string;
   #type: string;
+  /** Answers of 401 in a row. */
+  #denials = 0;
 
   constructor(url: URL, options: WebSocketSSEOptions, session: Session) {
     const target = new URL(url);
@@ -1849,15 +2042,14 @@ class Requests {
     this.#type = types.get(this.#host) ?? UPLINK_TYPE;
   }
 
-  /** Waits for the answer, and not for ever; none is as good as one that says nothing. */
+  /** Waits for the answer; none is as good as one that says nothing. */
   async ask(exchange: Exchange, details: RequestDetails): Promise<void> {
-    const { bytes, timeout, answerTimeout, keepalive } = details;
+    const { bytes, answerTimeout, keepalive } = details;
     const { credentials, fetch: send = fetch } = this.#options;
     const { signal } = exchange.abort;
     const body = exchange.body?.stream ?? bytes;
-    const endIn = (ms?: number) => ms && setTimeout(() => exchange.end(), ms);
-    let timer = endIn(timeout);
-    const warning = "document" in globalThis && setTimeout(() => this.#warn(), WARN_AFTER_MS);
+    const warning = "document" in globalThis &&
+      setTimeout(() => this.#warnOfSilence(), WARN_AFTER_MS);
     // What the options give need not settle.
     const end = new Promise<undefined>((resolve) =>
       signal.addEventListener("abort", () => resolve(undefined))
@@ -1866,15 +2058,14 @@ class Requests {
       const headers = new Headers(await Promise.race([this.#given(), end]));
       this.#setHeaders(headers, !!body, details.headers);
       signal.throwIfAborted();
-      if (answerTimeout) {
-        clearTimeout(timer);
-        timer = endIn(answerTimeout);
-      }
+      if (answerTimeout) exchange.endIn(answerTimeout);
       const asked = send(this.target, {
         method: body ? "POST" : "GET",
         headers,
         signal,
         redirect: "manual",
+        cache: "no-store", // Chromium lets a second request of a URL wait for the first one's answer
+        referrerPolicy: "no-referrer",
         ...credentials && { credentials },
         keepalive,
         body,
@@ -1882,10 +2073,12 @@ class Requests {
       } as RequestInit);
       exchange.response = await Promise.race([asked, end]);
       if (bytes && this.#changeType(exchange)) return await this.ask(exchange, details);
+      // "Only the server's word is final", once there is a session.
+      exchange.isTrusted = !!exchange.response && (!this.#session.terms || exchange.isOurs);
+      if (exchange.isTrusted) this.#denials = exchange.status === 401 ? this.#denials + 1 : 0;
     } catch {
       // as good as an answer that says nothing
     } finally {
-      clearTimeout(timer);
       clearTimeout(warning || undefined);
     }
   }
@@ -1894,11 +2087,19 @@ class Requests {
   #changeType(exchange: Exchange): boolean {
     const known = types.get(this.#host);
     if (exchange.isOurs && known !== this.#type) types.set(this.#host, this.#type);
-    const isRefused = [400, 403, 406, 415].includes(exchange.status) && !exchange.isOurs;
+    const isRefused = [400, 403, 406, 415].includes(exchange.rawStatus) && !exchange.isOurs;
     if (!isRefused || known || this.#type === KNOWN_TYPE) return false;
     exchange.response!.body?.cancel().catch(() => {});
     this.#type = KNOWN_TYPE;
     return this.#session.level === FULL;
+  }
+
+  /** Whether the server has refused for good. Credentials that may be fresh are asked for once more. */
+  isFinal({ status, received }: Exchange): boolean {
+    if (status === 401 && this.#denials < 2 && typeof this.#options.headers === "function") {
+      return false;
+    }
+    return received === undefined && !isTransient(status);
   }
 
   /** A function is asked each time. */
@@ -1918,14 +2119,13 @@ class Requests {
     for (const name in own) headers.set(name, own[name]!);
   }
 
+  warn(text: string): void {
+    console.warn(`${new URL(this.target).host} ${text}`);
+  }
+
   /** Six event streams take all that a browser has for an origin; whatever comes then waits. */
-  #warn(): void {
-    if (this.#session.phase === "dropped" || speaksHTTP2(this.target)) return;
-    console.warn(
-      `${
-        new URL(this.target).host
-      } does not answer. Over HTTP/1.1 all tabs share 6 connections: serve HTTP/2`,
-    );
+  #warnOfSilence(): void {
+    if (this.#session.phase !== "dropped" && !speaksHTTP2(this.target)) this.warn(DOES_NOT_ANSWER);
   }
 }
 
@@ -1945,8 +2145,13 @@ class Exchange {
   response: Response | undefined;
   /** Of the event stream. */
   reader: Reader | undefined;
-  /** Ticks of half a heartbeat since its last byte. */
+  /** Since its last byte. */
   quietTicks = 0;
+  /** Its status counts. */
+  isTrusted = false;
+  /** The number of the last message that the server has, as its answer tells: it took what went up. */
+  received: number | undefined;
+  #timer: ReturnType<typeof setTimeout> | undefined;
 
   constructor(body?: Body, isPoll = false) {
     this.body = body;
@@ -1962,8 +2167,13 @@ class Exchange {
     return this.isEnded && !this.response;
   }
 
-  /** 0 before the answer. */
+  /** 0 before the answer, and where something in between has given it. */
   get status(): number {
+    return this.isTrusted ? this.rawStatus : 0;
+  }
+
+  /** Whoever has given it. */
+  get rawStatus(): number {
     return this.response?.status ?? 0;
   }
 
@@ -1981,15 +2191,28 @@ class Exchange {
     return this.status === 200 && this.header(VERSION_HEADER) === VERSION;
   }
 
+  /** How long the answer asks to wait before the next request, in ms. */
+  get retryAfter(): number {
+    const after = this.header("retry-after");
+    return Number(after) * 1000 || Date.parse(after) - Date.now() || 0;
+  }
+
   /** Of the answer; "" where there is none. */
   header(name: string): string {
     return this.response?.headers.get(name) ?? "";
   }
 
+  /** Ends it after so long, in place of what was said before; 0: never. */
+  endIn(ms: number): void {
+    clearTimeout(this.#timer);
+    if (ms && !this.isEnded) this.#timer = setTimeout(() => this.end(), ms);
+  }
+
   /** Ends both directions; a read in progress ends, too. */
   end(): void {
-    // Deno reports the error of a body that it has not begun to read as uncaught.
-    if (!this.body?.total) this.abort.abort();
+    clearTimeout(this.#timer);
+    // Deno reports the error of a body that it has not begun to read as uncaught; a page, of any.
+    if (!this.body?.total || !isRuntime()) this.abort.abort();
     this.body?.abandon();
     this.reader?.cancel().catch(() => {});
     this.abort.abort();
@@ -2010,6 +2233,7 @@ class Load {
 class Body extends Load {
   readonly stream: ReadableStream<Bytes>;
   isOpen = true;
+  isFinished = false;
   isAsked = false;
   wroteSinceTick = false;
   /** Something has been confirmed while this body was in use. */
@@ -2047,8 +2271,10 @@ class Body extends Load {
 
   /** A clean end: all that was written is to arrive. */
   finish(): void {
-    if (this.isOpen) this.#controller.close();
+    if (!this.isOpen) return;
+    this.#controller.close();
     this.isOpen = false;
+    this.isFinished = true;
   }
 
   /** By an error: an abort looks like the body's end to some, and would deliver a part. */
@@ -2066,23 +2292,38 @@ class Body extends Load {
 /** Pauses before retries. */
 class Pauses {
   readonly #wakers: Set<() => void> = new Set();
+  readonly #isBackground: boolean;
   #isOver = false;
 
-  /** Waits longer each time, and never in step with other clients. False: it is too late to try again. */
-  async wait(retries: number, deadline = Infinity): Promise<boolean> {
-    const delay = Math.min(MAX_RETRY_DELAY_MS, 50 * 2 ** retries, deadline - clock());
-    if (retries && delay > 0 && !this.#isOver) {
+  /** In the background they keep no process alive. */
+  constructor(isBackground = false) {
+    this.#isBackground = isBackground;
+  }
+
+  /**
+   * Waits longer each time, never in step with other clients, and as long as the server asks for.
+   * False: it is too late to try again.
+   */
+  async wait(retries: number, deadline = Infinity, atLeast = 0): Promise<boolean> {
+    const left = deadline - clock();
+    const delay = Math.min(MAX_RETRY_DELAY_MS, 50 * 2 ** retries) * (0.5 + Math.random() / 2);
+    if (retries && left > 0 && !this.#isOver) {
       await new Promise<void>((resolve) => {
         const wake = () => {
           clearTimeout(timer);
           this.#wakers.delete(wake);
           resolve();
         };
-        const timer = setTimeout(wake, delay * (0.5 + Math.random() / 2));
+        // Who asks for more time than is left is asked shortly before its end.
+        const most = Math.max(delay, Math.min(atLeast, left - 1000));
+        const timer = setTimeout(wake, Math.min(most, left)) as {
+          unref?(): void;
+        } & ReturnType<typeof setTimeout>;
+        if (this.#isBackground) timer.unref?.();
         this.#wakers.add(wake);
       });
     }
-    return delay > 0 && !this.#isOver;
+    return left > 0 && !this.#isOver;
   }
 
   /** Ends those that are running. */
@@ -2106,7 +2347,7 @@ const UNTOLD = { resumeTimeout: OPEN_TIMEOUT_MS, heartbeatInterval: 15_000 };
 const STEPS: Readonly<Record<Phase, readonly Phase[]>> = {
   opening: ["open", "ended"],
   open: ["dropped", "renewing", "leaving", "left", "plain leaving", "ended"],
-  dropped: ["open", "leaving", "ended"],
+  dropped: ["open", "leaving", "left", "ended"],
   renewing: ["open", "dropped", "leaving", "ended"],
   leaving: ["left", "ended"],
   left: ["ended"],
@@ -2136,6 +2377,11 @@ class Session {
     return this.#phase === "ended";
   }
 
+  /** Messages go up. */
+  get isActive(): boolean {
+    return !["opening", "left", "ended"].includes(this.#phase);
+  }
+
   enter(phase: Phase): void {
     if (!STEPS[this.#phase].includes(phase)) throw new Error(`From ${this.#phase} to ${phase}`);
     this.#phase = phase;
@@ -2155,8 +2401,8 @@ interface Level {
   seq(number: number): Bytes;
   /** The frame of a close, where the wire has one. */
   close(code: number, reason: Bytes): Bytes | undefined;
-  /** The number of the last message that the answer to a request acknowledges. */
-  confirmed(answer: Response, first: number): number;
+  /** The number of the last message that the answer to a request acknowledges, where it does. */
+  confirmed(exchange: Exchange, first: number): number | undefined;
 }
 
 /** Version 1: numbers, acknowledgements and resumption. */
@@ -2179,7 +2425,10 @@ const FULL: Level = {
       "CLOSE",
       code === 1005 ? EMPTY : concat([new Uint8Array([code >> 8, code & 255]), reason]),
     ),
-  confirmed: (answer) => Number(answer.headers.get(RECEIVED_HEADER)),
+  confirmed(exchange) {
+    const received = exchange.header(RECEIVED_HEADER);
+    return exchange.status === 204 && received ? Number(received) : undefined;
+  },
 };
 
 /** crossws's wire: the body of a request is the message, and its success says that it has arrived. */
@@ -2191,7 +2440,7 @@ const PLAIN: Level = {
   },
   seq: () => EMPTY,
   close: () => undefined,
-  confirmed: (_, first) => first,
+  confirmed: (exchange, first) => exchange.response?.ok ? first : undefined,
 };
 
 // --- Event streams ---
@@ -2368,8 +2617,14 @@ function isTransient(status: number): boolean {
   return [0, 408, 411, 425, 429].includes(status) || status >= 500;
 }
 
-function isFinal(status: number): boolean {
-  return status >= 300 && !isTransient(status);
+function isReason(reason: unknown): boolean {
+  return typeof reason === "string" && encoder.encode(reason).length <= MAX_REASON_BYTES;
+}
+
+/** What RFC 6455 lets a CLOSE carry, and 1005 for none. */
+function isCloseCode(code: unknown): boolean {
+  return Number.isInteger(code) && code as number >= 1000 && code as number <= 4999 &&
+    ![1004, 1006, 1015].includes(code as number);
 }
 
 /** Deno, Bun and Node, whose fetch answers while the request's body is still being sent. */

@@ -75,7 +75,6 @@ export class TestContext {
 
   constructor(name: string) {
     this.name = name;
-    this.expect("TimeoutNegativeWarning"); // a fault of the client's, to be mended
   }
 
   /** Aborted when the test ends. */

@@ -348,7 +348,7 @@ for (const status of [204, 400, 401, 403, 404, 409, 410]) {
 }
 
 test("an uplink request is repeated through statuses that pass, with the same number and bytes", async (t) => {
-  const { server, socket } = await scriptedClient(t);
+  const { server, socket } = await scriptedClient(t, { resumeTimeout: 20_000 });
   socket.send("hello");
   for (const status of [408, 425, 429, 500, 503, 0]) {
     const asked = await server.next();

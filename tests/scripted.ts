@@ -11,9 +11,12 @@ export interface Asked {
   readonly headers: Headers;
   readonly body: string;
   readonly signal: AbortSignal;
+  /** As the server itself: with its mark, unless `x-duplex-version` is "". */
   respond(status: number, headers?: Record<string, string>): void;
   /** As a network that fails. */
   fail(): void;
+  /** Grants the stream, and says nothing on it. */
+  stall(): void;
   /** Grants a full session, with an event stream that the test writes. */
   stream(terms?: Partial<Terms>, token?: string): ScriptedStream;
 }
@@ -25,6 +28,7 @@ interface Terms {
   attempt: number;
   resumeTimeout: number;
   heartbeatInterval: number;
+  idleTimeout: number;
   window: number;
 }
 
@@ -37,6 +41,12 @@ export interface ScriptedStream {
 }
 
 export const SCRIPTED_TOKEN = `${"ab".repeat(8)}.${"cd".repeat(16)}`;
+
+const STREAM_HEADERS = {
+  "content-type": "text/event-stream",
+  "x-crossws-id": SCRIPTED_TOKEN,
+  "x-duplex-version": "1",
+};
 
 /** Stands in for `fetch`. The test takes the requests one by one. */
 export class ScriptedServer {
@@ -54,8 +64,22 @@ export class ScriptedServer {
       headers,
       body,
       signal,
-      respond: (status, headers = {}) => resolve(new Response(null, { status, headers })),
+      respond: (status, headers = {}) => {
+        const all = new Headers({ "x-duplex-version": "1", ...headers });
+        if (headers["x-duplex-version"] === "") all.delete("x-duplex-version");
+        resolve(new Response(null, { status, headers: all }));
+      },
       fail: () => reject(new TypeError("network error")),
+      stall() {
+        const body = new ReadableStream({
+          start: (controller) =>
+            signal.addEventListener(
+              "abort",
+              () => controller.error(new TypeError("network error")),
+            ),
+        });
+        resolve(new Response(body, { headers: STREAM_HEADERS }));
+      },
       stream: (terms, token) => {
         const { stream, response } = scripted(Number(headers.get("x-duplex-attempt") ?? 0), {
           next: Number(headers.get("last-event-id") ?? 0) + 1,
@@ -113,11 +137,7 @@ function scripted(
   };
   stream.write(`event: duplex-open\ndata: ${JSON.stringify(state)}\n\n`);
   const response = new Response(body, {
-    headers: {
-      "content-type": "text/event-stream",
-      "x-crossws-id": token,
-      "x-duplex-version": "1",
-    },
+    headers: { ...STREAM_HEADERS, "x-crossws-id": token },
   });
   return { stream, response };
 }
