@@ -1653,6 +1653,8 @@ class Uplink {
 class Transports {
   readonly #host: string;
   readonly #isOurChoice: boolean;
+  /** The page wants polls. */
+  readonly #isAsked: boolean;
   /** For this socket; {@link leave} and {@link settle} tell the next one, too. */
   current: Transport;
   /** Bytes of messages in one request: so many get through. */
@@ -1676,6 +1678,7 @@ class Transports {
     this.#host = new URL(target).host;
     const { transport = "auto", stream } = options;
     this.#isOurChoice = transport === "auto";
+    this.#isAsked = transport === "poll";
     this.current = transport !== "auto"
       ? transport
       : stream === false
@@ -1730,7 +1733,7 @@ class Transports {
 
   /** Now and then, while polls work. */
   tryStream(): void {
-    if (!this.#isOurChoice && this.#above === "poll" || clock() < this.#trialAt) return;
+    if (this.#isAsked || clock() < this.#trialAt) return;
     this.#trialAfter = Math.min(2 * this.#trialAfter, LEARNED_FOR_MS);
     this.#isSure = true; // if it is held again
     this.ascend();

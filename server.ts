@@ -2352,7 +2352,9 @@ abstract class Session {
   /** One look at the clock, from the host's timer. */
   tick(now: number): void {
     if (now >= this.deadline) return this.terminate();
-    if (this.connection && now - this.lastWrite >= this.heartbeatInterval / 2 - 1) this.beat();
+    // A poll is over with it, so it comes as late as may be.
+    const after = this.heartbeatInterval / (this.connection?.until === "news" ? 1 : 2);
+    if (this.connection && now - this.lastWrite >= after - 1) this.beat();
   }
 
   protected beat(): void {

@@ -22,6 +22,7 @@ import { fanOutBursts, fanOutSingly } from "./scenarios/fanout.ts";
 import { subscribers, topics, unheard } from "./scenarios/growth.ts";
 import { memory, tenThousand } from "./scenarios/idle.ts";
 import { parse } from "./scenarios/parse.ts";
+import { poll } from "./scenarios/poll.ts";
 import { resume } from "./scenarios/resume.ts";
 import { roundTrip } from "./scenarios/roundtrip.ts";
 import { size } from "./scenarios/size.ts";
@@ -36,6 +37,7 @@ const SCENARIOS: Record<string, Scenario> = {
   memory,
   tenThousand,
   resume,
+  poll,
   size,
   parse,
   subscribers,
