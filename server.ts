@@ -1975,6 +1975,8 @@ abstract class Session {
 
   protected readonly host: Host;
   protected readonly outbox: Outbox;
+  /** The last connection was a poll. */
+  protected isPolled = false;
   protected connection: Connection | undefined;
   /** How it ends, once that is known; undefined for one whose client was lost. */
   protected ending: Ending | undefined;
@@ -2068,6 +2070,7 @@ abstract class Session {
     this.become(this.isOpen ? "carried" : "closing carried");
     if (this.isOpen) this.deadline = Infinity;
     this.lastWrite = clock();
+    this.isPolled = until !== "lost";
     this.connection = new Connection(this, encoder.encode(this.preface(received)), until);
     return this.connection.stream;
   }
@@ -2544,6 +2547,10 @@ class FullSession extends Session implements Receiver {
     this.#wasHeard = true;
     this.#lastHeard = clock();
     this.#pinged = false;
+    // The answer to a poll may take long to arrive.
+    if (this.isPolled && !this.connection && this.isOpen) {
+      this.deadline = clock() + this.host.settings.closeTimeout;
+    }
   }
 
   /** Reads the uplink half of a request whose response is the event stream. */

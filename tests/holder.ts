@@ -17,6 +17,8 @@ export interface Holding {
   readonly head?: boolean;
   /** Whether it goes on reading an answer whose client has gone. Default: false. */
   readonly deaf?: boolean;
+  /** Bytes of event streams that pass in a second, a few at a time. Default: any number. */
+  readonly rate?: number;
 }
 
 /** A request as it came. */
@@ -135,6 +137,7 @@ class Exchange {
     if (isStream) delete headers["content-length"];
     this.#response.writeHead(answer.statusCode!, headers);
     if (!bytes || !head) this.#response.flushHeaders();
+    if (isStream && holding?.rate) return void this.#trickle(answer, holding.rate);
     answer.on("data", (chunk: Uint8Array) => {
       this.#held.push(chunk);
       this.#heldBytes += chunk.length;
@@ -148,6 +151,23 @@ class Exchange {
     answer.on("error", () => this.cut());
     // A stream that broke off is no answer that has ended.
     answer.on("close", () => answer.complete || this.cut());
+  }
+
+  async #trickle(answer: http.IncomingMessage, rate: number): Promise<void> {
+    const piece = rate / 20;
+    try {
+      for await (const chunk of answer as AsyncIterable<Uint8Array>) {
+        for (let at = 0; at < chunk.length && !this.#response.destroyed; at += piece) {
+          const part = chunk.subarray(at, at + piece);
+          this.#response.write(part);
+          await new Promise((resolve) => setTimeout(resolve, part.length / rate * 1000));
+        }
+      }
+      this.#passed.answered = true;
+      this.#response.end();
+    } catch {
+      this.cut();
+    }
   }
 
   #pass(): void {
