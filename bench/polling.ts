@@ -14,7 +14,7 @@ import { answer } from "./rpc.ts";
 export type Poller = "ours" | "socket.io";
 
 const [role, name] = process.argv.slice(2) as ["server" | "client", Poller];
-const { Bun } = globalThis as {
+const { Bun } = globalThis as unknown as {
   Bun?: { serve(options: Record<string, unknown>): { port: number } };
 };
 
