@@ -16,6 +16,7 @@ import {
   assertMatch,
   type Child,
   root,
+  sleep,
   test,
   type TestContext,
   until,
@@ -149,17 +150,49 @@ test("examples/README.md lists every example", async () => {
   }
 });
 
-/** Says something, and hears what everyone in the room hears. */
-async function visit(t: TestContext, port: number, expected: RegExp[]): Promise<Connected> {
-  const visitor = connect(t, `http://127.0.0.1:${port}/room`);
-  await visitor.opened;
-  visitor.socket.send("hello");
-  for (const pattern of expected) assertMatch(String(await visitor.messages.next()), pattern);
-  return visitor;
+/** A heartbeat of the examples here, in ms, instead of seconds. */
+const HEARTBEAT = 300;
+
+/** An example as it is, but for where the server is, and for its heartbeat. */
+async function hurried(t: TestContext, name: string): Promise<string> {
+  const source = await readFile(join(folder, name), "utf8");
+  const server = JSON.stringify(join(root, "server.ts"));
+  const code = source.replace('"../../server.ts"', server)
+    .replace("bidir: true,", `bidir: true, heartbeatInterval: ${HEARTBEAT},`);
+  assert(code.includes(server) && code.includes("heartbeatInterval"));
+  return await write(t, name, code);
 }
 
-const HEARD = [/^[^:]+: hello$/];
-const COUNTED = [/^\{"count":0\}$/, /^\{"count":1\}$/];
+/**
+ * Two who hear each other, and still do after two heartbeats, without a drop. A feed counts what is
+ * said, and tells newcomers the count; in a room all hear it. Returns one of the two.
+ */
+async function meet(t: TestContext, port: number, kind: "room" | "feed"): Promise<Connected> {
+  const both = [1, 2].map(() => connect(t, `http://127.0.0.1:${port}/room`));
+  let count = 0;
+  const hear = async ({ messages }: Connected) => {
+    const heard = String(await messages.next());
+    if (kind === "room") assertMatch(heard, /^[^:]+: hello$/);
+    else assertEquals(heard, `{"count":${count}}`);
+  };
+  for (const each of both) {
+    await each.opened;
+    if (kind === "feed") await hear(each);
+  }
+  for (let round = 0; round < 2; round++) {
+    for (const { socket } of both) {
+      count++;
+      socket.send("hello");
+      for (const each of both) await hear(each);
+    }
+    await sleep(2 * HEARTBEAT, t.signal);
+  }
+  assertEquals(both.map(({ events, messages }) => [events, messages.left]), [
+    [["open"], 0],
+    [["open"], 0],
+  ]);
+  return both[0]!;
+}
 
 /** Runs a function as its platform does, on Deno; Deno.serve takes its address from the environment. */
 async function onDeno(t: TestContext, file: string): Promise<[port: number, child: Child]> {
@@ -172,55 +205,68 @@ async function onDeno(t: TestContext, file: string): Promise<[port: number, chil
   return [Number(port), child];
 }
 
-test("examples/edge/deno-deploy.ts runs, and says goodbye at SIGINT", async (t) => {
-  const [port, child] = await onDeno(t, "examples/edge/deno-deploy.ts");
-  const visitor = await visit(t, port, HEARD);
+test("examples/edge/deno-deploy.ts: two hear each other, and its goodbye at SIGINT", async (t) => {
+  const [port, child] = await onDeno(t, await hurried(t, "deno-deploy.ts"));
+  const visitor = await meet(t, port, "room");
   child.kill("SIGINT");
   assertEquals((await visitor.closed).code, 1012);
   await child.exited; // Deno's node:child_process names the signal, however it ended
-});
+}, { timeout: 20_000 });
 
-test("examples/edge/supabase.ts runs, on Deno, and says goodbye before its worker ends", async (t) => {
-  const file = await write(
-    t,
-    "index.ts",
-    `import "${pathToFileURL(join(folder, "supabase.ts"))}";
+test(
+  "examples/edge/supabase.ts, on Deno: two hear each other, and its goodbye before the worker ends",
+  async (t) => {
+    const file = await write(
+      t,
+      "index.ts",
+      `import "${pathToFileURL(await hurried(t, "supabase.ts"))}";
     process.stdin.once("data", () => dispatchEvent(new Event("beforeunload")));`,
-  );
-  const [port, child] = await onDeno(t, file);
-  const visitor = await visit(t, port, HEARD);
-  child.send("end");
-  assertEquals((await visitor.closed).code, 1012);
-});
+    );
+    const [port, child] = await onDeno(t, file);
+    const visitor = await meet(t, port, "room");
+    child.send("end");
+    assertEquals((await visitor.closed).code, 1012);
+  },
+  { timeout: 20_000 },
+);
 
-test("examples/edge/netlify.ts runs, on Deno", async (t) => {
+test("examples/edge/netlify.ts, on Deno: two hear each other", async (t) => {
   const file = await write(
     t,
     "feed.ts",
-    `import feed, { config } from "${pathToFileURL(join(folder, "netlify.ts"))}";
+    `import feed, { config } from "${pathToFileURL(await hurried(t, "netlify.ts"))}";
     Deno.serve((request, info) => {
       if (new URL(request.url).pathname !== config.path.replace("feed", "room")) throw config;
       return feed(request, { ip: info.remoteAddr.hostname }) ?? new Response("the page");
     });`,
   );
   const [port] = await onDeno(t, file);
-  await visit(t, port, COUNTED);
+  await meet(t, port, "feed");
   assertEquals(await (await fetch(`http://127.0.0.1:${port}/room`)).text(), "the page");
-});
+}, { timeout: 20_000 });
 
-test("examples/edge/vercel.ts runs in edge-runtime", async (t) => {
-  const code = `export * from "./vercel.ts"; export { default } from "./vercel.ts";`;
-  const [port] = await edgeRuntime(t, await vercel(code, folder));
-  await visit(t, port, COUNTED);
+test("examples/edge/vercel.ts, on Node: two hear each other", async (t) => {
+  const code = `
+    import { serve } from "srvx";
+    import { GET, POST } from "${await hurried(t, "vercel.ts")}";
+    const fetch = (request) => ({ GET, POST })[request.method](request);
+    const server = serve({ hostname: "127.0.0.1", port: 0, silent: true, fetch });
+    await server.ready();
+    console.log(new URL(server.url).port);`;
+  const script = await bundled(code, "--platform=node");
+  const child = await t.spawn("node-24", await write(t, "server.mjs", script));
+  await meet(t, Number(await child.line()), "feed");
 }, { timeout: 40_000 });
 
-test("examples/edge/cloudflare.ts runs in workerd", async (t) => {
-  const code = `export * from "./cloudflare.ts"; export { default } from "./cloudflare.ts";`;
-  const bundle = await esbuild(["--loader=ts", "--bundle", "--format=esm"], {
-    input: code,
-    cwd: folder,
-  });
-  const [port] = await workerd(t, bundle);
-  await visit(t, port, HEARD);
+test("examples/edge/cloudflare.ts, in workerd: two hear each other", async (t) => {
+  const file = await hurried(t, "cloudflare.ts");
+  const code = `export * from "${file}"; export { default } from "${file}";`;
+  const [port] = await workerd(t, await bundled(code));
+  await meet(t, port, "room");
   assertEquals(await (await fetch(`http://127.0.0.1:${port}/`)).text(), "Hello");
 }, { timeout: 40_000 });
+
+/** One file, as platforms make it of a module. */
+function bundled(code: string, ...options: string[]): Promise<string> {
+  return esbuild(["--loader=ts", "--bundle", "--format=esm", ...options], { input: code });
+}

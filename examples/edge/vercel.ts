@@ -1,20 +1,20 @@
 /**
- * Vercel Edge Functions: a feed, as `api/feed.ts`.
+ * Vercel Functions: a feed, as `api/feed.ts`, on the Node.js runtime, which is the default.
  *
- * - First byte: within 25 s. Ours goes out at once.
- * - Duration: a stream is ended after 300 s. The client resumes it where it was, unseen by your
- *   code on both sides, while the instance lives.
- * - Isolation: instances share nothing and come and go with the load; one region makes it rarer that
- *   a request reaches another, but nothing rules it out. There it is answered 404, and the client
- *   sees 1006. Then connect anew (any wrapper that reconnects a WebSocket can do it): `open` tells
- *   the newcomer all it has to know. Sessions that must not break belong on one server, or behind
- *   `sync: cluster(driver)`.
- * - `request.signal` never fires: the heartbeat notices who has left.
+ * - First byte: within the function's duration. Ours goes out at once.
+ * - Duration: a request is ended after `maxDuration`. The client resumes it where it was, unseen by
+ *   your code on both sides, while the instance lives.
+ * - Isolation: the Edge runtime forbids a request to touch the stream of another, so that nobody
+ *   hears anybody there: `runtime: "edge"` is not for this. On Node.js the requests of one region
+ *   share an instance ("Fluid compute") while one is enough. A second one answers 404 to the sessions
+ *   of the first, and their clients see 1006. Then connect anew (any wrapper that reconnects a
+ *   WebSocket can do it): `open` tells the newcomer all it has to know. What must not break belongs
+ *   on one server, or behind `sync: cluster(driver)`.
  */
 
 import { sseAdapter } from "../../server.ts"; // yours: duplex-sse/server
 
-export const config = { runtime: "edge", regions: ["fra1"] };
+export const maxDuration = 300; // seconds
 
 let count = 0;
 
@@ -31,4 +31,5 @@ const ws = sseAdapter({
   },
 });
 
-export default (request: Request): Promise<Response> => ws.fetch(request);
+export const GET = (request: Request): Promise<Response> => ws.fetch(request);
+export const POST = GET;
