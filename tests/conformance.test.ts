@@ -172,7 +172,7 @@ test("a client ignores events, fields and terms that it does not know, and count
   const stream = opening.stream({ colour: "green" } as never);
   await once(socket, "open");
   const message = once<MessageEvent>(socket, "message");
-  stream.write("event: duplex-renew\ndata: {}\n\nevent: other\ndata: x\n\nid: 7\nretry: 1\n\n:\n");
+  stream.write("event: duplex-later\ndata: {}\n\nevent: other\ndata: x\n\nid: 7\nretry: 1\n\n:\n");
   stream.write(
     'colour: green\nevent: duplex-json\ndata: "a\\r"\n\nevent: duplex-ping\ndata: 1 eA==\n\n',
   );

@@ -32,7 +32,8 @@ async function run<T>(
   const program = found[0]!
     .replace(/"jsr:@duplex\/sse(\/\w+)?"/g, (_, entry = "/mod") => `"file://${root}${entry}.ts"`)
     .replace('"partysocket"', `"${import.meta.resolve("partysocket")}"`)
-    .replace('"wss://example.com/chat"', `"${url}"`);
+    .replace('"wss://example.com/chat"', `"${url}"`)
+    .replaceAll("process.", "fakeProcess.");
   Object.assign(globalThis, declared);
   t.defer(() => Object.keys(declared).forEach((name) => Reflect.deleteProperty(globalThis, name)));
   const folder = await mkdtemp(join(tmpdir(), "duplex-readme-"));
@@ -190,7 +191,7 @@ test("README.md's cluster takes requests at any instance", async (t) => {
   const declared = { driver: new MemoryBus(t).adapter };
   const instances: SSEAdapter[] = [];
   for (let n = 0; n < 2; n++) {
-    instances.push((await run<{ ws: SSEAdapter }>(t, "sync: cluster(driver)", { declared })).ws);
+    instances.push((await run<{ ws: SSEAdapter }>(t, "sync: cluster(driver) }", { declared })).ws);
   }
   let asked = 0;
   const { socket, closed } = connect(
@@ -208,3 +209,35 @@ test("README.md's cluster takes requests at any instance", async (t) => {
   assertEquals((await closed).code, 1000);
   for (const ws of instances) await ws.close();
 });
+
+test("README.md's sessions go on at another instance when theirs ends", async (t) => {
+  const driver = new MemoryBus(t).adapter;
+  const terminate: (() => Promise<void>)[] = [];
+  const exited = Promise.withResolvers<void>();
+  const fakeProcess = {
+    once: (_: string, handler: () => Promise<void>) => terminate.push(handler),
+    exit: exited.resolve,
+  };
+  const instances: SSEAdapter[] = [];
+  for (let n = 0; n < 2; n++) {
+    const declared = { driver, fakeProcess };
+    instances.push((await run<{ ws: SSEAdapter }>(t, "suspend: (peer)", { declared })).ws);
+  }
+  const [one, other] = instances as [SSEAdapter, SSEAdapter];
+  let serving = one;
+  const { socket, closed } = connect(t, (request) => serving.fetch(request, null), "http://x/chat");
+  const events: string[] = [];
+  for (const type of ["drop", "close"]) socket.addEventListener(type, () => events.push(type));
+  await once(socket, "open");
+  socket.send("before");
+  await until(() => socket.bufferedAmount === 0);
+  serving = other;
+  await within(Promise.all([terminate[0]!(), exited.promise]), 8_000);
+  socket.send("after");
+  assertEquals((await once<MessageEvent>(socket, "message")).data, "tick");
+  const [peer] = [...other.peers.values()].flatMap((peers) => [...peers]);
+  assertEquals([peer!.context.count, events], [2, []]);
+  socket.close(1000);
+  assertEquals((await closed).code, 1000);
+  await other.close();
+}, { timeout: 20_000 });

@@ -11,6 +11,7 @@ import { chaos, type ChaosOptions, type ChaosProxy } from "./chaos.ts";
 import {
   assertEquals,
   assertGreater,
+  assertLess,
   command,
   deferred,
   needs,
@@ -166,6 +167,28 @@ for (const [code, reason] of [[1000, "bye"], [4999, "ä".repeat(61)], [1005, ""]
     { skip: needs("python3") },
   );
 }
+
+test(
+  "a client in Python and this server agree on the end with more than a window queued",
+  async (t) => {
+    let received = 0;
+    const { url, closed } = await serve(t, {
+      window: 16 * 1024,
+      hooks: {
+        message(peer) {
+          received++;
+          if (received === 10) peer.close(1012, "restart");
+          return new Promise(() => {});
+        },
+      },
+    });
+    const seen = await stranger(t, url, { flood: 512 * 1024 });
+    assertEquals([seen.code, seen.reason, seen.clean], [1012, "restart", true]);
+    assertLess(seen.seconds, 3);
+    assertEquals(await within(closed, 1_000), { code: 1012, reason: "restart" });
+  },
+  { skip: needs("python3") },
+);
 
 /** Starts the server in Python, behind a proxy that cuts. */
 async function foreign(t: TestContext): Promise<ChaosProxy> {
