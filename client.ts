@@ -1204,9 +1204,10 @@ class Link implements Carrier {
       if (connection.isFull) {
         return this.#await(connection, isTrial ? TRIAL_TIMEOUT_MS : FIRST_EVENT_TIMEOUT_MS);
       }
+      const { isUnanswered } = connection; // before we end it, too
       connection.end();
       if (this.#session.isEnding) throw new Error("Closed");
-      if (connection.isUnanswered) this.#transports.alternate();
+      if (isUnanswered) this.#transports.alternate();
       if (!this.#lostAt) { // a turn that failed
         if (!isTrial && !this.#host.onBreak()) throw new Error("Closed");
         return this.#resume(isTrial ? "held" : "lost");
