@@ -21,7 +21,7 @@ export function binary(name) {
 }
 
 /** Runs a command with our output as its own; "code", or why it has none. */
-export function run(command, args, { minutes = 25 } = {}) {
+export function run(command, args, { minutes = 40 } = {}) {
   return new Promise((done) => {
     const child = spawn(command, args, {
       cwd: root,
