@@ -1983,33 +1983,6 @@ class Receipts {
   }
 }
 
-// --- Findings: what was learned of origins ---
-
-/** For the next sockets, and for ten minutes: it may have been the network, and nothing in front. */
-class Findings<T> {
-  readonly #found: Map<string, { value: T; until: number }> = new Map();
-
-  get(host: string): T | undefined {
-    const found = this.#found.get(host);
-    if (found && clock() < found.until) return found.value;
-  }
-
-  set(host: string, value: T): void {
-    this.forget(host); // the oldest stand first
-    if (this.#found.size >= MAX_LEARNED) this.forget(this.#found.keys().next().value!);
-    this.#found.set(host, { value, until: clock() + LEARNED_FOR_MS });
-  }
-
-  forget(host: string): void {
-    this.#found.delete(host);
-  }
-}
-
-/** What was left of the transports: the next socket begins with it. */
-const learned: Findings<Transport> = new Findings();
-/** The content type that gets through. */
-const types: Findings<string> = new Findings();
-
 // --- Requests: one at a time, or both directions in one ---
 
 /** How a request is made, besides what all of a socket have in common. */
@@ -2394,6 +2367,13 @@ class Session {
 
 // --- Levels: the two wires ---
 
+/** The answer to a request, as far as a level reads it. */
+interface UplinkAnswer {
+  readonly status: number;
+  readonly response: Response | undefined;
+  header(name: string): string;
+}
+
 /** The uplink of one of the two levels. */
 interface Level {
   readonly version?: string;
@@ -2406,7 +2386,7 @@ interface Level {
   /** The frame of a close, where the wire has one. */
   close(code: number, reason: Bytes): Bytes | undefined;
   /** The number of the last message that the answer to a request acknowledges, where it does. */
-  confirmed(exchange: Exchange, first: number): number | undefined;
+  confirmed(answer: UplinkAnswer, first: number): number | undefined;
 }
 
 /** Version 1: numbers, acknowledgements and resumption. */
@@ -2429,9 +2409,9 @@ const FULL: Level = {
       "CLOSE",
       code === 1005 ? EMPTY : concat([new Uint8Array([code >> 8, code & 255]), reason]),
     ),
-  confirmed(exchange) {
-    const received = exchange.header(RECEIVED_HEADER);
-    return exchange.status === 204 && received ? Number(received) : undefined;
+  confirmed(answer) {
+    const received = answer.header(RECEIVED_HEADER);
+    return answer.status === 204 && received ? Number(received) : undefined;
   },
 };
 
@@ -2444,7 +2424,7 @@ const PLAIN: Level = {
   },
   seq: () => EMPTY,
   close: () => undefined,
-  confirmed: (exchange, first) => exchange.response?.ok ? first : undefined,
+  confirmed: (answer, first) => answer.response?.ok ? first : undefined,
 };
 
 // --- Event streams ---
@@ -2540,6 +2520,33 @@ function readerOf(body: ReadableStream<Uint8Array>): Reader {
     return body.getReader() as Reader; // not a stream of bytes
   }
 }
+
+// --- Findings: what was learned of origins ---
+
+/** For the next sockets, and for ten minutes: it may have been the network, and nothing in front. */
+class Findings<T> {
+  readonly #found: Map<string, { value: T; until: number }> = new Map();
+
+  get(host: string): T | undefined {
+    const found = this.#found.get(host);
+    if (found && clock() < found.until) return found.value;
+  }
+
+  set(host: string, value: T): void {
+    this.forget(host); // the oldest stand first
+    if (this.#found.size >= MAX_LEARNED) this.forget(this.#found.keys().next().value!);
+    this.#found.set(host, { value, until: clock() + LEARNED_FOR_MS });
+  }
+
+  forget(host: string): void {
+    this.#found.delete(host);
+  }
+}
+
+/** What was left of the transports: the next socket begins with it. */
+const learned: Findings<Transport> = new Findings();
+/** The content type that gets through. */
+const types: Findings<string> = new Findings();
 
 // --- Small things ---
 
