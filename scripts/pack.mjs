@@ -27,12 +27,14 @@ const { name, version } = read("package.json");
 /** As at JSR: entry points and the files behind them. */
 const { name: jsr, exports } = read("deno.json");
 const entries = Object.entries(exports);
+/** What these import besides each other. */
+const behind = ["handover.ts"];
 
 try {
   // Types beside the code for what is imported, none for what is run.
   compile(entries.map(([, file]) => file), "--declaration", "--isolatedDeclarations");
   compile(["examples/bin.ts"], "--types", "node");
-  for (const [, file] of entries) {
+  for (const file of [...entries.map(([, file]) => file), ...behind]) {
     edit(to(file, ".d.ts"), (text) => text.replace(/(\bfrom "\.\/\w+)\.ts"/g, '$1.js"'));
     // What comments import is called otherwise here, and shown by editors.
     for (const extension of [".js", ".d.ts"]) {
