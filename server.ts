@@ -3847,12 +3847,14 @@ function keepReadable(request: Request): Request {
   return replaceHeaders(request, new Headers(request.headers));
 }
 
+/** Leaves a request as it is whose headers somebody fixed: they need not be kept. */
 function replaceHeaders(request: Request, headers: Headers): Request {
-  return Object.defineProperty(request, "headers", {
+  Reflect.defineProperty(request, "headers", {
     value: headers,
     configurable: true,
     enumerable: true,
   });
+  return request;
 }
 
 function listed(header: string | null): string[] {

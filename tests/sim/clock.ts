@@ -12,6 +12,8 @@ export type Owner = string;
 
 interface Event {
   due: number;
+  /** When it would have come: what a frozen owner missed comes in its order. */
+  since: number;
   /** Events of one moment happen in the order in which they were scheduled. */
   order: number;
   owner: Owner;
@@ -48,6 +50,7 @@ export class Clock {
   at(due: number, run: () => void, owner: Owner = this.owner, period?: number): Timer {
     const event = {
       due,
+      since: due,
       order: this.#order++,
       owner,
       run,
@@ -102,14 +105,13 @@ export class Clock {
     const thaw = this.#frozen.get(event.owner) ?? 0;
     if (thaw > event.due) {
       event.due = thaw;
-      event.order = this.#order++;
       return push(this.#heap, event);
     }
     if (++this.events > MOST_EVENTS) throw new Error("The run goes round in circles");
     this.now = Math.max(this.now, event.due);
     this.owner = event.owner;
     if (event.period !== undefined) {
-      event.due = this.now + event.period;
+      event.due = event.since = this.now + event.period;
       event.order = this.#order++;
       push(this.#heap, event);
     }
@@ -122,7 +124,8 @@ export class Clock {
 // --- The heap ---
 
 function before(a: Event, b: Event): boolean {
-  return a.due < b.due || a.due === b.due && a.order < b.order;
+  if (a.due !== b.due) return a.due < b.due;
+  return a.since === b.since ? a.order < b.order : a.since < b.since;
 }
 
 function push(heap: Event[], event: Event): void {
