@@ -337,7 +337,11 @@ class Router implements RoutingDriver {
   }
 
   async settled(token: string): Promise<void> {
-    const moving = this.#migration.moves.moving(await nameOf(token));
+    await this.#settled(await nameOf(token));
+  }
+
+  async #settled(session: string): Promise<void> {
+    const moving = this.#migration.moves.moving(session);
     if (moving) await this.#within(moving);
   }
 
@@ -419,7 +423,7 @@ class Router implements RoutingDriver {
     this.#replays.check(head);
     this.#startTimer(); // to forget it, though nothing is relayed
     // "A request for a session that is on its way waits" until it is known where it is.
-    await this.settled(known.token);
+    await this.#settled(head.session);
     const to = this.#migration.moves.whereabouts(head.session);
     if (to !== undefined && !this.#host.has(known.token)) {
       return void await this.#send(head.from, key, { kind: "moved", id: head.id, to });
