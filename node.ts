@@ -105,6 +105,8 @@ export interface KoaContext {
   readonly res: NodeResponse;
   /** Whether Koa answers. */
   respond?: boolean | undefined;
+  /** Koa's own word to the application of an error. */
+  onerror?(error: unknown): void;
 }
 
 /** The part that is used of Fastify's request. */
@@ -177,6 +179,11 @@ async function inKoa(
   const exchange = new Exchange(context.req, context.res, context);
   if (!exchange.isFor(ws)) return await next();
   context.respond = false;
+  // Koa tells the application of a connection that was lost, as if that were a fault of its own.
+  const tell = context.onerror;
+  context.onerror = (error) => {
+    if (!exchange.isLoss(error)) tell?.call(context, error);
+  };
   await exchange.answer(ws).catch((error) => exchange.fail(error));
 }
 
@@ -247,6 +254,12 @@ class Exchange {
 
   isFor(ws: FetchAdapter): boolean {
     return !!this.#request && (ws.handles?.(this.#request) ?? true);
+  }
+
+  /** Whether an error says only that the client has gone: Node's have a code, and no socket is left. */
+  isLoss(error: unknown): boolean {
+    return !!this.#socket.destroyed &&
+      typeof (error as { code?: unknown } | null)?.code === "string";
   }
 
   async answer(ws: FetchAdapter): Promise<void> {
