@@ -92,7 +92,8 @@ function closing<S extends EventTarget & { readyState: number; close(): void }>(
 
 /** Our server with these options; it is shut down when the test ends. */
 export async function serveSSE(t: TestContext, options: SSEOptions = {}): Promise<string> {
-  const adapter = sseAdapter({ bidir: true, resumeTimeout: 2_000, ...options });
+  const resumeTimeout = runtime === "node" ? 6_000 : 2_000; // hosts run beside each other
+  const adapter = sseAdapter({ bidir: true, resumeTimeout, ...options });
   const server = await t.serve(adapter.fetch);
   t.defer(() => adapter.close());
   return server.url;
@@ -146,10 +147,10 @@ export function messages(socket: EventTarget, count: number): Promise<unknown[]>
       resolve(data);
     };
     socket.addEventListener("message", listener);
-    socket.addEventListener("close", () => {
-      if (data.length < count) {
-        reject(new Error(`closed after ${data.length} of ${count} messages`));
-      }
+    socket.addEventListener("close", (event) => {
+      if (data.length >= count) return;
+      const { code, reason } = event as CloseEvent;
+      reject(new Error(`closed after ${data.length} of ${count} messages: ${code} ${reason}`));
     });
   });
 }
