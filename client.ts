@@ -98,7 +98,7 @@ const WATCH_PERIOD_MS = 250;
  * Watches without a confirmation, after which a stream is left: while it is not even read (it may
  * wait for the page's `headers`), at first, and once it has worked.
  */
-const UNREAD_PATIENCE = 60;
+const UNREAD_PATIENCE = 24;
 const FIRST_PATIENCE = 6;
 const PATIENCE = 12;
 /** Streams in a row that end unconfirmed, after which another transport is taken, likewise. */

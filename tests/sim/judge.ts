@@ -129,7 +129,7 @@ function judgeEnd(world: World, client: Client, session: Session): void {
   }
   // A refused message ends its socket, whatever the server was about to say.
   if (client.oversized && here.code === 1009 && session.closing) return;
-  if (isOutOfReach(client, session)) return;
+  if (isOutOfReach(client, session) || isUnheard(world, client, session)) return;
   if (here.code !== there.code || here.reason !== there.reason) world.violated("codes", name);
   if (isOfTheServer(world, client, session)) return;
   if (!here.wasClean) world.violated("not clean", name);
@@ -140,6 +140,12 @@ function judgeEnd(world: World, client: Client, session: Session): void {
 function isOutOfReach({ closing, ending }: Client, { server }: Session): boolean {
   const isOurs = closing?.code === ending!.code && closing.reason === ending!.reason;
   return isOurs && server.shutdown?.done !== undefined && server.shutdown.done < ending!.at;
+}
+
+/** Both have closed, and without resumption a stream that died brings no answer: then each has its own. */
+function isUnheard({ scenario, network }: World, client: Client, session: Session): boolean {
+  return scenario.server.resumeTimeout === 0 && !!client.closing && !!session.closing &&
+    network.wasHit(client.number);
 }
 
 /** "Close codes of the server's own": where something gave a reason for them. */

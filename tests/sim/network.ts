@@ -292,6 +292,11 @@ export class Trip {
     }
   }
 
+  /** Long after it died. */
+  giveUp(): void {
+    for (const { down } of this.#sides) down.giveUp();
+  }
+
   pause(until: number): void {
     this.#note(`stands until ${until}`);
     for (const { up, down } of this.#sides) {

@@ -137,6 +137,14 @@ export class Pipe {
     this.#dead = true;
   }
 
+  /** The kernel gives up what died, so that an end that waits behind unread bytes is seen. */
+  giveUp(): void {
+    if (!this.#dead || !this.#waiting || this.sourceDone) return;
+    this.#underWay = 0;
+    this.#waiting = false;
+    this.#pump();
+  }
+
   /** Lets so many bytes more through, then calls this. */
   cutAfter(bytes: number, run: () => void): void {
     if (this.#cut && this.#cut.left <= bytes) return;

@@ -164,6 +164,8 @@ export class World implements Stage {
     const { clock, servers, scenario: { server } } = this;
     const expired = 2 * (server.resumeTimeout + 1000 * server.idleTimeout) + FORGOTTEN;
     clock.runUntil(clock.now + expired);
+    for (const trip of this.network.trips) trip.giveUp();
+    clock.runUntil(clock.now + QUIET);
     this.#checkLeft();
     for (const owner of clock.pending()) this.violated("left: timer", `of ${owner}`);
     for (const { owner, adapter, killed } of servers) {
