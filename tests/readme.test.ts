@@ -179,6 +179,7 @@ for (
     const { socket } = await run<{ socket: WebSocket }>(t, text, { declared, url, extra });
     const peer = await within(opened.promise, 5_000);
     assertEquals(peer.websocket.protocol, text === "Authorized" ? "" : "chat.v2");
+    await until(() => socket.readyState === 1); // later than at the server
     const closed = once(socket, "close");
     socket.close();
     await closed;
