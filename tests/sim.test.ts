@@ -16,8 +16,11 @@ const SEEDS = Number(process.env.DUPLEX_SEEDS ?? 2000);
 const FROM = runtime === "deno" ? 1 : 1 + SEEDS;
 const TIMEOUT = Math.max(300_000, 100 * SEEDS);
 
-/** What does not hold yet, and is about to. None may remain. */
-const KNOWN = new Set(["codes", "frozen", "slow close", "left: request", "1006", "quiet"]);
+/**
+ * Seeds that fail, of 4,000. 2383: a close while the answer comes slower than a resumption waits
+ * is 1006 here, clean there. 3579: as late, a client hears nothing of a close by 1013.
+ */
+const KNOWN = new Set([2383, 3579]);
 
 test(`${SEEDS} seeds: safe, live, agreed on the end, and nothing is left`, async () => {
   const summary = await playSeeds(PRODUCT, SEEDS, { from: FROM, known: KNOWN });
