@@ -993,6 +993,8 @@ class Migration implements Mover<SyncMessage> {
   readonly #send: Send;
   /** Sessions that were asked for, by name, and what takes them into service. */
   readonly #wanted: Map<string, { token: string; take: Take }> = new Map();
+  /** Their tokens, and since when: their givers may ask whether they have come. */
+  readonly #asked: Map<string, { token: string; since: number }> = new Map();
   /** How many publications of each instance have been delivered here. */
   readonly #counts: Map<string, number> = new Map();
 
@@ -1011,6 +1013,7 @@ class Migration implements Mover<SyncMessage> {
 
   /** Resolves when the session is here, or stays where it is. */
   async adopt(token: string, session: string, owner: string, claim: Claim, take: Take) {
+    this.#remember(session, token);
     const wanted = { token, take };
     this.#wanted.set(session, wanted);
     await this.moves.adopt(session, owner, claim);
@@ -1026,12 +1029,21 @@ class Migration implements Mover<SyncMessage> {
 
   /** Takes what another instance says of a session, if that session's token vouches for it. */
   async receive(message: Incoming, head: MoveHead): Promise<void> {
-    const token = this.#wanted.get(head.session)?.token ??
+    const token = this.#asked.get(head.session)?.token ??
       (await this.#names.find(head.session))?.token;
     if (token === undefined) return; // its end is known no more: the asker finds out by its request
     await authenticate(await keyOf(token), message);
     const here = head.kind === "state" && head.status === "here";
     this.moves.receive(head, here ? await unseal(token, message.body) : EMPTY);
+  }
+
+  #remember(session: string, token: string): void {
+    this.#asked.delete(session); // the oldest stand first
+    for (const [oldest, { since }] of this.#asked) {
+      if (this.now() - since < 2 * REPLAY_WINDOW && this.#asked.size < MAX_SEEN) break;
+      this.#asked.delete(oldest);
+    }
+    this.#asked.set(session, { token, since: this.now() });
   }
 
   // --- As a mover ---
@@ -1077,7 +1089,7 @@ class Migration implements Mover<SyncMessage> {
 
   /** Of a session that is here, was, or was asked for. */
   #tokenOf(session: string): string {
-    return this.#wanted.get(session)?.token ?? this.#names.tokenOf(session)!;
+    return this.#asked.get(session)?.token ?? this.#names.tokenOf(session)!;
   }
 }
 

@@ -257,6 +257,25 @@ for (
   }, { timeout: 40_000 });
 }
 
+test("a session that got lost on its way comes back, and goes on", async (t) => {
+  let lost = 0;
+  const isState = (data: string | Uint8Array) =>
+    typeof data !== "string" && /"kind":"state"/.test(new TextDecoder("latin1").decode(data));
+  const bus = new MemoryBus(t, { fault: ({ data }) => isState(data) && lost++ === 0 ? [] : [0] });
+  const fleet = await start(t, bus.adapter, { timeout: 200 });
+  const front = await network(t, fleet);
+  const { socket, messages, opened } = connect(t, front.url);
+  await opened;
+  socket.send("a");
+  await messages.next();
+  fleet.proxy.choose = () => 1;
+  front.cutAll("rst");
+  socket.send("b");
+  assertEquals(`${await messages.next({ timeout: 8_000 })}`.slice(0, 3), "b 2");
+  assertEquals(fleet.told.slice(0, 3), ["open 0", "suspend 0", "revive 0"]);
+  assertEquals(lost > 0, true);
+}, { timeout: 15_000 });
+
 test("at a shutdown sessions go to other instances, and no client sees a close", async (t) => {
   const bus = new MemoryBus(t);
   const fleet = await start(t, bus.adapter);
