@@ -1136,8 +1136,9 @@ class Link implements Carrier {
   /** "The client acknowledges with ACK at half a window." A part of an event counts for the next time. */
   #acknowledge(partial: number): void {
     const { terms } = this.#session;
-    if (!terms || this.#connection?.isPoll) return; // the next poll acknowledges, too
-    const isBehind = this.#receipts.isBehind;
+    if (!terms) return;
+    // The next poll acknowledges, too.
+    const isBehind = this.#receipts.isBehind && !this.#connection?.isPoll;
     if (isBehind && this.#unacknowledgedBytes >= terms.window / 2) {
       this.#unacknowledgedBytes = 3 * partial; // characters have up to 3 bytes
       this.uplink.acknowledge();

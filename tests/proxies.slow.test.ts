@@ -4,7 +4,7 @@ import { holder } from "./holder.ts";
 import { connect, listen } from "./pair.ts";
 import type { Peer } from "../server.ts";
 
-for (const transport of ["duplex", "stream", "post"] as const) {
+for (const transport of ["duplex", "stream", "post", "poll"] as const) {
   test(`1 MiB at 150 kB/s by ${transport}, and an idleTimeout of 2 s: no drop`, async (t) => {
     const calls: string[] = [];
     let peer!: Peer;
