@@ -43,7 +43,7 @@ interface Report {
   error?: string;
 }
 
-/** The suites as one file that Node 20 understands. The first are run six at a time. */
+/** The suites as one file that Node 20 understands. The first are run four at a time. */
 async function bundle(t: TestContext, ...phases: string[][]): Promise<string> {
   const folder = await mkdtemp(join(tmpdir(), "duplex-hosts-"));
   t.defer(() => rm(folder, { recursive: true }));
@@ -51,7 +51,7 @@ async function bundle(t: TestContext, ...phases: string[][]): Promise<string> {
   const file = (name: string) => JSON.stringify(join(root, "tests", name));
   const code = phases.flatMap((names, i) => [
     ...names.map((name) => `await import(${file(`${name}.test.ts`)});`),
-    `await run(${i === 0 ? 6 : 1});`,
+    `await run(${i === 0 ? 4 : 1});`,
   ]);
   await writeFile(
     join(folder, "suite.ts"),
