@@ -349,6 +349,8 @@ class Router implements RoutingDriver {
     try {
       const session = await nameOf(token);
       const owner = this.#ownerOf(token, session);
+      // It may come back, or be where it was sent.
+      if (this.#migration.moves.moving(session)) return unavailable();
       // "Its owner is gone: 404", as from an instance that knows nothing of it, such as this one.
       if (owner === this.#instance || this.#presence.isGone(owner)) return noSession();
       const body = await readBody(request, this.#host.maxMessageSize + MAX_BATCH);
