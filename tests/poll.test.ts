@@ -142,7 +142,7 @@ test("A stream that something begins to hold is resumed by polls", async (t) => 
 test("Polls that are cut lose nothing and repeat nothing", async (t) => {
   const place = await site(t, { bytes: Infinity });
   const connected = await open(t, place.front.url, { transport: "poll" });
-  const cutting = setInterval(() => place.front.cutAll(), 40);
+  const cutting = setInterval(() => place.front.cutAll(), 120);
   t.defer(() => clearInterval(cutting));
   for (let n = 0; n < 5; n++) await talk(place, connected);
   clearInterval(cutting);
