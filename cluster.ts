@@ -426,6 +426,7 @@ class Router implements RoutingDriver {
     this.#startTimer(); // to forget it, though nothing is relayed
     // "A request for a session that is on its way waits" until it is known where it is.
     await this.#settled(head.session);
+    if (this.#migration.moves.moving(head.session)) return; // silence is 503 there
     const to = this.#migration.moves.whereabouts(head.session);
     if (to !== undefined && !this.#host.has(known.token)) {
       return void await this.#send(head.from, key, { kind: "moved", id: head.id, to });

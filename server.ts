@@ -765,7 +765,8 @@ class Requests {
     // Only what streams may be quiet for long: a body with a length is to come.
     if (method === "GET" || duplex || !headers.has("content-length")) liftIdleCut(request, runtime);
     const router = this.#topics.backplane?.router;
-    if (router && wire.token && !this.#registry.find(wire.token)) {
+    // What another instance has brought here goes no further.
+    if (router && wire.token && admitted === undefined && !this.#registry.find(wire.token)) {
       return await this.#reach(router, asked, wire.token);
     }
     if (method === "GET") {
