@@ -1729,6 +1729,7 @@ class Transports {
 
   /** There was no answer: it may be the network, or the transport. */
   alternate(): void {
+    if (this.#isAsked) return;
     if (this.polls) this.ascend();
     else this.descend(false);
   }
@@ -1775,6 +1776,7 @@ class Transports {
 
   /** Where drops come sooner than the verdict on a stream, it would be tried for ever. */
   onDrop(hasBegun: boolean): void {
+    if (this.posts) return; // polls, too: their cuts say nothing for a stream
     if (++this.#drops > MAX_UNPROVEN_DROPS && hasBegun && !this.#hasWorked) this.current = "post";
   }
 }
