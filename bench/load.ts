@@ -22,7 +22,7 @@ const HEADS: Record<Kind, (path: string) => string> = {
   get: (path) => `GET ${path} HTTP/1.1\r\nhost: localhost\r\n${FULL}\r\n`,
   duplex: (path) =>
     `POST ${path} HTTP/1.1\r\nhost: localhost\r\n${FULL}${UPLINK}\r\n` +
-    chunk("PING 0\r\n\r\n"),
+    chunk(frame("SEQ", "1") + frame("PING", "")),
 };
 /** A client acknowledges at half a window. */
 const ACKNOWLEDGE = 128 * 1024;
