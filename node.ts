@@ -24,7 +24,7 @@
  * @module
  */
 
-// --- Constants ---
+// --- Limits ---
 
 /** What Node limits a whole request to, in ms, where nobody has chosen a limit. */
 const DEFAULT_REQUEST_TIMEOUT = 300_000;
