@@ -24,6 +24,7 @@
  */
 import { type Claim, type Counts, type MoveHead, type Mover, Moves } from "./handover.ts";
 import type {
+  ClusterStats,
   MaybePromise,
   Packed,
   RoutingDriver,
@@ -296,6 +297,17 @@ class Router implements RoutingDriver {
     const from = this.#instance;
     const head: Head = { kind: "publication", namespace, topic, binary, ...n && { from, n } };
     await this.#bus.send(ALL, encodeMessage(head, body));
+  }
+
+  stats(): ClusterStats {
+    const { pending, pendingBytes } = this.#bus;
+    return {
+      instances: this.#presence.size,
+      relayed: this.#relays.size,
+      served: this.#served.size,
+      pending,
+      pendingBytes,
+    };
   }
 
   async close(): Promise<void> {
@@ -1144,6 +1156,13 @@ class Presence {
     return other ? other.left || other.age >= GONE : this.#age >= GONE;
   }
 
+  /** How many others are there. */
+  get size(): number {
+    let size = 0;
+    for (const instance of this.#others.keys()) if (!this.isGone(instance)) size++;
+    return size;
+  }
+
   /** Anything that is authentic shows that its instance is there. */
   heard(instance: string): void {
     const other = this.#others.get(instance);
@@ -1391,6 +1410,15 @@ class Bus {
   /** Makes room for messages of so many bytes. */
   take(size: number): void {
     this.#maxMessage = Math.max(this.#maxMessage, size);
+  }
+
+  /** Publishes that the driver has not settled, and their bytes. */
+  get pending(): number {
+    return this.#pending;
+  }
+
+  get pendingBytes(): number {
+    return this.#pendingBytes;
   }
 
   /** "1024 publishes or 32 MiB that the driver has not settled." */

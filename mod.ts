@@ -34,6 +34,7 @@
 export { defineHooks, sseAdapter, sseAdapter as default } from "./server.ts";
 export type {
   CloseDetails,
+  ClusterStats,
   Cors,
   Hooks,
   MaybePromise,
@@ -43,6 +44,7 @@ export type {
   PeerWebSocket,
   SSEAdapter,
   SSEOptions,
+  Stats,
   SyncAdapter,
   SyncDriver,
   SyncMessage,

@@ -445,6 +445,8 @@ export interface RoutingDriver extends SyncDriver {
   ): Promise<void>;
   /** Answers as the instance does that has the session. Never throws. */
   route(request: Request, token: string, namespace: string): Promise<Response>;
+  /** What it knows of the other instances, and does for them. */
+  stats(): ClusterStats;
 }
 
 /** Where the client of a session stands, as its resumption says. */
@@ -569,6 +571,53 @@ export interface SSEOptions<Context = PeerContext> {
   compress?: unknown;
 }
 
+/** What {@link SSEAdapter.stats} returns: an instance now, and since its start. */
+export interface Stats {
+  /** Sessions of this instance, now. */
+  readonly sessions: {
+    /** With a connection. */
+    readonly connected: number;
+    /** Without one: their clients may come back. */
+    readonly away: number;
+    /** Closing: their clients are to take the last messages, and to answer. */
+    readonly closing: number;
+    /** On their way to another instance, which has not confirmed yet that it has them. */
+    readonly moving: number;
+  };
+  /** Open peers: those of sessions that are connected or away. */
+  readonly peers: number;
+  /** What all peers have held back, in bytes, as `maxTotalBufferedAmount` counts it. */
+  readonly bufferedAmount: number;
+  /** How many sessions have opened here since the start. */
+  readonly opened: number;
+  /** How many have ended here, by close code; 1006: their client was lost, or was terminated. */
+  readonly closed: { readonly [code: number]: number };
+  /** How often an open session has lost its connection. */
+  readonly drops: number;
+  /** How often a client has connected anew, after a drop or before one; polls are not counted. */
+  readonly resumptions: number;
+  /** Requests that were refused, by status from 400 on; answers of your own hooks among them. */
+  readonly refusals: { readonly [status: number]: number };
+  /** How many sessions have come from other instances, and gone to them. */
+  readonly movedIn: number;
+  readonly movedOut: number;
+  /** The backplane; undefined without `cluster`. */
+  readonly cluster: ClusterStats | undefined;
+}
+
+/** What an instance knows of its cluster. */
+export interface ClusterStats {
+  /** Other instances that have said lately that they have sessions. */
+  readonly instances: number;
+  /** Requests and streams here, now, that go to sessions of other instances. */
+  readonly relayed: number;
+  /** Streams of this instance's sessions, now, whose clients are connected to other instances. */
+  readonly served: number;
+  /** Publishes that the driver has not settled, now, and their bytes. */
+  readonly pending: number;
+  readonly pendingBytes: number;
+}
+
 /** What {@link sseAdapter} returns. Every member may be passed around on its own. */
 export interface SSEAdapter<Context = PeerContext> {
   /**
@@ -591,6 +640,11 @@ export interface SSEAdapter<Context = PeerContext> {
     data: unknown,
     options?: { compress?: boolean; namespace?: string },
   ) => void;
+  /**
+   * What this instance has to do, and has had: for a metrics endpoint. It reads counters that are
+   * kept anyway, however many sessions there are.
+   */
+  stats: () => Stats;
   /**
    * Shuts down: newcomers get 503, every peer is closed after what was sent to it
    * (default code: 1001); resolves when all have gone. Who is away is waited for as long as
@@ -646,6 +700,7 @@ export function sseAdapter<Context extends PeerContext = PeerContext>(
     handles: (request) => requests.handles(request),
     publish: (topic, data, options) => topics.publish(topic, data, options?.namespace),
     close: (code, reason, options) => registry.close(code, reason, options),
+    stats: () => registry.stats(),
     peers: registry.peers as unknown as Map<string, Set<Peer<Context>>>,
     sync: topics.backplane?.driver,
     [Symbol.asyncDispose]: () => registry.close(),
@@ -751,6 +806,9 @@ class Requests {
       discard(request); // else its rest would be taken for the next request of the connection
       response = error instanceof Response ? error : this.#refuse(error, request);
     }
+    const { status } = response;
+    // What another instance has brought here is counted there.
+    if (status >= 400 && admitted === undefined) count(this.#registry.tally.refusals, status);
     return seal(request, response, permission);
   }
 
@@ -830,6 +888,7 @@ class Requests {
     });
     session.unpack(packed);
     this.#registry.add(session);
+    this.#registry.tally.movedIn++;
     for (const topic of packed.topics) this.#topics.subscribe(session, topic);
     for (const { topic, data } of missed) {
       if (session.topics.has(topic)) session.send(new Frame(toData(data)));
@@ -858,6 +917,7 @@ class Requests {
       ? new FullSession(this.#registry, opening)
       : new PlainSession(this.#registry, opening);
     this.#registry.add(session);
+    this.#registry.tally.opened++;
     const stream = session.attach(wire.attempt ?? 0, 0, wire.isPoll ? "flushed" : "lost");
     // Before the hook, so that one that ends the session ends its body, too; a read comes after it.
     if (session instanceof FullSession && request.method === "POST") session.readDuplex(request);
@@ -908,6 +968,7 @@ class Requests {
     }
     session.heard();
     this.#registry.confirmed(session);
+    if (!wire.isPoll) this.#registry.tally.resumptions++;
     const stream = session.attach(wire.attempt, wire.lastEventId, wire.isPoll ? "news" : "lost");
     if (request.method === "POST" && request.body) session.readDuplex(request);
     return new Response(stream, { headers: this.#headersOf(session) });
@@ -945,6 +1006,7 @@ class Requests {
       return new Response(null, { status: 204 });
     }
     if (!session || found !== session || !resumable()) return;
+    this.#registry.tally.resumptions++;
     const stream = session.attach(session.attempt, Number(received));
     return new Response(stream, { headers: this.#headersOf(session) });
   }
@@ -1286,6 +1348,7 @@ class Registry implements Host {
   readonly settings: Settings;
   readonly flusher: Flusher;
   readonly ledger: Ledger = { total: 0 };
+  readonly tally: Tally = newTally();
   readonly peers: Map<string, Set<Peer>> = new Map();
   readonly #topics: Topics;
   readonly #reports: Reports;
@@ -1299,6 +1362,7 @@ class Registry implements Host {
   /** Sessions without a connection, the longest away first: those never heard from, and others. */
   readonly #strangers: Set<Session> = new Set();
   readonly #away: Set<Session> = new Set();
+  readonly #closing: Set<Session> = new Set();
   /** Ended sessions whose last bytes are still to be taken. */
   readonly #lingering: Set<Session> = new Set();
   #sweepTimer: ReturnType<typeof setTimeout> | undefined;
@@ -1343,6 +1407,22 @@ class Registry implements Host {
     return this.#movable;
   }
 
+  stats(): Stats {
+    const away = this.#strangers.size + this.#away.size;
+    const closing = this.#closing.size;
+    const peers = this.#sessions.size - closing;
+    const { closed, refusals, ...counts } = this.tally;
+    return {
+      sessions: { connected: peers - away, away, closing, moving: this.#limbo.size },
+      peers,
+      bufferedAmount: this.ledger.total,
+      ...counts,
+      closed: { ...closed },
+      refusals: { ...refusals },
+      cluster: this.#topics.backplane?.router?.stats(),
+    };
+  }
+
   /** Whether the token is of this instance, whatever has become of its session. */
   issued(token: string): boolean {
     return token.startsWith(`${this.#instance}.`);
@@ -1355,6 +1435,7 @@ class Registry implements Host {
     if (session instanceof PlainSession) this.#keys.set(session.key, session);
     else if (session.opening) this.#openings.set(session.opening, session);
     getOrMake(this.peers, session.namespace, () => new Set()).add(session.peer);
+    this.moved(session, "away"); // until it is given a connection
     this.#startTimer();
   }
 
@@ -1406,6 +1487,8 @@ class Registry implements Host {
   moved(session: Session, phase: Phase): void {
     this.#strangers.delete(session);
     this.#away.delete(session);
+    if (phase.startsWith("closing")) this.#closing.add(session);
+    else this.#closing.delete(session);
     if (phase === "away") (session.wasHeard ? this.#away : this.#strangers).add(session);
     if (phase === "lingering") {
       this.#lingering.add(session);
@@ -1416,6 +1499,7 @@ class Registry implements Host {
   /** Forgets a session that has ended; its tombstone tells those who missed the end. */
   bury(session: Session, ending: Ending | undefined): void {
     this.#leave(session);
+    count(this.tally.closed, ending?.code ?? LOST.code);
     const key = session instanceof PlainSession ? session.key : "";
     this.#keys.delete(key);
     const { resumeTimeout, maxPeers } = this.settings;
@@ -1488,6 +1572,7 @@ class Registry implements Host {
 
   release(token: string, end: "moved" | "lost"): void {
     const session = this.#endLimbo(token)?.session;
+    if (session && end === "moved") this.tally.movedOut++;
     if (end === "moved") session?.forget();
     else session?.terminate();
     this.#tellIfEmpty();
@@ -1945,6 +2030,7 @@ interface Host {
   readonly settings: Settings;
   readonly flusher: Flusher;
   readonly ledger: Ledger;
+  readonly tally: Tally;
   /** It is in another phase. */
   moved(session: Session, phase: Phase): void;
   /** It has ended, which is to be told to those who missed it. */
@@ -2085,6 +2171,7 @@ abstract class Session {
     if (connection !== this.connection) return; // a newer one has taken over
     this.connection = undefined;
     if (this.isOver) return this.release();
+    if (this.isOpen) this.host.tally.drops++;
     this.become(this.isOpen ? "away" : "closing away");
     this.deadline = Math.min(this.deadline, clock() + this.patience);
     if (!this.patience) this.terminate();
@@ -3871,6 +3958,26 @@ function addHeaders(target: Headers, source: Headers): void {
 }
 
 // --- Small things ---
+
+/** What is counted since the start. */
+interface Tally {
+  opened: number;
+  readonly closed: Record<number, number>;
+  drops: number;
+  resumptions: number;
+  readonly refusals: Record<number, number>;
+  movedIn: number;
+  movedOut: number;
+}
+
+function newTally(): Tally {
+  const nothing = { opened: 0, drops: 0, resumptions: 0, movedIn: 0, movedOut: 0 };
+  return { ...nothing, closed: {}, refusals: {} };
+}
+
+function count(counts: Record<number, number>, key: number): void {
+  counts[key] = (counts[key] ?? 0) + 1;
+}
 
 /** What crossws makes of a value: text, or bytes. */
 function toData(value: unknown): string | Bytes {
