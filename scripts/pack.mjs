@@ -6,6 +6,7 @@ import { execFileSync } from "node:child_process";
 import {
   copyFileSync,
   existsSync,
+  mkdirSync,
   mkdtempSync,
   readFileSync,
   rmSync,
@@ -21,6 +22,7 @@ if (!existsSync(tsc)) {
   console.error("The package is compiled by TypeScript, which is not installed: run npm install");
   process.exit(1);
 }
+mkdirSync(destination, { recursive: true });
 const stage = mkdtempSync(join(tmpdir(), "duplex-pack-"));
 const read = (file) => JSON.parse(readFileSync(join(root, file), "utf8"));
 const { name, version } = read("package.json");
@@ -46,7 +48,8 @@ try {
     if (!text.includes("../client.ts")) throw new Error("examples/chat.ts has changed");
     return text.replace("../client.ts", "../client.js");
   });
-  for (const file of ["examples/chat.html", "README.md", "PROTOCOL.md", "LICENSE"]) {
+  const documents = ["README.md", "PROTOCOL.md", "CHANGELOG.md", "LICENSE"];
+  for (const file of ["examples/chat.html", ...documents]) {
     copyFileSync(join(root, file), join(stage, file));
   }
   // Outside of its tables, README's programs import this package.
@@ -88,15 +91,17 @@ function to(file, extension) {
 }
 
 function manifest() {
-  // npm wants to know where it was built, to hold the provenance against it.
-  const { GITHUB_SERVER_URL: server, GITHUB_REPOSITORY: repository } = process.env;
   return {
     name,
     version,
     description: "Everything a WebSocket does, over plain HTTP: SSE down, POST up, resumed",
-    keywords: ["websocket", "sse", "server-sent-events", "eventsource", "crossws", "edge"],
+    keywords: [
+      ...["websocket", "websockets", "sse", "server-sent-events", "eventsource", "http"],
+      ...["realtime", "long-polling", "crossws", "edge", "serverless", "deno", "bun"],
+    ],
     license: "MIT",
-    ...repository && { repository: { type: "git", url: `git+${server}/${repository}.git` } },
+    author: /^Copyright \(c\) (.+)$/m.exec(readFileSync(join(root, "LICENSE"), "utf8"))[1],
+    ...home(),
     type: "module",
     sideEffects: false,
     main: "./mod.js",
@@ -112,5 +117,22 @@ function manifest() {
     },
     bin: { "duplex-sse": "examples/bin.js" },
     engines: { node: ">=20" },
+  };
+}
+
+/**
+ * Where people find the code and report what fails: the repository that it is built in. npm holds
+ * the provenance against it. Elsewhere than in GitHub's workflows, where nobody publishes, the
+ * page at JSR alone is known.
+ */
+function home() {
+  const homepage = `https://jsr.io/${jsr}`;
+  const { GITHUB_SERVER_URL: server, GITHUB_REPOSITORY: repository } = process.env;
+  if (!repository) return { homepage };
+  const url = `${server}/${repository}`;
+  return {
+    homepage,
+    repository: { type: "git", url: `git+${url}.git` },
+    bugs: { url: `${url}/issues` },
   };
 }

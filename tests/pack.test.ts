@@ -133,7 +133,7 @@ test("the tarball holds what users need, and nothing else", async (t) => {
   assertEquals(
     files,
     [
-      ...["LICENSE", "PROTOCOL.md", "README.md", "package.json"],
+      ...["CHANGELOG.md", "LICENSE", "PROTOCOL.md", "README.md", "package.json"],
       ...["bin.js", "chat.html", "chat.js", "listen.js", "start.js"],
       ...entries.flatMap((entry) => [`${entry}.d.ts`, `${entry}.js`]),
     ].sort(),
@@ -153,18 +153,103 @@ test("the tarball holds what users need, and nothing else", async (t) => {
   assertEquals(readme.match(/^[^|\n]* from "jsr:.*/gm), null);
 }, { timeout });
 
-test(
-  "the tarball names the repository that it was built in, as npm's provenance wants",
-  async (t) => {
-    const dir = await folder(t, {});
-    const env = { GITHUB_SERVER_URL: "https://github.com", GITHUB_REPOSITORY: "someone/sse" };
-    const { out } = await run(node, ["scripts/pack.mjs", dir], { env });
-    const manifest = await run("tar", ["xzOf", out.trim(), "package/package.json"]);
-    const { repository } = JSON.parse(manifest.out);
-    assertEquals(repository, { type: "git", url: "git+https://github.com/someone/sse.git" });
-  },
-  { timeout },
-);
+test("the tarball names author and repository, as npm's provenance wants", async (t) => {
+  const dir = await folder(t, {});
+  const env = { GITHUB_SERVER_URL: "https://github.com", GITHUB_REPOSITORY: "someone/sse" };
+  const { out } = await run(node, ["scripts/pack.mjs", join(dir, "new")], { env });
+  const manifest = JSON.parse(
+    (await run("tar", ["xzOf", out.trim(), "package/package.json"])).out,
+  );
+  assertEquals([manifest.repository, manifest.bugs], [
+    { type: "git", url: "git+https://github.com/someone/sse.git" },
+    { url: "https://github.com/someone/sse/issues" },
+  ]);
+  const license = await readFile(join(root, "LICENSE"), "utf8");
+  assertStringIncludes(license, `Copyright (c) ${manifest.author}`);
+  assertEquals([manifest.license, manifest.sideEffects, manifest.private], [
+    ...["MIT", false],
+    undefined,
+  ]);
+  assert(manifest.keywords.includes("websocket"));
+  assertMatch(
+    await readFile(join(root, ".github/workflows/publish.yml"), "utf8"),
+    / --provenance /,
+  );
+}, { timeout });
+
+test("publint and Are The Types Wrong find nothing in the tarball", async (t) => {
+  const file = await tarball();
+  const cli = (...path: string[]) => join(modules, ...path);
+  const strict = [cli("publint", "src", "cli.js"), "run", file, "--strict"];
+  assertMatch((await run(node, strict)).out, /All good!/);
+  // The package is ESM only, which the profile takes as meant; require is tested below.
+  const attw = cli("@arethetypeswrong", "cli", "dist", "index.js");
+  const { out } = await run(node, [attw, file, "--profile", "esm-only", "--format", "json"]);
+  const { analysis, problems } = JSON.parse(out);
+  const { exports } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
+  assertEquals(Object.keys(analysis.entrypoints), [...Object.keys(exports), "./package.json"]);
+  assertEquals([analysis.types.kind, Object.keys(problems)], ["included", ["CJSResolvesToESM"]]);
+
+  // Both do see what is wrong.
+  const dir = await folder(t, {});
+  await run("tar", ["xzf", file, "-C", dir]);
+  const manifest = join(dir, "package", "package.json");
+  const text = await readFile(manifest, "utf8");
+  await writeFile(manifest, text.replaceAll("./client.", "./cleint."));
+  assertMatch(
+    (await run(node, [strict[0]!, "run", join(dir, "package"), "--strict"], { code: 1 })).out,
+    /cleint/,
+  );
+  await run("npm", ["pack", "--pack-destination", dir], { cwd: join(dir, "package") });
+  const wrong = join(dir, basename(file));
+  await run(node, [attw, wrong, "--profile", "esm-only"], { code: 1 });
+}, { timeout });
+
+for (const host of ["node-20", "node-22", "node-24"] as const) {
+  test(`a CommonJS program on ${host}, from the tarball`, async (t) => {
+    const dir = await project(t, {
+      "main.cjs": `
+        const { sseAdapter, WebSocketSSE } = require("duplex-sse");
+        const { toNodeHandler } = require("duplex-sse/node");
+        console.log([sseAdapter, WebSocketSSE, toNodeHandler].map((value) => typeof value).join());`,
+    });
+    const { out } = await run(binary(host)!, ["--no-warnings", "main.cjs"], { cwd: dir });
+    assertEquals(out, "function,function,function\n");
+  }, { timeout, skip: needs(host) });
+}
+
+test("CHANGELOG.md is kept in the format of keepachangelog.com", async () => {
+  const text = await readFile(join(root, "CHANGELOG.md"), "utf8");
+  const lines = text.split("\n");
+  assertEquals(lines[0], "# Changelog");
+  const versions = lines.filter((line) => line.startsWith("## "));
+  assertEquals(versions[0], "## [Unreleased]");
+  for (const version of versions.slice(1)) {
+    assertMatch(version, /^## \[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d$/);
+  }
+  assertEquals(
+    versions.slice(1),
+    versions.slice(1).toSorted((a, b) => b.localeCompare(a, "en", { numeric: true })),
+  );
+  const kinds = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"];
+  for (const line of lines.filter((line) => line.startsWith("### "))) {
+    assert(kinds.includes(line.slice(4)), line);
+  }
+  // A tag publishes only what has a heading with its version and its day.
+  const workflow = await readFile(join(root, ".github/workflows/publish.yml"), "utf8");
+  const [, check] = /^ +(grep .*CHANGELOG\.md)$/m.exec(workflow)!;
+  const dir = await mkdtemp(join(tmpdir(), "duplex-changelog-"));
+  try {
+    for (
+      const [heading, code] of [["## [1.2.3] - 2027-01-31", 0], ["## [Unreleased]", 1]] as const
+    ) {
+      await writeFile(join(dir, "CHANGELOG.md"), `# Changelog\n\n${heading}\n`);
+      await run("bash", ["-c", check!], { cwd: dir, env: { version: "1.2.3" }, code });
+    }
+  } finally {
+    await rm(dir, { recursive: true });
+  }
+});
 
 test("the documents of both packages link to what their readers have", async (t) => {
   const { out, errors } = await run(binary("deno")!, ["publish", "--dry-run", "--allow-dirty"]);
