@@ -242,6 +242,7 @@ export class Moves<Message> {
     const missed = published.filter((one) => one.n > (counts[one.from] ?? 0));
     this.#moved.delete(session);
     this.#taken.set(id, session, this.#mover.now());
+    this.#adoptions.delete(session); // before the hook "revive", which may publish: that counts on
     this.#mover.take(session, state, missed.map(({ message }) => message));
     this.#confirm(from, id, session);
     this.#end(adoption);

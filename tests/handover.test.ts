@@ -112,6 +112,29 @@ test("a session goes to the instance that gets its resumption, and is relayed no
   assertEquals(errors, []);
 });
 
+test("a session is revived once, by a hook that publishes", async (t) => {
+  const revived: string[] = [];
+  const hooks = {
+    open: (peer: Peer) => peer.subscribe("all"),
+    revive(peer: Peer) {
+      revived.push(peer.id);
+      if (revived.length < 10) instances[1]!.ws.publish("all", `${revived.length} came here`);
+    },
+  };
+  const fleet = await start(t, new MemoryBus(t).adapter, { hooks });
+  const { instances, proxy, errors } = fleet;
+  const front = await network(t, fleet);
+  const { messages, opened } = connect(t, front.url);
+  await opened;
+  const [{ id }] = peersOf(instances[0]!) as [Peer];
+  proxy.choose = () => 1;
+  front.cutAll();
+  assertEquals(await messages.next(), "1 came here");
+  instances[0]!.ws.publish("all", "the end");
+  assertEquals(await messages.next(), "the end");
+  assertEquals([revived, peersOf(instances[1]!).length, errors], [[id], 1, []]);
+});
+
 test("what travels is sealed, and says nothing of the token", async (t) => {
   const bus = new MemoryBus(t);
   const fleet = await start(t, bus.adapter);
