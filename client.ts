@@ -282,17 +282,18 @@ export class WebSocketSSE extends EventTarget {
     const handler = this.#handlers[event.type];
     if (typeof handler === "function") handler.call(this, event); // any object may be set
   };
-  readonly #leave = (): void => this.#pageHides();
+  readonly #leave = (): void => {
+    this.#setPaused(false);
+    this.#course.leave(this.#readyState === OPEN);
+  };
   readonly #abort = (): void => {
-    this.#uplink.dismiss();
-    if (this.#readyState === CONNECTING) this.#link.abandon();
-    this.#fail();
+    this.#setPaused(false);
+    this.#course.abort(this.#readyState === CONNECTING);
   };
 
   readonly #session: Session = new Session();
   readonly #parts: Parts;
-  readonly #link: Link;
-  readonly #uplink: Uplink;
+  readonly #course: Course;
 
   /** As told to the page: its events take their turns after {@link Session.phase}. */
   #readyState: 0 | 1 | 2 | 3 = CONNECTING;
@@ -301,10 +302,6 @@ export class WebSocketSSE extends EventTarget {
   /** A field, so that the accessor refuses any other `this`, as each of them does. */
   readonly #extensions = "";
   #bufferedAmount = 0;
-  /** Of a close under way. */
-  #deadline: ReturnType<typeof setTimeout> | undefined;
-  /** What `close` will tell, if the closing handshake that has begun comes to its end. */
-  #verdict: Verdict | undefined;
 
   /**
    * Begins to connect. Events come later, never before the current task ends.
@@ -332,18 +329,17 @@ export class WebSocketSSE extends EventTarget {
     this.#parts = {
       session,
       requests,
-      inbox: new Inbox(!!options.fetch),
+      inbox: new Inbox(!!options.fetch, (data) => this.#onMessage(data)),
       outbox: new Outbox(session),
       receipts: new Receipts(),
       transports: new Transports(requests.target, options),
       pauses: new Pauses(),
     };
-    this.#link = new Link(this.#parts, this.#reports());
-    this.#uplink = this.#link.uplink;
+    this.#course = new Course(this.#parts, this.#reports());
     options.signal?.addEventListener("abort", this.#abort);
     if ("document" in globalThis) globalThis.addEventListener("pagehide", this.#leave);
-    if (options.signal?.aborted) this.#fail();
-    else this.#link.run();
+    if (options.signal?.aborted) this.#course.onFail();
+    else this.#course.link.run();
   }
 
   /** The absolute URL as `ws:` or `wss:`, with the credentials that it was given. */
@@ -423,6 +419,11 @@ export class WebSocketSSE extends EventTarget {
     return this.#parts.transports.current;
   }
 
+  /** Whether {@link pause} holds the events back. Not of the standard, but `ws` has it. */
+  get isPaused(): boolean {
+    return this.#parts.inbox.isPaused;
+  }
+
   /** Counts since the beginning. Not of the standard. */
   get stats(): WebSocketSSEStats {
     return { ...this.#counts, resent: this.#parts.outbox.resent };
@@ -448,12 +449,13 @@ export class WebSocketSSE extends EventTarget {
     if (this.#readyState !== OPEN) return;
     this.#counts.sent++;
     const entry = this.#parts.outbox.add(frame, size);
-    this.#uplink.pumpSoon();
+    const { link } = this.#course;
+    link.uplink.pumpSoon();
     if (!(message instanceof Blob)) return;
     message.arrayBuffer().then((buffer) => {
       [entry.frame] = level.encode(new Uint8Array(buffer));
-      this.#uplink.pump();
-    }, () => this.#fail());
+      link.uplink.pump();
+    }, () => this.#course.onFail());
   }
 
   /**
@@ -479,20 +481,32 @@ export class WebSocketSSE extends EventTarget {
     if (this.#readyState >= CLOSING) return;
     const connecting = this.#readyState === CONNECTING;
     this.#readyState = CLOSING;
-    const { phase, level } = this.#session;
-    if (phase === "left" || phase === "ended") return; // `close` is on its way
-    if (connecting) {
-      this.#link.abandon();
-      return this.#fail();
-    }
-    code ??= text.length ? 1000 : 1005;
-    const frame = level.close(code, text);
-    if (!frame) return this.#leavePlain();
-    this.#session.enter("leaving");
-    this.#verdict = [code, decoder.decode(text), true];
-    this.#parts.outbox.add(frame, 0, true);
-    this.#uplink.pumpSoon();
-    this.#awaitReceipt();
+    this.#setPaused(false);
+    if (this.#session.isEnding) return; // `close` is on its way
+    if (connecting) this.#course.abandon();
+    else this.#course.close(code ?? (text.length ? 1000 : 1005), text);
+  }
+
+  /**
+   * Holds all events back, `close` among them, until {@link resume}. The server then sends no more
+   * than its `window`, and its `waitForDrain` waits. Does nothing unless the socket is open or
+   * closing. Not of the standard, but `ws` has it.
+   */
+  pause(): void {
+    this.#setPaused(true);
+  }
+
+  /** Goes on after {@link pause}. So does `close()`: nothing comes after it that could wait. */
+  resume(): void {
+    this.#setPaused(false);
+  }
+
+  #setPaused(isPaused: boolean): void {
+    const { inbox } = this.#parts;
+    if (this.#readyState === CONNECTING || this.#readyState === CLOSED) return;
+    if (isPaused === inbox.isPaused) return;
+    inbox.isPaused = isPaused;
+    if (!isPaused) nextTask(() => this.#course.link.goOn());
   }
 
   // As Web IDL defines them
@@ -527,80 +541,39 @@ export class WebSocketSSE extends EventTarget {
 
   // Reports from below
 
-  #reports(): LinkHost {
+  #reports(): CourseHost {
+    const { inbox } = this.#parts;
+    const { signal } = this.#options;
     return {
       offered: this.#protocols,
       sends: maySend(this.#options),
-      onOpen: (protocol) => this.#onOpen(protocol),
-      onMessage: (data) => this.#onMessage(data),
-      onBreak: () => this.#onBreak(),
-      onOutage: () => this.#onOutage(),
-      onRenewal: () => this.#onRenewal(),
-      onResume: () => this.#onResume(),
-      onProgress: (size) => this.#onProgress(size),
-      onFarewell: () => this.#onFarewell(),
-      onClose: (code, reason, isComplete) => this.#onClose(code, reason, isComplete),
-      onTooLarge: () => this.#onTooLarge(),
-      onFail: () => this.#fail(),
+      onOpen: (protocol) =>
+        inbox.add(() => {
+          if (this.#readyState !== CONNECTING) return;
+          this.#readyState = OPEN;
+          this.#protocol = protocol;
+          this.dispatchEvent(new Event("open"));
+        }),
+      onDrop: () => this.#tell("drop"),
+      onResume: () => {
+        this.#counts.resumes++;
+        this.#tell("resume");
+      },
+      onReceipt: (size) => inbox.afterTask(() => this.#bufferedAmount -= size),
+      onClosing: () =>
+        inbox.add(() => {
+          if (this.#readyState === OPEN) this.#readyState = CLOSING;
+        }),
+      onEnd: (verdict, hasFailed) => {
+        if ("document" in globalThis) globalThis.removeEventListener("pagehide", this.#leave);
+        inbox.add(() => {
+          this.#readyState = CLOSED;
+          if (hasFailed) this.dispatchEvent(new Event("error"));
+          this.dispatchEvent(closeEvent(...verdict));
+        });
+      },
+      onSilence: () => signal?.removeEventListener("abort", this.#abort),
     };
-  }
-
-  #onOpen(protocol: string): void {
-    this.#session.enter("open");
-    this.#parts.inbox.add(() => {
-      if (this.#readyState !== CONNECTING) return;
-      this.#readyState = OPEN;
-      this.#protocol = protocol;
-      this.dispatchEvent(new Event("open"));
-    });
-  }
-
-  #onMessage(data: string | Bytes): void {
-    this.#parts.inbox.add(() => {
-      if (this.#readyState !== OPEN) return;
-      this.#counts.received++;
-      const value = typeof data === "string"
-        ? data
-        : this.#binaryType === "blob"
-        ? new Blob([data])
-        : data.buffer;
-      this.dispatchEvent(new MessageEvent("message", { data: value, origin: this.#url.origin }));
-    });
-  }
-
-  /** The connection has ended; false if it is not to be resumed. */
-  #onBreak(): boolean {
-    const { phase, terms } = this.#session;
-    if (phase === "leaving") this.#awaitReceipt();
-    else if (phase === "open" && terms) this.#drop();
-    else if (phase === "open" || phase === "opening") this.#fail();
-    return ["dropped", "renewing", "leaving"].includes(this.#session.phase);
-  }
-
-  /** The connection is replaced by ourselves, which nobody is to notice. */
-  #onRenewal(): void {
-    if (this.#session.phase === "open") this.#session.enter("renewing");
-  }
-
-  /** A renewal that does not come at once is a drop like any other. */
-  #onOutage(): void {
-    if (this.#session.phase === "renewing") this.#drop();
-  }
-
-  /** There is a connection again. While nothing goes up, the page goes on waiting. */
-  #onResume(): void {
-    const { phase } = this.#session;
-    if (phase === "leaving") return this.#awaitReceipt();
-    if (phase === "dropped" && this.#uplink.isStuck) return;
-    this.#session.enter("open");
-    if (phase === "renewing") return;
-    this.#counts.resumes++;
-    this.#tell("resume");
-  }
-
-  #drop(): void {
-    this.#session.enter("dropped");
-    this.#tell("drop");
   }
 
   #tell(type: string): void {
@@ -609,123 +582,16 @@ export class WebSocketSSE extends EventTarget {
     nextTask(() => inbox.dispatch()); // it may be no chunk of a stream that brings this about
   }
 
-  /** The server has taken something of ours: of so much of `bufferedAmount`, it has all. */
-  #onProgress(size: number): void {
-    this.#parts.inbox.afterTask(() => this.#bufferedAmount -= size);
-    const { phase } = this.#session;
-    if (phase === "dropped" && this.#uplink.isLinked) this.#onResume();
-    else if (phase === "leaving") {
-      if (this.#parts.outbox.isEmpty) this.#awaitAnswer();
-      else this.#awaitReceipt();
-    } else if (phase === "plain leaving" && this.#parts.outbox.isEmpty) this.#finish();
-  }
-
-  // The end
-
-  /** The server's close: its own, or the answer to ours. */
-  #onClose(code: number, reason: string, isComplete: boolean): void {
-    const { phase } = this.#session;
-    if (phase !== "open" && phase !== "dropped" && phase !== "leaving") return;
-    const { outbox } = this.#parts;
-    const verdict: Verdict = [code, reason, isComplete || phase === "leaving"];
-    if (phase === "leaving" && outbox.isEmpty) this.#end(...verdict); // the answer to ours
-    else this.#takeLeave(verdict, outbox.last + 1);
-  }
-
-  /** The server closes as well, where it was it that refused. Ours takes the number of the message. */
-  #onTooLarge(): void {
-    const verdict: Verdict = [1009, "Message too large", false];
-    if (this.#session.terms) this.#takeLeave(verdict, this.#parts.outbox.firstUnacked);
-    else this.#end(...verdict);
-  }
-
-  /** Sends CLOSE alone; messages that are still here go no more. */
-  #takeLeave(verdict: Verdict, number: number): void {
-    this.#session.enter("left");
-    this.#parts.inbox.add(() => {
-      if (this.#readyState === OPEN) this.#readyState = CLOSING;
-    });
-    this.#verdict = verdict;
-    // If the server cannot be told soon, that is no reason to keep the page waiting.
-    this.#after(CLOSE_TIMEOUT_MS, () => this.#finish());
-    const [code, reason] = verdict;
-    this.#uplink.farewell(this.#session.level.close(code, encoder.encode(reason))!, number);
-  }
-
-  /** A server that takes nothing must not hold us; one that takes messages has its time. */
-  #awaitReceipt(): void {
-    const { outbox } = this.#parts;
-    if (outbox.isEmpty) return;
-    const isAway = !this.#uplink.isLinked && outbox.isOnlyClose;
-    const patience = this.#session.terms!.resumeTimeout || OPEN_TIMEOUT_MS;
-    this.#after(isAway ? CLOSE_TIMEOUT_MS : patience, () => this.#fail());
-  }
-
-  /** The server has our close. If its answer is late, a new connection may bring it; else ours stands. */
-  #awaitAnswer(): void {
-    this.#after(CLOSE_TIMEOUT_MS, () => {
-      this.#after(2 * CLOSE_TIMEOUT_MS, () => this.#finish());
-      this.#link.hangUp();
-    });
-  }
-
-  #after(ms: number, task: () => void): void {
-    clearTimeout(this.#deadline);
-    this.#deadline = setTimeout(task, ms);
-  }
-
-  /** "This wire has no close from the client: what it sent before goes out, then it leaves." */
-  #leavePlain(): void {
-    this.#session.enter("plain leaving");
-    this.#verdict = [1006, "", false];
-    if (this.#parts.outbox.isEmpty) this.#finish();
-    else this.#after(OPEN_TIMEOUT_MS, () => this.#finish());
-  }
-
-  #onFarewell(): void {
-    if (this.#session.isOver) this.#options.signal?.removeEventListener("abort", this.#abort);
-    else this.#finish();
-  }
-
-  #finish(): void {
-    this.#end(...this.#verdict!);
-  }
-
-  /** As a WebSocket fails: `error`, then `close` with 1006. After a close by either side, by that. */
-  #fail(): void {
-    // Our own close stands once the server has it.
-    const stands = this.#session.phase !== "leaving" || this.#parts.outbox.isEmpty;
-    if (this.#verdict && stands) this.#finish();
-    else this.#end(1006, "", false);
-  }
-
-  /** Stops everything on the network at once; the last events come in their turn. */
-  #end(code: number, reason: string, wasClean: boolean): void {
-    if (this.#session.isOver) return;
-    const hasFailed = code === 1006 && this.#session.phase !== "plain leaving";
-    this.#session.enter("ended");
-    clearTimeout(this.#deadline);
-    this.#link.end();
-    this.#uplink.end();
-    this.#parts.pauses.end();
-    if (!this.#uplink.isTakingLeave) this.#onFarewell();
-    if ("document" in globalThis) globalThis.removeEventListener("pagehide", this.#leave);
-    this.#parts.inbox.add(() => {
-      this.#readyState = CLOSED;
-      if (hasFailed) this.dispatchEvent(new Event("error"));
-      this.dispatchEvent(closeEvent(code, reason, wasClean));
-    });
-  }
-
-  /** A page that is left sends what is unacknowledged and CLOSE, as far as 64 KiB of keepalive go. */
-  #pageHides(): void {
-    const { isOver, terms, level } = this.#session;
-    if (isOver) return;
-    if (terms) {
-      if (this.#readyState === OPEN) this.#parts.outbox.add(level.close(1001, EMPTY), 0, true);
-      this.#uplink.flush();
-    }
-    this.#end(1001, "", false);
+  #onMessage(data: string | Bytes): void {
+    if (this.#session.terms) this.#parts.receipts.dispatched++;
+    if (this.#readyState !== OPEN) return;
+    this.#counts.received++;
+    const value = typeof data === "string"
+      ? data
+      : this.#binaryType === "blob"
+      ? new Blob([data])
+      : data.buffer;
+    this.dispatchEvent(new MessageEvent("message", { data: value, origin: this.#url.origin }));
   }
 }
 
@@ -762,6 +628,227 @@ export const WebsocketSSE: typeof WebSocketSSE = WebSocketSSE;
 
 export default WebSocketSSE;
 
+// --- Course: the phases of a session, and its end ---
+
+/** The reports of a {@link Course}: the page's events, and what it must know to open. */
+interface CourseHost {
+  /** Subprotocols. */
+  readonly offered: string[];
+  /** Whether the page may send. */
+  readonly sends: boolean;
+  onOpen(protocol: string): void;
+  onDrop(): void;
+  onResume(): void;
+  /** The server has taken something of ours: of so much of `bufferedAmount`, it has all. */
+  onReceipt(size: number): void;
+  /** The server closes. */
+  onClosing(): void;
+  /** Nothing is received or sent any more, but a last word. */
+  onEnd(verdict: Verdict, hasFailed: boolean): void;
+  /** Nor is that. */
+  onSilence(): void;
+}
+
+/** Moves the phase of a session: by what its connections meet, and by what the page wants. */
+class Course implements LinkHost {
+  readonly #session: Session;
+  readonly #outbox: Outbox;
+  readonly #pauses: Pauses;
+  readonly #host: CourseHost;
+  readonly #uplink: Uplink;
+  readonly link: Link;
+  readonly offered: string[];
+  readonly sends: boolean;
+
+  /** Of a close under way. */
+  #deadline: ReturnType<typeof setTimeout> | undefined;
+  /** What `close` will tell, if the closing handshake that has begun comes to its end. */
+  #verdict: Verdict | undefined;
+
+  constructor(parts: Parts, host: CourseHost) {
+    this.#session = parts.session;
+    this.#outbox = parts.outbox;
+    this.#pauses = parts.pauses;
+    this.#host = host;
+    this.offered = host.offered;
+    this.sends = host.sends;
+    this.link = new Link(parts, this);
+    this.#uplink = this.link.uplink;
+  }
+
+  // While it is open
+
+  onOpen(protocol: string): void {
+    this.#session.enter("open");
+    this.#host.onOpen(protocol);
+  }
+
+  onBreak(): boolean {
+    const { phase, terms } = this.#session;
+    if (phase === "leaving") this.#awaitReceipt();
+    else if (phase === "open" && terms) this.#drop();
+    else if (phase === "open" || phase === "opening") this.onFail();
+    return ["dropped", "renewing", "leaving"].includes(this.#session.phase);
+  }
+
+  onRenewal(): void {
+    if (this.#session.phase === "open") this.#session.enter("renewing");
+  }
+
+  /** A renewal that does not come at once is a drop like any other. */
+  onOutage(): void {
+    if (this.#session.phase === "renewing") this.#drop();
+  }
+
+  /** There is a connection again. While nothing goes up, the page goes on waiting. */
+  onResume(): void {
+    const { phase } = this.#session;
+    if (phase === "leaving") return this.#awaitReceipt();
+    if (phase === "dropped" && this.#uplink.isStuck) return;
+    this.#session.enter("open");
+    if (phase !== "renewing") this.#host.onResume();
+  }
+
+  #drop(): void {
+    this.#session.enter("dropped");
+    this.#host.onDrop();
+  }
+
+  onProgress(size: number): void {
+    this.#host.onReceipt(size);
+    const { phase } = this.#session;
+    if (phase === "dropped" && this.#uplink.isLinked) this.onResume();
+    else if (phase === "leaving") {
+      if (this.#outbox.isEmpty) this.#awaitAnswer();
+      else this.#awaitReceipt();
+    } else if (phase === "plain leaving" && this.#outbox.isEmpty) this.#finish();
+  }
+
+  // The page leaves
+
+  /** What was sent before goes out before. */
+  close(code: number, reason: Bytes): void {
+    const frame = this.#session.level.close(code, reason);
+    if (!frame) return this.#leavePlain();
+    this.#session.enter("leaving");
+    this.#verdict = [code, decoder.decode(reason), true];
+    this.#outbox.add(frame, 0, true);
+    this.#uplink.pumpSoon();
+    this.#awaitReceipt();
+  }
+
+  /** Before the page has heard that the session is open. */
+  abandon(): void {
+    this.link.abandon();
+    this.onFail();
+  }
+
+  abort(isConnecting: boolean): void {
+    this.#uplink.dismiss();
+    if (isConnecting) this.link.abandon();
+    this.onFail();
+  }
+
+  /** The page itself is left: what is unacknowledged and CLOSE go out, as far as 64 KiB of keepalive go. */
+  leave(isOpen: boolean): void {
+    const { isOver, terms, level } = this.#session;
+    if (isOver) return;
+    if (terms) {
+      if (isOpen) this.#outbox.add(level.close(1001, EMPTY), 0, true);
+      this.#uplink.flush();
+    }
+    this.#end(1001, "", false);
+  }
+
+  /** A server that takes nothing must not hold us; one that takes messages has its time. */
+  #awaitReceipt(): void {
+    if (this.#outbox.isEmpty) return;
+    const isAway = !this.#uplink.isLinked && this.#outbox.isOnlyClose;
+    const patience = this.#session.terms!.resumeTimeout || OPEN_TIMEOUT_MS;
+    this.#after(isAway ? CLOSE_TIMEOUT_MS : patience, () => this.onFail());
+  }
+
+  /** The server has our close. If its answer is late, a new connection may bring it; else ours stands. */
+  #awaitAnswer(): void {
+    this.#after(CLOSE_TIMEOUT_MS, () => {
+      this.#after(2 * CLOSE_TIMEOUT_MS, () => this.#finish());
+      this.link.hangUp();
+    });
+  }
+
+  /** "This wire has no close from the client: what it sent before goes out, then it leaves." */
+  #leavePlain(): void {
+    this.#session.enter("plain leaving");
+    this.#verdict = [1006, "", false];
+    if (this.#outbox.isEmpty) this.#finish();
+    else this.#after(OPEN_TIMEOUT_MS, () => this.#finish());
+  }
+
+  #after(ms: number, task: () => void): void {
+    clearTimeout(this.#deadline);
+    this.#deadline = setTimeout(task, ms);
+  }
+
+  // The end
+
+  /** The server's close: its own, or the answer to ours. */
+  onClose(code: number, reason: string, isComplete: boolean): void {
+    const { phase } = this.#session;
+    if (phase !== "open" && phase !== "dropped" && phase !== "leaving") return;
+    const verdict: Verdict = [code, reason, isComplete || phase === "leaving"];
+    if (phase === "leaving" && this.#outbox.isEmpty) this.#end(...verdict); // the answer to ours
+    else this.#takeLeave(verdict, this.#outbox.last + 1);
+  }
+
+  /** The server closes as well, where it was it that refused. Ours takes the number of the message. */
+  onTooLarge(): void {
+    const verdict: Verdict = [1009, "Message too large", false];
+    if (this.#session.terms) this.#takeLeave(verdict, this.#outbox.firstUnacked);
+    else this.#end(...verdict);
+  }
+
+  /** Sends CLOSE alone; messages that are still here go no more. */
+  #takeLeave(verdict: Verdict, number: number): void {
+    this.#session.enter("left");
+    this.#host.onClosing();
+    this.#verdict = verdict;
+    // If the server cannot be told soon, that is no reason to keep the page waiting.
+    this.#after(CLOSE_TIMEOUT_MS, () => this.#finish());
+    const [code, reason] = verdict;
+    this.#uplink.farewell(this.#session.level.close(code, encoder.encode(reason))!, number);
+  }
+
+  onFarewell(): void {
+    if (this.#session.isOver) this.#host.onSilence();
+    else this.#finish();
+  }
+
+  /** As a WebSocket fails: `error`, then `close` with 1006. After a close by either side, by that. */
+  onFail(): void {
+    // Our own close stands once the server has it.
+    const stands = this.#session.phase !== "leaving" || this.#outbox.isEmpty;
+    if (this.#verdict && stands) this.#finish();
+    else this.#end(1006, "", false);
+  }
+
+  #finish(): void {
+    this.#end(...this.#verdict!);
+  }
+
+  /** Stops everything on the network at once; the last events come in their turn. */
+  #end(...verdict: Verdict): void {
+    if (this.#session.isOver) return;
+    const hasFailed = verdict[0] === 1006 && this.#session.phase !== "plain leaving";
+    this.#session.enter("ended");
+    clearTimeout(this.#deadline);
+    this.link.end();
+    this.#uplink.end();
+    this.#pauses.end();
+    if (!this.#uplink.isTakingLeave) this.#host.onSilence();
+    this.#host.onEnd(verdict, hasFailed);
+  }
+}
+
 // --- Link: the connection down: opened, read, resumed ---
 
 /** The reports of a {@link Link}, and what it must know to open. */
@@ -772,7 +859,6 @@ interface LinkHost extends UplinkHost {
   readonly sends: boolean;
   /** The session has begun. */
   onOpen(protocol: string): void;
-  onMessage(data: string | Bytes): void;
   /** The connection has ended. False: it is not to be resumed. */
   onBreak(): boolean;
   /** An attempt to resume has failed. */
@@ -809,7 +895,6 @@ class Link implements Carrier {
   #deadline: ReturnType<typeof setTimeout> | undefined;
   /** Of an opening that has been answered. */
   #limit: ReturnType<typeof setTimeout> | undefined;
-  #unacknowledgedBytes = 0;
   /** When the server last heard of us that a message is coming. */
   #spokeAt = 0;
 
@@ -1017,10 +1102,13 @@ class Link implements Carrier {
         parser.push(first && decoded[0] === "\uFEFF" ? decoded.slice(1) : decoded);
         first &&= !decoded;
         if (parser.partial > MAX_EVENT_CHARACTERS) this.#host.onFail();
-        // After, since what came with duplex-open is yet to be acknowledged.
-        this.#unacknowledgedBytes += value.length;
-        this.#acknowledge(parser.partial);
+        const { length } = value; // whose buffer the next reading takes
         await this.#inbox.dispatch(); // the next chunk waits until this one is dispatched
+        this.#receipts.read(length);
+        this.#acknowledge(parser.partial);
+        // A page that pauses is sent no more than a window, and goes on hearing the heartbeats; on
+        // the other level nothing but the network holds the server back.
+        if (this.#session.level === PLAIN) await this.#inbox.untilReady();
       }
     } catch {
       // the connection broke: as good as its end
@@ -1094,7 +1182,7 @@ class Link implements Carrier {
     if (type.startsWith("duplex-")) return;
     // Any other event stream: we could not send.
     if (!this.#session.token && this.#host.sends) return this.#host.onFail();
-    if (!type || type === "message") this.#host.onMessage(data);
+    if (!type || type === "message") this.#inbox.add(data);
   }
 
   #onTerms(terms: Terms): void {
@@ -1114,7 +1202,6 @@ class Link implements Carrier {
     this.#connection!.hasBegun = true;
     this.#transports.onEvent(this.#connection!.isPoll);
     this.#receipts.settle();
-    this.#unacknowledgedBytes = 0;
     clearInterval(this.#ticker);
     this.#ticker = setInterval(() => this.#tick(), heartbeatInterval / TICKS);
     if (isOpening) this.#opened(terms.protocol);
@@ -1130,7 +1217,14 @@ class Link implements Carrier {
   #receive(data: string | Bytes): void {
     this.#receipts.received++;
     this.#retries = 0;
-    this.#host.onMessage(data);
+    this.#inbox.add(data);
+  }
+
+  /** The page does not pause any more. */
+  async goOn(): Promise<void> {
+    await this.#inbox.dispatch();
+    this.#acknowledge(0);
+    this.#pauses.wake(); // a poll may wait
   }
 
   /** "The client acknowledges with ACK at half a window." A part of an event counts for the next time. */
@@ -1139,8 +1233,8 @@ class Link implements Carrier {
     if (!terms) return;
     // The next poll acknowledges, too.
     const isBehind = this.#receipts.isBehind && !this.#connection?.isPoll;
-    if (isBehind && this.#unacknowledgedBytes >= terms.window / 2) {
-      this.#unacknowledgedBytes = 3 * partial; // characters have up to 3 bytes
+    if (isBehind && this.#receipts.bytes >= terms.window / 2) {
+      this.#receipts.bytes = 3 * partial; // characters have up to 3 bytes
       this.uplink.acknowledge();
     } else if (partial && terms.idleTimeout && clock() > this.#spokeAt + terms.idleTimeout / 4) {
       // "A message of any size is no silence": its parts are not acknowledged, but we are there.
@@ -1178,7 +1272,11 @@ class Link implements Carrier {
   async #resume(why: "lost" | "held" | "turn"): Promise<Exchange> {
     const { resumeTimeout, heartbeatInterval } = this.#session.terms ?? UNTOLD;
     if (why === "lost" || !this.#session.terms) this.#lose();
-    else if (why === "turn") this.#transports.tryStream();
+    else if (why === "turn") {
+      // A poll brings all again that is not dispatched: rarely, while that cannot be.
+      if (this.#inbox.isPaused) await this.#pauses.wait(1, Infinity, (resumeTimeout || 5000) / 2);
+      this.#transports.tryStream();
+    }
     if (!this.#lostAt) this.#retries = 0;
     const isTrial = why === "turn" && !this.#transports.polls;
     const patience = Math.max(Math.min(resumeTimeout / 3, 2 * heartbeatInterval), 1000);
@@ -1196,7 +1294,7 @@ class Link implements Carrier {
       const connection = await this.#connect(
         {
           [ATTEMPT_HEADER]: `${++this.#attempt}`,
-          "last-event-id": `${this.#receipts.received}`,
+          "last-event-id": `${this.#rewind()}`,
         },
         Math.max(1, Math.min(deadline - clock(), timeout)),
         undefined,
@@ -1220,6 +1318,12 @@ class Link implements Carrier {
       pause = connection.retryAfter;
     }
     throw new Error("Not resumed");
+  }
+
+  /** What has come and was not dispatched is forgotten: it comes again. */
+  #rewind(): number {
+    this.#inbox.discard();
+    return this.#receipts.rewind();
   }
 
   #lose(): void {
@@ -1321,8 +1425,8 @@ class Uplink {
 
   /** The body of a poll. A PING is answered at once; without one, the answer waits for news. */
   poll(isPatient: boolean): Bytes {
-    const { received } = this.#receipts;
-    const last = isPatient ? frame("ACK", encoder.encode(`${received}`)) : frame("PING", EMPTY);
+    const { dispatched } = this.#receipts;
+    const last = isPatient ? frame("ACK", encoder.encode(`${dispatched}`)) : frame("PING", EMPTY);
     return concat([...this.#receipts.take(), last]);
   }
 
@@ -1783,35 +1887,62 @@ class Transports {
 
 // --- Inbox: one task an event ---
 
-/** Dispatches the page's events, each in a task of its own, so that promises settle in between. */
+/** Dispatches the page's messages and events, each in a task of its own, so that promises settle in between. */
 class Inbox {
-  readonly #tasks: (() => void)[] = [];
+  #items: (string | Bytes | (() => void))[] = [];
   readonly #hasOwnFetch: boolean;
+  readonly #onMessage: (data: string | Bytes) => void;
   /** Something has been dispatched in the current task, as far as we know when one ends. */
   #isUsedTask = false;
+  #isPaused = false;
+  #wakers: (() => void)[] = [];
   /** A stream's reader dispatches between its chunks. */
   isRead = false;
 
-  constructor(hasOwnFetch: boolean) {
+  constructor(hasOwnFetch: boolean, onMessage: (data: string | Bytes) => void) {
     this.#hasOwnFetch = hasOwnFetch;
+    this.#onMessage = onMessage;
   }
 
+  get isPaused(): boolean {
+    return this.#isPaused;
+  }
+
+  /** Nothing is dispatched while it is; {@link dispatch} goes on. */
+  set isPaused(value: boolean) {
+    this.#isPaused = value;
+    if (!value) { for (const wake of this.#wakers.splice(0)) wake(); }
+  }
+
+  async untilReady(): Promise<void> {
+    if (this.#isPaused) await new Promise<void>((resolve) => this.#wakers.push(resolve));
+  }
+
+  /** The reader waits for the page. */
   get isBehind(): boolean {
-    return !!this.#tasks.length;
+    return this.#items.length > 0 && !this.#isPaused;
   }
 
-  add(task: () => void): void {
-    this.#tasks.push(task);
+  add(item: string | Bytes | (() => void)): void {
+    this.#items.push(item);
     if (!this.isRead) this.dispatch();
   }
 
   async dispatch(): Promise<void> {
-    while (this.#tasks.length) {
+    while (this.isBehind) {
       // Where nothing was dispatched in this task there is no need to wait for another.
       if (this.#mayBePageTask || !this.isRead) await new Promise<void>(nextTask);
+      if (!this.isBehind) return;
       this.#isUsedTask = true;
-      this.#tasks.shift()?.();
+      const item = this.#items.shift()!;
+      if (typeof item === "function") item();
+      else this.#onMessage(item);
     }
+  }
+
+  /** Messages that wait are to come again. */
+  discard(): void {
+    this.#items = this.#items.filter((item) => typeof item === "function");
   }
 
   /** Something has come of the network, which it does in a task of its own. */
@@ -1946,7 +2077,13 @@ class Outbox {
 class Receipts {
   /** The number of the last message that has come. */
   received = 0;
+  /** The number of the last message that the page has seen, which is all that is acknowledged. */
+  dispatched = 0;
   #acknowledged = 0;
+  /** Bytes of the stream up to what was dispatched last, since an acknowledgement. */
+  bytes = 0;
+  /** Bytes up to messages that wait. */
+  #waiting: { received: number; bytes: number }[] = [];
   /** The server is to hear it even if there is nothing new. */
   isDue = false;
   #pongs: Bytes[] = [];
@@ -1956,9 +2093,28 @@ class Receipts {
     return this.isDue || !!this.#pongs.length;
   }
 
-  /** Something has come that is not acknowledged. */
+  /** Something was dispatched that is not acknowledged. */
   get isBehind(): boolean {
-    return this.received > this.#acknowledged;
+    for (let next; (next = this.#waiting[0]) && next.received <= this.dispatched;) {
+      this.bytes += this.#waiting.shift()!.bytes;
+    }
+    return this.dispatched > this.#acknowledged;
+  }
+
+  /** So much of the stream has come. */
+  read(bytes: number): void {
+    const { received } = this;
+    const last = this.#waiting.at(-1);
+    if (last?.received === received) last.bytes += bytes;
+    else if (received > this.dispatched) this.#waiting.push({ received, bytes });
+    else this.bytes += bytes;
+  }
+
+  /** Begins again with what was not dispatched; returns the number of the last that was. */
+  rewind(): number {
+    this.#waiting = [];
+    this.bytes = 0;
+    return this.received = this.dispatched;
   }
 
   /** An acknowledgement goes along: the last one may be lost. */
@@ -1970,7 +2126,7 @@ class Receipts {
 
   /** The server knows: `Last-Event-ID` told it. */
   settle(): void {
-    this.#acknowledged = this.received;
+    this.#acknowledged = this.dispatched;
     this.isDue = false;
   }
 
@@ -1978,9 +2134,9 @@ class Receipts {
   take(least = 0): Bytes[] {
     const parts = this.#pongs;
     this.#pongs = [];
-    if (this.isDue || this.received > this.#acknowledged + least) {
+    if (this.isDue || this.dispatched > this.#acknowledged + least) {
       this.settle();
-      parts.push(frame("ACK", encoder.encode(`${this.received}`)));
+      parts.push(frame("ACK", encoder.encode(`${this.dispatched}`)));
     }
     return parts;
   }

@@ -188,6 +188,36 @@ for (
   });
 }
 
+test("README.md's loop takes messages at its own pace, and the server waits for it", async (t) => {
+  type Loop = (socket: WebSocketSSE) => AsyncGenerator<unknown>;
+  const { messagesOf } = await run<{ messagesOf: Loop }>(t, "function* messagesOf");
+  let sent = 0;
+  const { url } = await listen(t, {
+    window: 16 * 1024,
+    hooks: {
+      async open(peer) {
+        for (; sent < 200; sent++) {
+          if (!peer.send(`${sent}`.padEnd(1024))) return;
+          await peer.waitForDrain();
+        }
+        peer.close(4000);
+      },
+    },
+  });
+  const { socket, closed } = connect(t, (request) => fetch(request), url);
+  await once(socket, "open");
+  const taken: number[] = [];
+  let most = 0;
+  for await (const message of messagesOf(socket)) {
+    taken.push(Number(message));
+    if (taken.length % 50 === 0) await new Promise((resolve) => setTimeout(resolve, 100));
+    most = Math.max(most, sent - taken.length);
+  }
+  assertEquals(taken, Array.from({ length: 200 }, (_, n) => n));
+  assert(most < 40, `the server was ${most} messages ahead`);
+  assertEquals((await closed).code, 4000);
+});
+
 test("README.md's cluster takes requests at any instance", async (t) => {
   const declared = { driver: new MemoryBus(t).adapter };
   const instances: SSEAdapter[] = [];
