@@ -591,7 +591,7 @@ export class WebSocketSSE extends EventTarget {
       : this.#binaryType === "blob"
       ? new Blob([data])
       : data.buffer;
-    this.dispatchEvent(new MessageEvent("message", { data: value, origin: this.#url.origin }));
+    this.dispatchEvent(new MessageEvent("message", { data: value, origin: this.#parts.requests.origin }));
   }
 }
 
@@ -1091,10 +1091,10 @@ class Link implements Carrier {
     try {
       for (;;) {
         const reading = reader.read();
-        const waited = !await Promise.race([reading, soon()]);
-        const { done, value } = await reading;
         // What was there already may come in the task of what was before it.
-        if (waited) this.#inbox.inNewTask();
+        const waits = await isSlow(reading);
+        const { done, value } = await reading;
+        if (waits) this.#inbox.inNewTask();
         // An old reader must not go on counting once a resumption has told the count.
         if (done || connection !== this.#connection) break;
         connection.quietTicks = 0;
@@ -1103,7 +1103,8 @@ class Link implements Carrier {
         first &&= !decoded;
         if (parser.partial > MAX_EVENT_CHARACTERS) this.#host.onFail();
         const { length } = value; // whose buffer the next reading takes
-        await this.#inbox.dispatch(); // the next chunk waits until this one is dispatched
+        // The next chunk waits until this one is dispatched.
+        if (this.#inbox.isBehind) await this.#inbox.dispatch();
         this.#receipts.read(length);
         this.#acknowledge(parser.partial);
         // A page that pauses is sent no more than a window, and goes on hearing the heartbeats; on
@@ -1147,9 +1148,9 @@ class Link implements Carrier {
       case OPEN_EVENT:
         return this.#onTerms(JSON.parse(data));
       case ACK_EVENT: {
-        const [received, handled] = data.split(" ").map(Number) as [number, number];
+        const space = data.indexOf(" ");
         this.#retries = 0;
-        return this.uplink.confirm(received, handled);
+        return this.uplink.confirm(Number(data.slice(0, space)), Number(data.slice(space + 1)));
       }
       case PING_EVENT: {
         const [sent, payload] = data.split(" ");
@@ -2156,6 +2157,8 @@ interface RequestDetails {
 /** Makes all requests of a socket. */
 class Requests {
   readonly target: string;
+  /** Of messages: the URL would put it together anew for each. */
+  readonly origin: string;
   readonly #authorization: string | undefined;
   readonly #options: WebSocketSSEOptions;
   readonly #session: Session;
@@ -2165,6 +2168,7 @@ class Requests {
   #denials = 0;
 
   constructor(url: URL, options: WebSocketSSEOptions, session: Session) {
+    this.origin = url.origin;
     const target = new URL(url);
     // The bytes as they are, since what is escaped need not be UTF-8.
     const credentials = `${target.username}:${target.password}`
@@ -2398,7 +2402,7 @@ class Body extends Load {
 
   /** Only when asked. */
   write(parts: Bytes[]): void {
-    const chunk = concat(parts);
+    const chunk = parts.length === 1 ? parts[0]! : concat(parts);
     this.total += chunk.length;
     this.wroteSinceTick = true;
     this.isAsked = false; // before enqueue, which may ask again
@@ -2820,11 +2824,17 @@ function clock(): number {
   return performance.now();
 }
 
-/** After more microtasks than a read takes that need not wait for the network. */
-async function soon(): Promise<void> {
+/** Whether it takes more microtasks than a read does that need not wait for the network. */
+async function isSlow(reading: Promise<unknown>): Promise<boolean> {
+  let isPending = true;
+  const settle = () => {
+    isPending = false;
+  };
+  reading.then(settle, settle);
   await undefined;
   await undefined;
   await undefined;
+  return isPending;
 }
 
 /** Runs something in a task of its own, sooner than a timer would. */
