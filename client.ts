@@ -591,7 +591,9 @@ export class WebSocketSSE extends EventTarget {
       : this.#binaryType === "blob"
       ? new Blob([data])
       : data.buffer;
-    this.dispatchEvent(new MessageEvent("message", { data: value, origin: this.#parts.requests.origin }));
+    this.dispatchEvent(
+      new MessageEvent("message", { data: value, origin: this.#parts.requests.origin }),
+    );
   }
 }
 

@@ -118,8 +118,17 @@ const MAX_CHUNK = 256 * 1024;
 const MESSAGE_COST = 200;
 /** And what each further session costs that waits for it. */
 const SLOT_COST = 16;
-/** So many sessions flushed at once are a crowd: publications rest after it. */
+/** So many sessions flushed at once are a crowd: how long that keeps the runtime busy is measured. */
 const CROWD = 64;
+/** The share of the time that crowds may keep the runtime busy; beyond it, publications rest. */
+const SATURATION = 1;
+/** The share from which on they rest for as long again as the runtime was busy. */
+const OVERLOAD = 1.2;
+/** The most that is measured: a backlog is soon forgotten. */
+const MAX_LOAD = 3;
+/** So far back it is measured, in ms, or so many flushes, if that is longer. */
+const LOAD_SPAN = 25;
+const LOAD_FLUSHES = 5;
 /** The longest rest in ms, beyond the time that the event loop was busy. */
 const MAX_REST = 20;
 /** By then a rest is over, in ms, even if the runtime has stopped its timers. */
@@ -337,9 +346,9 @@ export interface Peer<Context = PeerContext> {
   /** Ends a subscription. */
   unsubscribe(topic: string): void;
   /**
-   * Sends to all other subscribers of the topic in this peer's namespace. Right after a
-   * publication to 64 peers or more it waits while the runtime is writing that, and at most
-   * 20 ms longer, so that what is published meanwhile shares chunks.
+   * Sends to all other subscribers of the topic in this peer's namespace. Where more is published
+   * to 64 peers or more than the runtime can write one by one, a publication waits while the last
+   * is being written, and at most 20 ms longer, so that what comes meanwhile shares chunks.
    */
   publish(topic: string, data: unknown, options?: { compress?: boolean }): void;
   /**
@@ -1791,7 +1800,7 @@ class Topics {
   #fanOut(namespace: string, topic: string, frame: Frame, except?: Subscriber): void {
     const subscribers = this.#topics.get(namespace)?.get(topic);
     if (!subscribers) return;
-    const hold = this.#flusher.resting;
+    const hold = this.#flusher.publishes(subscribers.size);
     for (const one of subscribers) if (one !== except) one.send(frame, hold);
   }
 }
@@ -2994,6 +3003,53 @@ interface Flushable {
   flush(): void;
 }
 
+/**
+ * The share of the time that it takes to write to crowds what is published to them: each
+ * publication by itself, so that those which share chunks do not hide it.
+ */
+class CrowdLoad {
+  #share = 0;
+  /** When a crowd was last flushed. */
+  #flushedAt = 0;
+  /** How long that kept the runtime busy; undefined while it does. */
+  #busy: number | undefined = 0;
+  /** Jobs since then that have published to a crowd. */
+  #jobs = 0;
+  /** The subscribers that the current job has published to. */
+  #reach = 0;
+
+  /** 0 while the runtime can follow, 1 where it is overloaded. */
+  get excess(): number {
+    return Math.max(0, Math.min(1, (this.#share - SATURATION) / (OVERLOAD - SATURATION)));
+  }
+
+  /** Somebody publishes to so many. */
+  count(subscribers: number): void {
+    if (!this.#reach) queueMicrotask(() => this.#reach = 0);
+    const before = this.#reach;
+    this.#reach += subscribers;
+    if (before < CROWD && this.#reach >= CROWD) this.#jobs++;
+  }
+
+  /** A crowd is about to be flushed; `whenFree` is told how long that keeps the runtime busy. */
+  measure(whenFree: (busy: number) => void): void {
+    const now = clock();
+    const passed = now - this.#flushedAt;
+    const busy = this.#busy ?? Infinity; // it has not written the last one yet
+    const load = Math.min(MAX_LOAD, this.#jobs * busy / passed || 0);
+    const span = Math.max(LOAD_SPAN, LOAD_FLUSHES * (this.#busy ?? 0));
+    this.#share += (load - this.#share) * (1 - Math.exp(-passed / span));
+    this.#flushedAt = now;
+    this.#busy = undefined;
+    this.#jobs = 0;
+    afterTurn(() => {
+      if (this.#flushedAt !== now) return; // that was the backlog of two
+      this.#busy = clock() - now;
+      whenFree(this.#busy);
+    });
+  }
+}
+
 /** Flushes sessions together, so that what is sent in one job goes as one chunk to each. */
 class Flusher {
   /** Sessions to flush at the end of the current job. */
@@ -3003,12 +3059,14 @@ class Flusher {
   /** When the rest is over, whatever its timer does. */
   #holdUntil = 0;
   #restTimer: ReturnType<typeof setTimeout> | undefined;
+  readonly #load: CrowdLoad = new CrowdLoad();
   /** What was joined last during this flush. */
   #lastParts: Bytes[] = [];
   #lastChunk: Bytes = EMPTY;
 
-  /** Publications are to be held. */
-  get resting(): boolean {
+  /** Somebody publishes to so many. Returns whether that is to be held. */
+  publishes(subscribers: number): boolean {
+    this.#load.count(subscribers);
     return !!this.#held && clock() < this.#holdUntil;
   }
 
@@ -3018,7 +3076,7 @@ class Flusher {
     queueMicrotask(() => {
       const dirty = this.#dirty;
       this.#dirty = [];
-      if (dirty.length >= CROWD && !this.#held) this.#rest();
+      if (dirty.length >= CROWD && !this.#held) this.#onCrowd();
       for (const session of dirty) session.flush();
       this.#lastParts = [];
       this.#lastChunk = EMPTY;
@@ -3026,21 +3084,25 @@ class Flusher {
   }
 
   /**
-   * The chunks of a crowd keep the runtime busy for much longer than it took to make them, and
-   * what is published meanwhile would queue up behind them, chunk after chunk. So it is held
-   * for as long as the event loop is busy, and once more as long, and goes as one chunk.
+   * The chunks of a crowd keep the runtime busy for much longer than it took to make them. What
+   * is published meanwhile, and faster than that can go on, would queue up behind them, chunk
+   * after chunk. So it is held for as long as the runtime is busy, and up to as long again, and
+   * goes as one chunk. Where the runtime can follow, nothing waits.
    */
-  #rest(): void {
-    const held: Flushable[] = this.#held = [];
-    const started = clock();
-    this.#holdUntil = started + STALLED;
+  #onCrowd(): void {
+    let rest = 0;
+    const held: Flushable[] = [];
     const end = () => {
       this.#held = undefined;
       for (const session of held) session.schedule();
     };
-    this.#restTimer = setTimeout(() => { // fires when the event loop is free again
-      this.#restTimer = setTimeout(end, Math.min(clock() - started, MAX_REST));
+    this.#load.measure((busy) => {
+      if (rest) this.#restTimer = setTimeout(end, Math.min(rest * busy, MAX_REST));
     });
+    rest = this.#load.excess;
+    if (!rest) return;
+    this.#held = held;
+    this.#holdUntil = clock() + STALLED;
   }
 
   /** Flushes the session at the end of the rest, if there is one. */
@@ -4100,6 +4162,11 @@ function nextTask(task: () => void): void {
   const { setImmediate } = globalThis as { setImmediate?: (task: () => void) => void };
   if (setImmediate) setImmediate(task);
   else setTimeout(task);
+}
+
+/** Runs something once the event loop has gone round: what was ready, the runtime's own writes too, is done by then. */
+function afterTurn(task: () => void): void {
+  nextTask(() => nextTask(task));
 }
 
 /** A long text, as short as will do to tell it from others. */

@@ -6,7 +6,8 @@
  * @module
  */
 /// <reference types="bun-types" />
-import { BATCH, MARKER, SIZE, text } from "./message.ts";
+import { wallClock } from "./clock.ts";
+import { BATCH, MARKER, SIZE, stampOf, text } from "./message.ts";
 import { answer } from "./rpc.ts";
 
 /** `duplex` and `get` are ours, `sse` is any other event stream. */
@@ -46,6 +47,9 @@ let closed = 0;
 let whenDone = () => {};
 let lastAt = 0;
 let onMessages = () => {};
+/** Milliseconds between a message's stamp and its arrival, while they are to be noted. */
+let delays: number[] | undefined;
+let now = wallClock();
 
 function onData(socket: Bun.Socket<Link>, data: Uint8Array): void {
   const link = socket.data;
@@ -54,7 +58,13 @@ function onData(socket: Bun.Socket<Link>, data: Uint8Array): void {
     link.opened(new TextDecoder().decode(data));
   }
   let count = 0;
-  for (let i = 0; i < data.length; i++) if (data[i] === MARKER) count++;
+  const at = delays ? now() : 0;
+  for (let i = 0; i < data.length; i++) {
+    if (data[i] !== MARKER) continue;
+    count++;
+    // One that two chunks share is counted alone.
+    if (delays && i >= SIZE - 1) delays.push(at - stampOf(data, i));
+  }
   bytes += data.length;
   link.received += count;
   link.unacknowledged += data.length;
@@ -164,6 +174,10 @@ answer({
 
   /** Messages that are to come from now on. */
   expect({ messages }) {
+    // Who is not heard of for a minute is dropped.
+    for (const link of links) {
+      if (link.kind === "duplex") write(link, encode(chunk(frame("ACK", `${link.received}`))));
+    }
     left = messages;
     lastAt = 0;
     whenDone = () => {
@@ -179,6 +193,19 @@ answer({
       throw new Error(`${left} messages are missing, ${closed} connections have closed`);
     }
     return lastAt;
+  },
+
+  /** How late messages come from now on is noted. */
+  note() {
+    delays = [];
+    now = wallClock();
+  },
+
+  /** Percentiles of that, in ms, once the last of them came. */
+  delays() {
+    const sorted = Float64Array.from(delays!).sort();
+    delays = undefined;
+    return { p50: sorted[sorted.length >> 1], p99: sorted[Math.floor(sorted.length * 0.99)] };
   },
 
   /** Bytes of all connections until now. */

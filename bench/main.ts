@@ -21,6 +21,7 @@ import { binary } from "./scenarios/binary.ts";
 import { fanOutBursts, fanOutSingly } from "./scenarios/fanout.ts";
 import { subscribers, topics, unheard } from "./scenarios/growth.ts";
 import { memory, tenThousand } from "./scenarios/idle.ts";
+import { offered, saturation } from "./scenarios/offered.ts";
 import { parse } from "./scenarios/parse.ts";
 import { poll } from "./scenarios/poll.ts";
 import { resume } from "./scenarios/resume.ts";
@@ -31,6 +32,8 @@ import { latency, uplink } from "./scenarios/uplink.ts";
 const SCENARIOS: Record<string, Scenario> = {
   fanOutBursts,
   fanOutSingly,
+  offered,
+  saturation,
   roundTrip,
   uplink,
   latency,

@@ -9,8 +9,9 @@ import { readFile } from "node:fs/promises";
 import process from "node:process";
 import { setImmediate } from "node:timers";
 import { implement, type Name } from "./implementations.ts";
+import { wallClock } from "./clock.ts";
 import { answer } from "./rpc.ts";
-import { BATCH, SIZE, text } from "./message.ts";
+import { BATCH, SIZE, stamped, text } from "./message.ts";
 
 interface Bun {
   // deno-lint-ignore no-explicit-any
@@ -46,6 +47,9 @@ function serve(): number {
   return server.addr.port;
 }
 
+/** Beyond the lateness of any timer, in ms. */
+const LATE = 5;
+
 const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
 const nextTask = () => new Promise<void>((resolve) => setImmediate(resolve));
 /** Milliseconds of processor time, of all threads. */
@@ -68,6 +72,24 @@ answer({
       await nextTask();
     }
     return started;
+  },
+
+  /**
+   * Messages at a rate that does not wait for anything, each in a task of its own; what they cost.
+   * Each tells when it was published, or should have been where the server was too busy for it.
+   */
+  async offer({ messages, every }) {
+    const before = cpu();
+    const now = wallClock();
+    const begun = now();
+    for (let i = 0; i < messages; i++) {
+      const due = begun + i * every;
+      if (now() < due) await pause(due - now());
+      else await nextTask();
+      const time = now();
+      implementation.publish("0", stamped(time - due > LATE ? due : time));
+    }
+    return cpu() - before;
   },
 
   /** Bursts at a pace at which each can be written before the next; what they cost. */

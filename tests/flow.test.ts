@@ -348,20 +348,35 @@ async function crowd(t: TestContext, options: SSEOptions = {}) {
 
 const turn = () => new Promise<void>((resolve) => setImmediate(resolve));
 
-test("what is published to a crowd in quick succession shares chunks, and keeps its order", async (t) => {
+test("what is published to a crowd faster than it can be written shares chunks, and keeps its order", async (t) => {
   const { ws, peers, all } = await crowd(t);
-  for (let i = 0; i < 40; i++) {
+  const count = 500;
+  for (let i = 0; i < count; i++) {
     ws.publish("news", `${i}`);
-    if (i === 20) peers[7]!.send("for you alone");
+    if (i === 250) peers[7]!.send("for you alone");
     await turn();
   }
-  const expected = Array.from({ length: 40 }, (_, i) => `data: ${i}\n\n`);
+  const expected = Array.from({ length: count }, (_, i) => `data: ${i}\n\n`);
   await until(() => all.every((chunks) => chunks.join("").includes(expected.at(-1)!)));
   for (const [i, chunks] of all.entries()) {
-    assertLess(chunks.length, 40);
-    const messages = i === 7 ? expected.toSpliced(21, 0, "data: for you alone\n\n") : expected;
+    assertLess(chunks.length, count);
+    const messages = i === 7 ? expected.toSpliced(251, 0, "data: for you alone\n\n") : expected;
     assertEquals(chunks.join(""), messages.join(""));
   }
+});
+
+test("what is published to a crowd that can be written to in between does not wait", async (t) => {
+  const { ws, peers, all } = await crowd(t);
+  for (let i = 0; i < 10; i++) {
+    await sleep(50);
+    ws.publish("news", `${i}`);
+    ws.publish("news", "and more");
+    await undefined; // the job ends, and with it all that it sends is flushed
+    assertEquals(peers.filter((peer) => peer.bufferedAmount), []);
+  }
+  const expected = Array.from({ length: 10 }, (_, i) => `data: ${i}\n\ndata: and more\n\n`);
+  await until(() => all.every((chunks) => chunks.length === 10));
+  for (const chunks of all) assertEquals(chunks, expected);
 });
 
 test("a rest after a crowd holds nothing that is waited for, and nothing up to a limit", async (t) => {
