@@ -29,26 +29,59 @@
  *
  * @module
  */
-import type { Hooks, MaybePromise, Message, Peer, SyncAdapter, SyncDriver } from "./server.ts";
+import type {
+  Hooks,
+  MaybePromise,
+  Message,
+  Peer,
+  SyncAdapter,
+  SyncDriver,
+  SyncMessage,
+} from "./server.ts";
 
 // --- Limits ---
 
 const KEEP_UNWATCHED = 300_000;
 const KEEP_ENDED = 60_000;
 const MAX_LOG = 4 * 1024 * 1024;
-const MAX_RUNS = 1_000;
-/** How long another instance has to say that it has a chat's run, in ms. */
-const FIND_TIMEOUT = 1_000;
+const MAX_TOTAL_LOG = 256 * 1024 * 1024;
+const MAX_RUNS = 10_000;
+const MAX_RUNS_PER_PEER = 100;
 /** How long an answer that was stopped has to end by itself, in ms. */
 const STOP_TIMEOUT = 5_000;
+/** How long a session that moves has to come back to its answers. */
+const MOVE_TIMEOUT = 30_000;
+/** How long another instance has to say that it has a chat's run. */
+const FIND_TIMEOUT = 1_000;
+/** How often instances that show each other's runs hear of each other; after three silences one is gone. */
+const WATCH_PERIOD = 2_000;
+const MAX_SILENCES = 3;
+/** A run so old was there before one of the same chat that another instance has just begun. */
+const DOUBT = 1_000;
+/** Timers go no further, and never fire sooner than in 24 days. */
+const MAX_DELAY = 2 ** 31 - 1;
 /** A chat's and a request's id are at most so long. */
 const MAX_ID = 256;
+/** A viewer with more than this before it is shown nothing until it is down to a quarter. */
+const MAX_WAITING = 256 * 1024;
+/** The most of a text that one frame says, in characters. */
+const MAX_PIECE = 64 * 1024;
+/** Frames to another instance that it has not confirmed; it does so each quarter. */
+const WINDOW = 32;
+/** Chunks that are read in one go, before others have their turn. */
+const MAX_HURRY = 1_000;
+/** What a chunk costs in a log, besides its JSON. */
+const CHUNK_COST = 100;
 
 const BUSY = "An answer is already on its way in this chat.";
 const FAILED = "The request failed.";
 const FULL = "Too many answers are on their way.";
 const TOO_LONG = "The answer is too long to be resumed.";
 const UNFIT = "The request is not one of a chat.";
+
+/** In a session that moves: what its client is being shown. */
+const SHOWN = "duplex-chat";
+const START: Place = { index: 0, offset: 0, sequence: 0 };
 
 // --- Types ---
 
@@ -98,7 +131,7 @@ export interface ChatMessage {
 export interface ChatContext<Context> {
   /** Aborts when somebody stops the answer, or when nobody has listened for `keepUnwatched`. */
   readonly signal: AbortSignal;
-  /** Who asked. */
+  /** Who asked; may have left before the answer ends. */
   readonly peer: Peer<Context>;
 }
 
@@ -110,21 +143,43 @@ export interface ChatOptions<UIMessage = ChatMessage, Context = Record<string, u
   /** Answers a request. What it throws is told to `onError`; the client learns `errorText` of it. */
   respond(request: ChatRequest<UIMessage>, context: ChatContext<Context>): MaybePromise<ChatStream>;
   /**
-   * Whose chats these are: peers of one owner see each other's chats, no others. Default:
-   * `peer.context.user` if `upgrade` has left one; else whoever knows a chat's id sees it.
+   * Whose chats these are: peers of one owner see each other's chats, no others. Default: what
+   * `upgrade` has left as `context.user`, a string or a number, or an object with such an `id`; if
+   * it has left none, whoever knows a chat's id sees the chat.
    */
   owner?(peer: Peer<Context>): string;
-  /** The SDK's `safeValidateWebSocketChatTransportRequest`. Default: the frame's shape is checked, not its messages. */
-  validate?(frame: { value: unknown }): MaybePromise<{ success: boolean; error?: unknown }>;
+  /**
+   * The SDK's `safeValidateWebSocketChatTransportRequest`; `respond` gets the `data` that it returns.
+   * Default: the frame's shape is checked, not its messages.
+   */
+  validate?(
+    frame: { value: unknown },
+  ): MaybePromise<{ success: boolean; data?: unknown; error?: unknown }>;
   /** How long an answer goes on while nobody listens. Default: 300000; 0: it is stopped at once. */
   keepUnwatched?: number | undefined;
   /** How long an answer that has ended can be resumed. Default: 60000. */
   keepEnded?: number | undefined;
-  /** The most that is kept of one answer, in bytes of JSON. Beyond it goes on, but cannot be resumed. Default: 4 MiB. */
+  /**
+   * The most that is kept of one answer, in characters of JSON. Beyond, it goes on, but cannot be
+   * resumed. Default: 4 Mi.
+   */
   maxLog?: number | undefined;
-  /** Answers under way or kept at once; beyond, requests are refused. Default: 1000. */
+  /**
+   * The most that is kept of all answers. Beyond, those that have ended are forgotten, the oldest
+   * first, and the one that grows cannot be resumed. Default: 256 Mi.
+   */
+  maxTotalLog?: number | undefined;
+  /**
+   * Answers under way or kept at once. Beyond, those that have ended are forgotten, the oldest
+   * first; where none has, requests are refused. Default: 10000.
+   */
   maxRuns?: number | undefined;
-  /** A backplane, as for `sync`: resuming and stopping then reach answers of other instances. */
+  /** Answers under way that one peer has asked for; beyond, it is refused. Default: 100. */
+  maxRunsPerPeer?: number | undefined;
+  /**
+   * A backplane, as for `sync` (without `cluster`). Answers of other instances are then resumed and
+   * stopped from here; and where the adapter has `cluster`, sessions that are shown one can move.
+   */
   sync?: SyncAdapter | undefined;
   /** Told what failed. Default: `console.error`. */
   onError?(error: unknown, context: { readonly chat: string }): void;
@@ -132,7 +187,23 @@ export interface ChatOptions<UIMessage = ChatMessage, Context = Record<string, u
   errorText?(error: unknown): string;
 }
 
+/** Hooks for `sseAdapter`, alone or spread among others. */
+export interface ChatHooks<Context> extends Pick<Hooks<Context>, "message" | "close"> {
+  /** With `sync`: a session goes to another instance. */
+  suspend?(peer: Peer<Context>): void;
+  /** With `sync`: a session has come from another instance, or has come back. */
+  revive?(peer: Peer<Context>): void;
+  /**
+   * Resolves when no answer is under way here, and all who were shown one have the whole of it: to
+   * be awaited before the process ends, after `close(1012)` has sent its sessions to other instances.
+   *
+   * @throws the signal's reason, once it aborts: whatever is under way ends then, and nothing is kept.
+   */
+  settled(options?: { signal?: AbortSignal | undefined }): Promise<void>;
+}
+
 type AnyPeer = Peer<never>;
+type Report = (error: unknown, chat?: string) => void;
 
 /** What the server says: the SDK's frames. */
 type Reply =
@@ -142,13 +213,32 @@ type Reply =
   | { type: "error"; errorText: string }
   | { type: "no-active" };
 
+/** How far somebody has been shown an answer. */
+interface Place {
+  /** The index of the chunk that is shown next, or of which more may come. */
+  readonly index: number;
+  /** How much of that chunk's text was shown. */
+  readonly offset: number;
+  /** The number of the next frame. */
+  readonly sequence: number;
+}
+
 /** Somebody who is shown a run, here or at another instance. */
 interface Viewer {
   /** Names it among all: the peer's id and the request's. */
   readonly id: string;
   /** One peer is shown a run once. */
   readonly peer: string;
-  show(reply: Reply): void;
+  show(reply: Reply, place: Place): void;
+  /** Until it can be shown more; undefined: it can. */
+  full(): Promise<void> | undefined;
+}
+
+/** What a session that moves is shown. */
+interface Shown {
+  readonly key: string;
+  readonly viewer: string;
+  readonly place: Place;
 }
 
 // --- Public surface ---
@@ -175,12 +265,19 @@ interface Viewer {
  */
 export function chatHooks<UIMessage = ChatMessage, Context = Record<string, unknown>>(
   options: ChatOptions<UIMessage, Context>,
-): Pick<Hooks<Context>, "message" | "close"> {
+): ChatHooks<Context> {
   const chats = new Chats(options as unknown as ChatOptions<unknown, never>);
-  return {
+  const hooks: Omit<ChatHooks<Context>, "settled"> = {
     message: (peer, message) => chats.receive(peer as AnyPeer, message as Message<never>),
     close: (peer) => chats.leave(peer.id),
+    ...options.sync && {
+      suspend: (peer: Peer<Context>) => chats.suspend(peer as AnyPeer),
+      revive: (peer: Peer<Context>) => chats.revive(peer as AnyPeer),
+    },
   };
+  // Not among what `{ ...hooks }` copies: it is no hook.
+  const settled = { value: chats.settled.bind(chats) };
+  return Object.defineProperties(hooks, { settled }) as ChatHooks<Context>;
 }
 
 export default chatHooks;
@@ -191,69 +288,97 @@ export default chatHooks;
 class Chats {
   readonly #options: ChatOptions<unknown, never>;
   readonly #limits: Limits;
-  /** By owner and chat. */
+  /** By owner and chat, the oldest first. */
   readonly #runs: Map<string, Run> = new Map();
+  /** Those under way, and those that somebody has yet to be shown the end of. */
+  readonly #unsettled: Set<Run> = new Set();
+  /** Requests that are being checked, by their viewers' ids: whether they were stopped meanwhile. */
+  readonly #checking: Map<string, { stopped: boolean }> = new Map();
   readonly #others: Others | undefined;
+  /** Of all logs. */
+  #logged = 0;
 
   constructor(options: ChatOptions<unknown, never>) {
     this.#options = options;
-    this.#limits = {
-      keepUnwatched: numberOf(options.keepUnwatched, KEEP_UNWATCHED, "keepUnwatched"),
-      keepEnded: numberOf(options.keepEnded, KEEP_ENDED, "keepEnded"),
-      maxLog: numberOf(options.maxLog, MAX_LOG, "maxLog"),
-      maxRuns: numberOf(options.maxRuns, MAX_RUNS, "maxRuns"),
-    };
-    if (options.sync) {
-      this.#others = new Others(options.sync, this.#runs, (e) => this.#report(e, ""));
-    }
+    this.#limits = limitsOf(options);
+    if (!options.sync) return;
+    this.#others = new Others(options.sync, this.#runs, (error) => this.#report(error));
   }
 
   async receive(peer: AnyPeer, message: Message<never>): Promise<void> {
     const frame = parse(message.text());
     // Not of a chat at all: nothing can be told by a frame.
     if (!frame) return peer.close(1008, UNFIT);
-    const { type, requestId } = frame;
-    if (type === "abort") return this.#abort(peer, requestId);
-    const reply = replyTo(peer, requestId);
-    const verdict = await this.#validate(frame);
-    if (!verdict) return reply({ type: "error", errorText: UNFIT });
+    const viewer = viewerAt(peer, frame.requestId);
+    if (frame.type === "abort") return this.#abort(viewer.id);
+    const asked = { stopped: false };
+    this.#checking.set(viewer.id, asked);
+    const request = await this.#check(frame).finally(() => this.#checking.delete(viewer.id));
+    if (hasLeft(peer) && frame.type === "resume") return;
+    if (!request) return reply(viewer, { type: "error", errorText: UNFIT });
     const key = this.#keyOf(peer, frame.id as string);
-    if (type === "resume") return await this.#resume(peer, key, requestId, reply);
-    this.#start(peer, key, frame as unknown as ChatRequest<unknown>, reply);
+    if (frame.type === "resume") return await this.#resume(key, viewer, asked.stopped);
+    if (!asked.stopped) this.#start(peer, key, { ...request, requestId: frame.requestId }, viewer);
   }
 
-  async #validate(frame: Frame): Promise<boolean> {
-    if (!isRequest(frame)) return false;
-    const { validate } = this.#options;
-    return !validate || (await validate({ value: frame })).success;
+  /** The request as it was validated. */
+  async #check(frame: Frame): Promise<ChatRequest<unknown> | undefined> {
+    if (!isRequest(frame)) return;
+    try {
+      const verdict = await this.#options.validate?.({ value: frame });
+      if (verdict && !verdict.success) return;
+      return (verdict?.data ?? frame) as ChatRequest<unknown>;
+    } catch (error) {
+      this.#report(error, frame.id as string);
+    }
   }
 
   /** A chat is its owner's: another's chat of the same id is another chat. */
   #keyOf(peer: AnyPeer, chat: string): string {
-    const { user } = peer.context as { user?: unknown };
-    const owner = this.#options.owner?.(peer) ?? (user === undefined ? "" : String(user));
+    const owner = this.#options.owner ? this.#options.owner(peer) : userOf(peer);
     return JSON.stringify([peer.namespace, owner, chat]);
   }
 
-  #start(
-    peer: AnyPeer,
-    key: string,
-    request: ChatRequest<unknown>,
-    reply: (reply: Reply) => void,
-  ): void {
+  #start(peer: AnyPeer, key: string, request: ChatRequest<unknown>, viewer: Viewer): void {
     const former = this.#runs.get(key);
-    if (former?.phase === "running") return reply({ type: "error", errorText: BUSY });
-    if (!former && this.#runs.size >= this.#limits.maxRuns) {
-      return reply({ type: "error", errorText: FULL });
-    }
+    if (former?.phase === "running") return reply(viewer, { type: "error", errorText: BUSY });
+    former?.end({ type: "end" });
     former?.forget();
-    const run = new Run(this.#limits, () => {
-      if (this.#runs.get(key) === run) this.#runs.delete(key);
+    if (!this.#hasRoom(peer.id)) return reply(viewer, { type: "error", errorText: FULL });
+    const run = new Run(this.#limits, peer.id, {
+      grown: (by) => this.#onGrown(run, by),
+      settled: () => void this.#unsettled.delete(run),
+      forgotten: () => void (this.#runs.get(key) === run && this.#runs.delete(key)),
     });
     this.#runs.set(key, run);
-    run.add({ id: viewerId(peer, request.requestId), peer: peer.id, show: reply });
+    this.#unsettled.add(run);
+    run.add(viewer);
     if (hasLeft(peer)) run.leave(peer.id); // while its request was being checked
+    this.#others?.begin(key, run);
     this.#answer(run, request, peer);
+  }
+
+  /** Whether one more may begin, if need be in the place of the oldest that has ended. */
+  #hasRoom(peer: string): boolean {
+    let own = 0;
+    for (const run of this.#runs.values()) if (run.starter === peer && !run.isOver) own++;
+    if (own >= this.#limits.maxRunsPerPeer) return false;
+    return this.#runs.size < this.#limits.maxRuns || this.#forgetOldest();
+  }
+
+  #forgetOldest(): boolean {
+    for (const run of this.#runs.values()) {
+      if (!run.isOver) continue;
+      run.forget();
+      return true;
+    }
+    return false;
+  }
+
+  #onGrown(run: Run, by: number): void {
+    this.#logged += by;
+    while (this.#logged > this.#limits.maxTotalLog && this.#forgetOldest());
+    if (this.#logged > this.#limits.maxTotalLog && by > 0) run.giveUpLog();
   }
 
   async #answer(run: Run, request: ChatRequest<unknown>, peer: AnyPeer): Promise<void> {
@@ -261,29 +386,37 @@ class Chats {
       const { signal } = run;
       await run.play(await this.#options.respond(request, { signal, peer }));
     } catch (error) {
-      if (run.phase !== "running") return run.stopped(); // mostly it says that it was aborted
+      // What was stopped mostly says that it was.
+      if (run.phase !== "running") return run.end({ type: "end" });
       this.#report(error, request.id);
-      run.fail(this.#options.errorText?.(error) ?? FAILED);
+      run.fail(this.#textOf(error));
     }
   }
 
-  async #resume(
-    peer: AnyPeer,
-    key: string,
-    requestId: string,
-    reply: (reply: Reply) => void,
-  ): Promise<void> {
-    const viewer = { id: viewerId(peer, requestId), peer: peer.id, show: reply };
-    const run = this.#runs.get(key);
-    if (hasLeft(peer)) return;
-    if (run) return run.add(viewer, true);
-    if (await this.#others?.find(key, viewer)) {
-      if (hasLeft(peer)) this.#others!.leave(peer.id);
-    } else reply({ type: "no-active" });
+  #textOf(error: unknown): string {
+    try {
+      return this.#options.errorText?.(error) ?? FAILED;
+    } catch (failure) {
+      this.#report(failure);
+      return FAILED;
+    }
   }
 
-  #abort(peer: AnyPeer, requestId: string): void {
-    const id = viewerId(peer, requestId);
+  async #resume(key: string, viewer: Viewer, stopped: boolean): Promise<void> {
+    const run = this.#runs.get(key);
+    if (run) {
+      if (stopped) return run.stop();
+      if (run.isWhole) reply(viewer, { type: "start" });
+      return run.add(viewer);
+    }
+    const finding = this.#others?.find(key, viewer);
+    if (stopped) return this.#others?.stop(viewer.id);
+    if (!await finding) reply(viewer, { type: "no-active" });
+  }
+
+  #abort(id: string): void {
+    const asked = this.#checking.get(id);
+    if (asked) return void (asked.stopped = true);
     for (const run of this.#runs.values()) if (run.shows(id)) return run.stop(id);
     this.#others?.stop(id);
   }
@@ -294,170 +427,800 @@ class Chats {
     this.#others?.leave(peer);
   }
 
-  #report(error: unknown, chat: string): void {
-    const { onError } = this.#options;
-    if (onError) onError.call(this.#options, error, { chat });
-    else console.error("[duplex-sse] an answer failed:", error);
+  /** Leaves in the context of a session that moves what it is shown, and how far. */
+  suspend(peer: AnyPeer): void {
+    const shown: Shown[] = this.#others!.take(peer.id);
+    for (const [key, run] of this.#runs) {
+      const taken = run.take(peer.id);
+      if (taken) shown.push({ key, ...taken });
+    }
+    if (shown.length > 0) Object.assign(peer.context, { [`${SHOWN} ${peer.id}`]: shown });
+  }
+
+  /** Goes on with what the session was shown. */
+  revive(peer: AnyPeer): void {
+    const context = peer.context as Record<string, Shown[]>;
+    const shown = context[`${SHOWN} ${peer.id}`] ?? [];
+    delete context[`${SHOWN} ${peer.id}`];
+    for (const { key, viewer: id, place } of shown) {
+      const viewer = viewerAt(peer, requestOf(id));
+      const run = this.#runs.get(key);
+      if (run) run.add(viewer, place);
+      else this.#others!.follow(key, viewer, place);
+    }
+  }
+
+  async settled({ signal }: { signal?: AbortSignal | undefined } = {}): Promise<void> {
+    const { promise, reject } = Promise.withResolvers<never>();
+    const abort = () => {
+      reject(signal!.reason);
+      for (const run of [...this.#runs.values()]) run.abandon();
+    };
+    if (signal?.aborted) abort();
+    signal?.addEventListener("abort", abort);
+    promise.catch(() => {}); // told by the race, where there is one
+    try {
+      if (signal?.aborted) await promise;
+      while (this.#unsettled.size > 0) {
+        await Promise.race([promise, ...[...this.#unsettled].map((run) => run.settled)]);
+      }
+      await Promise.race([promise, this.#others?.said]);
+    } finally {
+      signal?.removeEventListener("abort", abort);
+    }
+  }
+
+  #report(error: unknown, chat = ""): void {
+    try {
+      const { onError } = this.#options;
+      if (onError) onError.call(this.#options, error, { chat });
+      else console.error("[duplex-sse] an answer failed:", error);
+    } catch (failure) {
+      console.error("[duplex-sse] onError failed:", failure, "It was told:", error);
+    }
   }
 }
 
-interface Limits {
-  readonly keepUnwatched: number;
-  readonly keepEnded: number;
-  readonly maxLog: number;
-  readonly maxRuns: number;
+/** By default: who the user is. An object that cannot tell would be everybody's. */
+function userOf(peer: AnyPeer): string {
+  const { user } = Object(peer.context) as { user?: unknown };
+  const id = typeof user === "object" && user !== null ? (user as { id?: unknown }).id : user;
+  if (typeof id === "string" || typeof id === "number" || typeof id === "bigint") return `${id}`;
+  if (user === undefined || user === null) return "";
+  throw new TypeError("context.user is no string, and has no id: set the option `owner`");
+}
+
+// --- Other instances ---
+
+/** What instances say to each other: who has a run, and what it shows. */
+type Word =
+  | { kind: "begin"; key: string; run: string; from: string }
+  | { kind: "busy"; run: string }
+  | Find
+  | { kind: "here"; viewer: string; turn: number; from: string }
+  | { kind: "none"; viewer: string; turn: number }
+  | { kind: "show"; viewer: string; turn: number; at: Place; reply: Reply; place: Place }
+  | { kind: "took"; viewer: string; turn: number; n: number }
+  | { kind: "stop"; viewer: string; from: string }
+  | { kind: "stopped"; viewer: string }
+  | { kind: "leave"; peer: string };
+
+interface Find {
+  readonly kind: "find";
+  readonly key: string;
+  readonly viewer: string;
+  readonly peer: string;
+  readonly from: string;
+  /** Whose run it was; else whoever has it answers. */
+  readonly owner?: string | undefined;
+  readonly turn: number;
+  readonly place: Place;
+}
+
+/**
+ * Runs of other instances, and viewers there of runs here. Words may get lost, be repeated, and stay
+ * away with their instance: whoever misses one asks again, from the place where it is, in a new turn.
+ */
+class Others {
+  readonly #id: string = crypto.randomUUID();
+  readonly #driver: SyncDriver;
+  readonly #runs: Map<string, Run>;
+  readonly #report: Report;
+  /** Viewers here of runs elsewhere. */
+  readonly #remotes: Map<string, Remote> = new Map();
+  /** Viewers elsewhere of runs here. */
+  readonly #guests: Map<string, Guest> = new Map();
+  /** Words that the driver has not yet published. */
+  readonly #saying: Set<Promise<void>> = new Set();
+  #timer: ReturnType<typeof setInterval> | undefined;
+
+  constructor(connect: SyncAdapter, runs: Map<string, Run>, report: Report) {
+    this.#runs = runs;
+    this.#report = report;
+    this.#driver = connect({ id: this.#id });
+    this.#try(() => this.#driver.subscribe((message) => this.#receive(message)));
+  }
+
+  /** Resolves when all that was said is published. */
+  get said(): Promise<unknown> {
+    return Promise.all(this.#saying);
+  }
+
+  /** Says that a run has begun: elsewhere, of one chat, none may be under way, and none be kept. */
+  begin(key: string, { id }: Run): void {
+    this.#say("*", { kind: "begin", key, run: id, from: this.#id });
+  }
+
+  /** Whether another instance has the run, and shows it from now on. */
+  async find(key: string, viewer: Viewer): Promise<boolean> {
+    const { promise, resolve } = Promise.withResolvers<boolean>();
+    this.#ask(new Remote(key, viewer, START, resolve));
+    const late = setTimeout(() => resolve(false), FIND_TIMEOUT);
+    const there = await promise.finally(() => clearTimeout(late));
+    if (!there) this.#remotes.delete(viewer.id);
+    this.#watch();
+    return there;
+  }
+
+  /** Goes on showing a run that another instance has. */
+  follow(key: string, viewer: Viewer, place: Place): void {
+    this.#ask(new Remote(key, viewer, place));
+  }
+
+  #ask(remote: Remote): void {
+    const { key, viewer, place, owner } = remote;
+    this.#remotes.set(viewer.id, remote);
+    this.#watch();
+    const turn = remote.nextTurn();
+    const asked = { key, viewer: viewer.id, peer: viewer.peer, owner, turn, place };
+    this.#say(owner ?? "*", { kind: "find", from: this.#id, ...asked });
+  }
+
+  stop(id: string): void {
+    const remote = this.#remotes.get(id);
+    if (!remote) return;
+    remote.stop();
+    this.#say(remote.owner ?? "*", { kind: "stop", viewer: id, from: this.#id });
+  }
+
+  leave(peer: string): void {
+    if (this.take(peer).length > 0) this.#say("*", { kind: "leave", peer });
+  }
+
+  /** What the peer is shown, which it is no more. */
+  take(peer: string): Shown[] {
+    const taken = [...this.#remotes.values()].filter(({ viewer }) => viewer.peer === peer);
+    for (const remote of taken) {
+      remote.settle(false);
+      this.#remotes.delete(remote.viewer.id);
+    }
+    this.#watch();
+    return taken.filter(({ phase }) => phase !== "stopping")
+      .map(({ key, viewer, place }) => ({ key, viewer: viewer.id, place }));
+  }
+
+  #receive({ namespace, topic, data }: SyncMessage): void {
+    if (namespace !== NAMESPACE || typeof data !== "string") return;
+    if (topic !== topicOf(this.#id) && topic !== topicOf("*")) return;
+    try {
+      this.#hear(JSON.parse(data) as Word);
+    } catch (error) {
+      this.#report(error);
+    }
+    this.#watch();
+  }
+
+  #hear(word: Word): void {
+    switch (word.kind) {
+      case "begin":
+        return this.#onBegin(word);
+      case "busy":
+        return this.#runOf(({ id }) => id === word.run)?.fail(BUSY);
+      case "find":
+        return this.#onFind(word);
+      case "took":
+        return this.#guests.get(word.viewer)?.took(word.turn, word.n);
+      case "stop":
+        this.#runOf((run) => run.shows(word.viewer))?.stop(word.viewer);
+        this.#guests.delete(word.viewer);
+        return this.#say(word.from, { kind: "stopped", viewer: word.viewer });
+      case "leave":
+        for (const run of this.#runs.values()) run.leave(word.peer);
+        return;
+      default:
+        return this.#onAnswer(word);
+    }
+  }
+
+  #runOf(test: (run: Run) => boolean): Run | undefined {
+    for (const run of this.#runs.values()) if (test(run)) return run;
+  }
+
+  #onBegin({ key, run: id, from }: Word & { kind: "begin" }): void {
+    const run = this.#runs.get(key);
+    if (run?.phase !== "running") {
+      run?.end({ type: "end" });
+      return run?.forget();
+    }
+    // Of two that have begun at once, both instances know which one goes on.
+    if (run.age > DOUBT || run.id < id) return this.#say(from, { kind: "busy", run: id });
+    run.fail(BUSY);
+  }
+
+  /** Shows a run that is here to a viewer elsewhere. */
+  #onFind({ key, viewer, peer, from, owner, turn, place }: Find): void {
+    const run = this.#runs.get(key);
+    this.#guests.delete(viewer);
+    if (!run && owner) return this.#say(from, { kind: "none", viewer, turn });
+    if (!run) return;
+    this.#say(from, { kind: "here", viewer, turn, from: this.#id });
+    const guest = new Guest(viewer, peer, turn, place, (at, reply, place) => {
+      this.#say(from, { kind: "show", viewer, turn, at, reply, place });
+      if (isLast(reply)) this.#guests.delete(viewer);
+    });
+    this.#guests.set(viewer, guest);
+    this.#watch();
+    run.add(guest, place);
+  }
+
+  /** What another instance says of a run that it has, or has not. */
+  #onAnswer(word: Word & { kind: "here" | "none" | "show" | "stopped" }): void {
+    const remote = this.#remotes.get(word.viewer);
+    if (!remote) return;
+    if (word.kind === "stopped") {
+      if (remote.phase === "stopping") this.#remotes.delete(word.viewer);
+      return;
+    }
+    if (word.turn !== remote.turn || remote.phase === "stopping") return;
+    if (word.kind === "here") return remote.found(word.from);
+    if (word.kind === "none") return this.#lose(remote);
+    if (!remote.owner || word.at.sequence < remote.place.sequence) return; // it was shown
+    // One was lost; or it is of an answer to the same question as the one that we follow.
+    if (!isSame(word.at, remote.place)) return this.#ask(remote);
+    remote.show(word.reply, word.place);
+    if (isLast(word.reply)) return void this.#remotes.delete(word.viewer);
+    if (remote.place.sequence - remote.taken >= WINDOW / 4) this.#confirm(remote);
+  }
+
+  /** Says that what was shown has been taken, as soon as the viewer can take more. */
+  async #confirm(remote: Remote): Promise<void> {
+    const { turn, place } = remote;
+    remote.taken = place.sequence; // is about to be
+    await remote.viewer.full();
+    if (remote.turn !== turn) return;
+    remote.confirmed = place.sequence;
+    this.#sayTaken(remote);
+  }
+
+  #sayTaken({ owner, viewer, turn, confirmed: n }: Remote): void {
+    if (owner) this.#say(owner, { kind: "took", viewer: viewer.id, turn, n });
+  }
+
+  #lose({ viewer, place }: Remote): void {
+    this.#remotes.delete(viewer.id);
+    viewer.show({ type: "error", errorText: FAILED }, place);
+  }
+
+  /** Asks after silent instances, while there is anybody to be shown anything. */
+  #watch(): void {
+    if (this.#remotes.size + this.#guests.size === 0) {
+      clearInterval(this.#timer);
+      return void (this.#timer = undefined);
+    }
+    this.#timer ??= setInterval(() => {
+      for (const remote of this.#remotes.values()) {
+        if (!remote.tick()) this.#sayTaken(remote);
+        else if (remote.silences > MAX_SILENCES) this.#lose(remote);
+        else if (remote.phase === "stopping") this.stop(remote.viewer.id);
+        else this.#ask(remote);
+      }
+      for (const [id, guest] of this.#guests) {
+        if (++guest.silences <= MAX_SILENCES) continue;
+        this.#guests.delete(id);
+        for (const run of this.#runs.values()) run.leave(guest.peer);
+      }
+      this.#watch();
+    }, WATCH_PERIOD);
+    unref(this.#timer);
+  }
+
+  #say(to: string, word: Word): void {
+    const data = JSON.stringify(word);
+    const message = { namespace: NAMESPACE, topic: topicOf(to), data };
+    this.#try(() => this.#driver.publish(message));
+  }
+
+  #try(action: () => MaybePromise<void>): void {
+    const work = (async () => await action())().catch((error) => this.#report(error))
+      .finally(() => this.#saying.delete(work));
+    this.#saying.add(work);
+  }
+}
+
+/** No peer can be in a namespace that begins so, and `cluster` on the same channel passes it over. */
+const NAMESPACE = "\0duplex-chat";
+
+function topicOf(instance: string): string {
+  return `chat ${instance}`;
+}
+
+function isSame(one: Place, other: Place): boolean {
+  return one.index === other.index && one.offset === other.offset &&
+    one.sequence === other.sequence;
+}
+
+function isLast({ type }: Reply): boolean {
+  return type === "end" || type === "error";
+}
+
+/** A viewer here of a run elsewhere. */
+class Remote {
+  phase: "asking" | "shown" | "stopping" = "asking";
+  readonly key: string;
+  readonly viewer: Viewer;
+  /** How far it has been shown. */
+  place: Place;
+  owner: string | undefined;
+  /** Which of our questions is being answered; words of earlier ones mean nothing. */
+  turn = 0;
+  /** The number of the frame up to which the viewer takes, and up to which the owner was told so. */
+  taken = 0;
+  confirmed = 0;
+  /** How often in sequence nothing was heard for a period. */
+  silences = 0;
+  #heard = false;
+  readonly #settle: ((there: boolean) => void) | undefined;
+
+  constructor(key: string, viewer: Viewer, place: Place, settle?: (there: boolean) => void) {
+    this.key = key;
+    this.viewer = viewer;
+    this.place = place;
+    this.#settle = settle;
+  }
+
+  nextTurn(): number {
+    this.taken = this.confirmed = this.place.sequence;
+    return ++this.turn;
+  }
+
+  found(owner: string): void {
+    this.#heard = true;
+    if (this.owner) return; // the first one to say so
+    this.owner = owner;
+    this.phase = "shown";
+    if (this.#settle) this.viewer.show({ type: "start" }, this.place);
+    this.settle(true);
+  }
+
+  settle(there: boolean): void {
+    this.#settle?.(there);
+  }
+
+  show(reply: Reply, place: Place): void {
+    this.#heard = true;
+    this.place = place;
+    this.viewer.show(reply, place);
+  }
+
+  stop(): void {
+    this.phase = "stopping";
+    this.settle(true);
+  }
+
+  /** Whether nothing was heard since the last tick. */
+  tick(): boolean {
+    this.silences = this.#heard ? 0 : this.silences + 1;
+    this.#heard = false;
+    return this.silences > 0;
+  }
+}
+
+/** A viewer elsewhere of a run here. */
+class Guest implements Viewer {
+  readonly id: string;
+  readonly peer: string;
+  silences = 0;
+  readonly #turn: number;
+  readonly #say: (at: Place, reply: Reply, place: Place) => void;
+  #place: Place;
+  #taken: number;
+  #room: PromiseWithResolvers<void> | undefined;
+
+  constructor(
+    id: string,
+    peer: string,
+    turn: number,
+    place: Place,
+    say: (at: Place, reply: Reply, place: Place) => void,
+  ) {
+    this.id = id;
+    this.peer = peer;
+    this.#turn = turn;
+    this.#place = place;
+    this.#taken = place.sequence;
+    this.#say = say;
+  }
+
+  show(reply: Reply, place: Place): void {
+    this.#say(this.#place, reply, place);
+    this.#place = place;
+  }
+
+  full(): Promise<void> | undefined {
+    if (this.#place.sequence - this.#taken < WINDOW) return;
+    return (this.#room ??= Promise.withResolvers()).promise;
+  }
+
+  took(turn: number, n: number): void {
+    if (turn !== this.#turn) return;
+    this.silences = 0;
+    this.#taken = n;
+    if (this.full()) return;
+    this.#room?.resolve();
+    this.#room = undefined;
+  }
 }
 
 // --- A run: one answer ---
+
+/** What a run tells of itself. */
+interface RunEvents {
+  grown(by: number): void;
+  settled(): void;
+  forgotten(): void;
+}
 
 /** One answer: what there is of it, and who is shown it. */
 class Run {
   /** running → stopping → ended, or running → ended; forgotten at last. */
   phase: "running" | "stopping" | "ended" | "forgotten" = "running";
+  readonly id: string = crypto.randomUUID();
+  /** The peer that asked for it. */
+  readonly starter: string;
   readonly #limits: Limits;
-  readonly #onForget: () => void;
+  readonly #events: RunEvents;
   readonly #abort: AbortController = new AbortController();
-  readonly #log: ChatLog;
-  /** By their ids, with the number of the next chunk of each. */
-  readonly #viewers: Map<string, { viewer: Viewer; next: number }> = new Map();
+  readonly #log: ChatLog = new ChatLog();
+  /** By peer, since one is shown it once. */
+  readonly #showings: Map<string, Showing> = new Map();
+  readonly #born: number = performance.now();
+  readonly #settled: PromiseWithResolvers<void> = Promise.withResolvers();
   /** Of whatever is waited for: viewers, the end of what was stopped, or to be forgotten. */
   #timer: ReturnType<typeof setTimeout> | undefined;
-  #reader: { cancel(): unknown } | undefined;
+  #reader: ChunkReader | undefined;
+  /** While others have their turn, chunks are gathered, and shown together. */
+  #rest: Promise<void> | undefined;
+  #hurry = 0;
 
-  constructor(limits: Limits, onForget: () => void) {
+  constructor(limits: Limits, starter: string, events: RunEvents) {
     this.#limits = limits;
-    this.#onForget = onForget;
-    this.#log = new ChatLog(limits.maxLog);
+    this.starter = starter;
+    this.#events = events;
   }
 
   get signal(): AbortSignal {
     return this.#abort.signal;
   }
 
-  get #over(): boolean {
+  /** In ms. */
+  get age(): number {
+    return performance.now() - this.#born;
+  }
+
+  get isOver(): boolean {
     return this.phase === "ended" || this.phase === "forgotten";
+  }
+
+  /** Whether it can be shown from its beginning. */
+  get isWhole(): boolean {
+    return this.#log.isKept;
+  }
+
+  /** Resolves when it is over, and all its viewers know. */
+  get settled(): Promise<void> {
+    return this.#settled.promise;
   }
 
   /** Whether this viewer is shown it. */
   shows(id: string): boolean {
-    return this.#viewers.has(id);
+    return this.#showings.get(peerOf(id))?.viewer.id === id;
   }
 
-  /** Shows the run from its beginning; one peer is shown it once. */
-  add(viewer: Viewer, replay = false): void {
-    for (const { viewer: { id, peer } } of this.#viewers.values()) {
-      if (peer === viewer.peer) this.#viewers.delete(id);
-    }
-    if (!this.#log.chunks) return viewer.show({ type: "error", errorText: TOO_LONG });
-    if (replay) viewer.show({ type: "start" });
-    this.#log.chunks.forEach((chunk, sequence) => viewer.show({ type: "chunk", sequence, chunk }));
-    if (this.phase === "ended") return viewer.show({ type: "end" });
-    this.#viewers.set(viewer.id, { viewer, next: this.#log.chunks.length });
+  /** Shows the run from a place on; a peer's earlier request for it ends. */
+  add(viewer: Viewer, place: Place = START): void {
+    const former = this.#showings.get(viewer.peer);
+    if (former) this.#remove(former);
+    if (former && former.viewer.id !== viewer.id) former.viewer.show({ type: "end" }, former.place);
+    if (!this.#log.has(place)) return viewer.show({ type: "error", errorText: TOO_LONG }, place);
+    const showing = new Showing(viewer, this.#log, place, () => this.#remove(showing));
+    this.#showings.set(viewer.peer, showing);
     if (this.phase === "running") clearTimeout(this.#timer);
+    if (this.isOver) showing.end({ type: "end" });
+    else showing.pump();
+  }
+
+  #remove(showing: Showing): void {
+    showing.cancel();
+    this.#showings.delete(showing.viewer.peer);
+    this.#settle();
+  }
+
+  #settle(): void {
+    if (!this.isOver || this.#showings.size > 0) return;
+    this.#settled.resolve();
+    this.#events.settled();
   }
 
   /** Shows all that the stream brings, to its end. */
   async play(stream: ChatStream): Promise<void> {
     const reader = readerOf(stream);
     this.#reader = reader;
-    if (this.#over) return void reader.cancel(); // stopped before it began
+    if (this.isOver) return cancel(reader); // stopped before it began
     for (let item = await reader.read(); !item.done; item = await reader.read()) {
-      if (this.#over) return;
+      if (this.isOver) return;
       this.#show(item.value);
+      // A source that never waits would leave nobody else a turn.
+      if (++this.#hurry > MAX_HURRY) await this.#rest;
     }
-    this.#end({ type: "end" });
+    this.end({ type: "end" });
   }
 
   #show(chunk: ChatChunk): void {
-    this.#log.push(chunk);
-    for (const shown of this.#viewers.values()) {
-      shown.viewer.show({ type: "chunk", sequence: shown.next++, chunk });
+    this.#events.grown(this.#log.push(chunk));
+    if (this.#log.size > this.#limits.maxLog) this.giveUpLog();
+    if (this.#rest) return;
+    this.#pump();
+    this.#rest = new Promise((resolve) =>
+      setTimeout(() => {
+        this.#rest = undefined;
+        this.#hurry = 0;
+        this.#pump();
+        resolve();
+      })
+    );
+  }
+
+  #pump(): void {
+    for (const showing of this.#showings.values()) {
+      if (this.#log.isKept) showing.pump();
+      else showing.hurry();
     }
+    this.#log.trim();
+  }
+
+  /** Keeps nothing that was shown: nobody can resume it any more. */
+  giveUpLog(): void {
+    if (!this.#log.isKept) return;
+    for (const showing of this.#showings.values()) showing.hurry();
+    this.#events.grown(-this.#log.giveUp());
   }
 
   fail(errorText: string): void {
-    this.#end({ type: "error", errorText });
+    this.end({ type: "error", errorText });
     this.forget(); // "failed responses cannot resume", so that a retry is a new one
   }
 
   /** Ends it for all; the viewer who said so is shown no more. */
   stop(id?: string): void {
-    if (id !== undefined) this.#viewers.delete(id);
+    if (id !== undefined && this.shows(id)) this.#remove(this.#showings.get(peerOf(id))!);
     if (this.phase !== "running") return;
     this.phase = "stopping";
     this.#abort.abort();
     // It may say that it was stopped, and what it has until then.
-    this.#wait(STOP_TIMEOUT, () => this.#end({ type: "end" }));
-  }
-
-  /** Nothing more comes of what was stopped. */
-  stopped(): void {
-    this.#end({ type: "end" });
+    this.#wait(STOP_TIMEOUT, () => this.end({ type: "end" }));
   }
 
   leave(peer: string): void {
-    for (const [id, { viewer }] of this.#viewers) {
-      if (viewer.peer === peer) this.#viewers.delete(id);
-    }
-    if (this.#viewers.size || this.phase !== "running") return;
-    this.#wait(this.#limits.keepUnwatched, () => this.stop());
+    if (this.take(peer)) this.#unwatched(this.#limits.keepUnwatched);
   }
 
-  #end(last: Reply): void {
-    if (this.#over) return;
+  /** How far a peer has been shown it, which is shown no more of it here, but may be elsewhere. */
+  take(peer: string): { viewer: string; place: Place } | undefined {
+    const showing = this.#showings.get(peer);
+    if (!showing) return;
+    this.#remove(showing);
+    this.#unwatched(Math.max(this.#limits.keepUnwatched, MOVE_TIMEOUT));
+    return { viewer: showing.viewer.id, place: showing.place };
+  }
+
+  #unwatched(ms: number): void {
+    if (this.#showings.size || this.phase !== "running") return;
+    this.#wait(ms, () => this.stop());
+  }
+
+  end(last: Reply): void {
+    if (this.isOver) return;
     this.phase = "ended";
     this.#abort.abort();
-    Promise.resolve(this.#reader?.cancel()).catch(() => {});
-    for (const { viewer } of this.#viewers.values()) viewer.show(last);
-    this.#viewers.clear();
+    if (this.#reader) cancel(this.#reader);
+    for (const showing of this.#showings.values()) showing.end(last);
+    this.#settle();
     this.#wait(this.#limits.keepEnded, () => this.forget());
   }
 
   forget(): void {
+    if (this.phase === "forgotten") return;
     clearTimeout(this.#timer);
     this.phase = "forgotten";
-    this.#onForget();
+    this.#events.forgotten();
+    this.#events.grown(-this.#log.size); // viewers that lag hold it a little longer
+  }
+
+  abandon(): void {
+    this.stop();
+    this.end({ type: "end" });
+    this.forget();
   }
 
   #wait(ms: number, then: () => void): void {
     clearTimeout(this.#timer);
+    if (ms > MAX_DELAY) return;
     this.#timer = setTimeout(then, ms);
-    (this.#timer as { unref?(): void }).unref?.(); // where timers can do so
+    unref(this.#timer);
   }
 }
 
-/** What there is of an answer, for those who come later: as few chunks as say the same. */
+// --- Who is shown it: each at its own pace ---
+
+/** One viewer of one log. */
+class Showing {
+  readonly viewer: Viewer;
+  place: Place;
+  readonly #log: ChatLog;
+  readonly #onEnd: () => void;
+  #phase: "showing" | "waiting" | "over" = "showing";
+  /** Comes after all that the log has. */
+  #last: Reply | undefined;
+
+  constructor(viewer: Viewer, log: ChatLog, place: Place, onEnd: () => void) {
+    this.viewer = viewer;
+    this.#log = log;
+    this.place = place;
+    this.#onEnd = onEnd;
+  }
+
+  /** Shows what there is, as long as the viewer takes it. */
+  pump(): void {
+    while (this.#phase === "showing" && this.#showNext()) this.#waitIfFull();
+  }
+
+  /** Shows all that there is, since it will not be kept. */
+  hurry(): void {
+    while (this.#phase !== "over" && this.#showNext());
+  }
+
+  #showNext(): boolean {
+    const piece = this.#log.after(this.place);
+    if (piece) {
+      const { sequence } = this.place;
+      this.place = { ...piece.place, sequence: sequence + 1 };
+      this.viewer.show({ type: "chunk", sequence, chunk: piece.chunk }, this.place);
+      return true;
+    }
+    if (!this.#last) return false;
+    this.#phase = "over";
+    this.viewer.show(this.#last, this.place);
+    this.#onEnd();
+    return false;
+  }
+
+  #waitIfFull(): void {
+    const room = this.viewer.full();
+    if (!room) return;
+    this.#phase = "waiting";
+    room.then(() => {
+      if (this.#phase !== "waiting") return;
+      this.#phase = "showing";
+      this.pump();
+    });
+  }
+
+  end(last: Reply): void {
+    this.#last = last;
+    this.pump();
+  }
+
+  cancel(): void {
+    this.#phase = "over";
+  }
+}
+
+/** What there is of an answer: as few chunks as say the same. */
 class ChatLog {
-  /** Undefined once it was too much. */
-  chunks: ChatChunk[] | undefined = [];
-  readonly #max: number;
-  #size = 0;
+  /** In characters of JSON, about. */
+  size = 0;
+  /** Whether it can be shown from its beginning. */
+  isKept = true;
+  readonly #chunks: ChatChunk[] = [];
+  /** How many chunks, from the first, are gone, and how long the text of the last of them was. */
+  #gone = 0;
+  #goneText = 0;
 
-  constructor(max: number) {
-    this.#max = max;
+  /** How much it has grown. */
+  push(chunk: ChatChunk): number {
+    const last = this.#chunks.at(-1);
+    const joined = last && join(last, chunk);
+    const cost = joined ? textOf(chunk)!.length : JSON.stringify(chunk).length + CHUNK_COST;
+    if (joined) this.#chunks[this.#chunks.length - 1] = joined;
+    else this.#chunks.push(chunk);
+    if (!this.isKept) return 0;
+    this.size += cost;
+    return cost;
   }
 
-  push(chunk: ChatChunk): void {
-    if (!this.chunks) return;
-    const joined = join(this.chunks.at(-1), chunk);
-    this.#size += joined ? (chunk as Delta).delta.length : JSON.stringify(chunk).length;
-    if (joined) this.chunks[this.chunks.length - 1] = joined;
-    else this.chunks.push(chunk);
-    if (this.#size > this.#max) this.chunks = undefined;
+  /** Whether nothing that comes after the place is gone. */
+  has({ index, offset }: Place): boolean {
+    if (index === this.#gone - 1) return offset > 0 && offset >= this.#goneText;
+    return index >= this.#gone;
+  }
+
+  /** What comes after a place, as one chunk, and where the next one is. */
+  after({ index, offset }: Omit<Place, "sequence">): Piece | undefined {
+    if (index < this.#gone) return this.after({ index: this.#gone, offset: 0 });
+    const chunk = this.#chunks[index - this.#gone];
+    if (!chunk) return;
+    const text = textOf(chunk);
+    if (!text) return { chunk, place: { index: index + 1, offset: 0 } };
+    if (offset >= text.length) return this.after({ index: index + 1, offset: 0 });
+    const end = Math.min(offset + MAX_PIECE, text.length);
+    const whole = end - offset === text.length;
+    const piece = whole ? chunk : withText(chunk, text.slice(offset, end));
+    return { chunk: piece, place: { index, offset: end } };
+  }
+
+  /** Keeps from now on only what was not shown. By how much it has shrunk. */
+  giveUp(): number {
+    const { size } = this;
+    this.size = 0;
+    this.isKept = false;
+    this.trim();
+    return size;
+  }
+
+  /** Lets go of what was shown, if it is not kept. */
+  trim(): void {
+    const last = this.#chunks.at(-1);
+    if (this.isKept || !last) return;
+    this.#gone += this.#chunks.length;
+    this.#goneText = textOf(last)?.length ?? 0;
+    this.#chunks.length = 0;
   }
 }
 
-/** A chunk that continues a text, a reasoning or a tool's input. */
-type Delta = ChatChunk & { readonly id?: string; readonly delta: string };
-
-/** One delta for two that follow each other, if nothing is lost by it. */
-function join(last: ChatChunk | undefined, chunk: ChatChunk): ChatChunk | undefined {
-  const known = chunk.type === "text-delta" || chunk.type === "reasoning-delta";
-  if (!known || last?.type !== chunk.type) return;
-  const [one, other] = [last as Delta, chunk as Delta];
-  const plain = [one, other].every((delta) => Object.keys(delta).length === 3);
-  if (plain && one.id === other.id) return { ...one, delta: one.delta + other.delta } as Delta;
+interface Piece {
+  readonly chunk: ChatChunk;
+  /** Where the next one is. */
+  readonly place: Omit<Place, "sequence">;
 }
+
+/** Chunks that continue a text, a reasoning or a tool's input, and the field that does. */
+const TEXTS: Record<string, string> = {
+  "text-delta": "delta",
+  "reasoning-delta": "delta",
+  "tool-input-delta": "inputTextDelta",
+};
+
+/** The text of a chunk that continues one, and says nothing else. */
+function textOf(chunk: ChatChunk): string | undefined {
+  const field = Object.hasOwn(TEXTS, chunk.type) ? TEXTS[chunk.type]! : "";
+  const text = (chunk as unknown as Record<string, unknown>)[field];
+  return typeof text === "string" && Object.keys(chunk).length === 3 ? text : undefined;
+}
+
+function withText(chunk: ChatChunk, text: string): ChatChunk {
+  return { ...chunk, [TEXTS[chunk.type]!]: text } as ChatChunk;
+}
+
+/** One chunk for two that follow each other, if nothing is lost by it. */
+function join(last: ChatChunk, chunk: ChatChunk): ChatChunk | undefined {
+  const [text, more] = [textOf(last), textOf(chunk)];
+  if (!text || more === undefined || last.type !== chunk.type) return;
+  const { id, toolCallId } = last as { id?: unknown; toolCallId?: unknown };
+  const other = chunk as { id?: unknown; toolCallId?: unknown };
+  if (id === other.id && toolCallId === other.toolCallId) return withText(last, text + more);
+}
+
+// --- Streams ---
 
 interface ChunkReader {
   read(): Promise<{ done: true } | { done: false; value: ChatChunk }>;
@@ -467,114 +1230,17 @@ interface ChunkReader {
 /** WebKit cannot iterate a stream, and a generator has no reader. */
 function readerOf(stream: ChatStream): ChunkReader {
   if (stream instanceof ReadableStream) return stream.getReader() as ChunkReader;
-  const iterator = stream[Symbol.asyncIterator]();
+  const iterator = Object(stream)[Symbol.asyncIterator]?.() as AsyncIterator<ChatChunk> | undefined;
+  if (!iterator) throw new TypeError("respond must return a stream of UI message chunks");
   return {
     read: () => iterator.next() as ReturnType<ChunkReader["read"]>,
     cancel: () => iterator.return?.(),
   };
 }
 
-// --- Other instances ---
-
-/** What instances say to each other: who has a run, and what it shows. */
-type Word =
-  | { kind: "find"; key: string; viewer: string; peer: string; from: string }
-  | { kind: "show"; viewer: string; n: number; reply: Reply; from: string }
-  | { kind: "stop"; viewer: string }
-  | { kind: "leave"; peer: string };
-
-/** Runs of other instances: asked for when a chat is resumed whose run is not here. */
-class Others {
-  readonly #id: string = crypto.randomUUID();
-  readonly #driver: SyncDriver;
-  readonly #runs: Map<string, Run>;
-  readonly #report: (error: unknown) => void;
-  /** Viewers here of runs elsewhere. */
-  readonly #remote: Map<string, Remote> = new Map();
-
-  constructor(connect: SyncAdapter, runs: Map<string, Run>, report: (error: unknown) => void) {
-    this.#runs = runs;
-    this.#report = report;
-    this.#driver = connect({ id: this.#id });
-    this.#try(() => this.#driver.subscribe(({ topic, data }) => this.#receive(topic, data)));
-  }
-
-  /** Whether another instance has the run, and shows it from now on. */
-  async find(key: string, viewer: Viewer): Promise<boolean> {
-    const found = Promise.withResolvers<boolean>();
-    const late = setTimeout(() => found.resolve(false), FIND_TIMEOUT);
-    this.#remote.set(viewer.id, { viewer, next: 0, found: () => found.resolve(true) });
-    this.#say("*", { kind: "find", key, viewer: viewer.id, peer: viewer.peer, from: this.#id });
-    const there = await found.promise.finally(() => clearTimeout(late));
-    if (!there) this.#remote.delete(viewer.id);
-    return there;
-  }
-
-  stop(viewer: string): void {
-    if (this.#remote.delete(viewer)) this.#say("*", { kind: "stop", viewer });
-  }
-
-  leave(peer: string): void {
-    let left = false;
-    for (const [id, { viewer }] of this.#remote) {
-      if (viewer.peer === peer) left = this.#remote.delete(id);
-    }
-    if (left) this.#say("*", { kind: "leave", peer });
-  }
-
-  #receive(topic: string, data: string | Uint8Array): void {
-    if (topic !== this.#id && topic !== "*" || typeof data !== "string") return;
-    const word = JSON.parse(data) as Word;
-    switch (word.kind) {
-      case "find":
-        return this.#show(word);
-      case "show":
-        return this.#shown(word);
-      case "stop":
-        for (const run of this.#runs.values()) if (run.shows(word.viewer)) run.stop(word.viewer);
-        return;
-      case "leave":
-        for (const run of this.#runs.values()) run.leave(word.peer);
-    }
-  }
-
-  /** Shows a run that is here to a viewer elsewhere. */
-  #show({ key, viewer, peer, from }: Word & { kind: "find" }): void {
-    let n = 0;
-    const show = (reply: Reply) => {
-      this.#say(from, { kind: "show", viewer, n: n++, reply, from: this.#id });
-    };
-    this.#runs.get(key)?.add({ id: viewer, peer, show }, true);
-  }
-
-  #shown({ viewer, n, reply }: Word & { kind: "show" }): void {
-    const remote = this.#remote.get(viewer);
-    if (!remote || n < remote.next) return; // gone, or repeated
-    remote.found();
-    const lost = n > remote.next++;
-    remote.viewer.show(lost ? { type: "error", errorText: FAILED } : reply);
-    if (lost || reply.type === "end" || reply.type === "error") this.#remote.delete(viewer);
-  }
-
-  #say(topic: string, word: Word): void {
-    const data = JSON.stringify(word);
-    this.#try(() => this.#driver.publish({ namespace: "duplex-chat", topic, data }));
-  }
-
-  #try(action: () => MaybePromise<void>): void {
-    try {
-      Promise.resolve(action()).catch(this.#report);
-    } catch (error) {
-      this.#report(error);
-    }
-  }
-}
-
-interface Remote {
-  readonly viewer: Viewer;
-  /** The number of the reply that is to come next. */
-  next: number;
-  readonly found: () => void;
+/** Nobody waits for its end, nor hears of its failure. */
+function cancel(reader: ChunkReader): void {
+  (async () => await reader.cancel())().catch(() => {});
 }
 
 // --- Frames ---
@@ -613,16 +1279,60 @@ function hasLeft(peer: AnyPeer): boolean {
   return peer.websocket.readyState !== 1;
 }
 
-function viewerId(peer: AnyPeer, requestId: string): string {
-  return `${peer.id} ${requestId}`;
+/** A viewer at this instance: a request of a peer. */
+function viewerAt(peer: AnyPeer, requestId: string): Viewer {
+  return {
+    id: `${peer.id} ${requestId}`,
+    peer: peer.id,
+    show: (reply) => void peer.send(JSON.stringify({ ...reply, requestId })),
+    full() {
+      if (peer.bufferedAmount <= MAX_WAITING) return;
+      return peer.waitForDrain({ threshold: MAX_WAITING / 4 });
+    },
+  };
 }
 
-function replyTo(peer: AnyPeer, requestId: string): (reply: Reply) => void {
-  return (reply) => void peer.send(JSON.stringify({ ...reply, requestId }));
+/** The ids of peers have no space. */
+function peerOf(viewer: string): string {
+  return viewer.slice(0, viewer.indexOf(" "));
 }
 
-function numberOf(value: number | undefined, fallback: number, name: string): number {
-  const number = value ?? fallback;
-  if (number >= 0) return number;
-  throw new RangeError(`${name} must be a number of at least 0`);
+function requestOf(viewer: string): string {
+  return viewer.slice(viewer.indexOf(" ") + 1);
+}
+
+function reply(viewer: Viewer, reply: Reply): void {
+  viewer.show(reply, START);
+}
+
+// --- Options ---
+
+interface Limits {
+  readonly keepUnwatched: number;
+  readonly keepEnded: number;
+  readonly maxLog: number;
+  readonly maxTotalLog: number;
+  readonly maxRuns: number;
+  readonly maxRunsPerPeer: number;
+}
+
+function limitsOf(options: Partial<Limits> | ChatOptions<unknown, never>): Limits {
+  const numberOf = (name: keyof Limits, fallback: number): number => {
+    const value = options[name] ?? fallback;
+    if (typeof value === "number" && value >= 0) return value;
+    throw new RangeError(`${name} must be a number of at least 0`);
+  };
+  return {
+    keepUnwatched: numberOf("keepUnwatched", KEEP_UNWATCHED),
+    keepEnded: numberOf("keepEnded", KEEP_ENDED),
+    maxLog: numberOf("maxLog", MAX_LOG),
+    maxTotalLog: numberOf("maxTotalLog", MAX_TOTAL_LOG),
+    maxRuns: numberOf("maxRuns", MAX_RUNS),
+    maxRunsPerPeer: numberOf("maxRunsPerPeer", MAX_RUNS_PER_PEER),
+  };
+}
+
+/** Does not keep a process alive, where timers can say so. */
+function unref(timer: unknown): void {
+  (timer as { unref?(): void }).unref?.();
 }

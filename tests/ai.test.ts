@@ -1,120 +1,34 @@
 /**
  * Chats of the AI SDK over our socket: its own transport, its own validation, our hooks.
  */
-import {
-  safeValidateWebSocketChatTransportRequest,
-  type UIMessage,
-  type UIMessageChunk,
-  WebSocketChatTransport,
-} from "ai";
-import { type ChatChunk, chatHooks, type ChatOptions } from "../ai.ts";
-import { WebSocketSSE } from "../client.ts";
-import type { SyncAdapter } from "../server.ts";
+import { chatHooks } from "../ai.ts";
 import { MemoryBus } from "./bus.ts";
 import { chaos, pickSeed } from "./chaos.ts";
+import {
+  aborted,
+  chats,
+  Gate,
+  type Options,
+  type Pieces,
+  question,
+  read,
+  send,
+  serve,
+  text,
+  transport,
+  words,
+} from "./chats.ts";
 import {
   assertEquals,
   assertGreater,
   assertRejects,
   assertThrows,
-  type Deferred,
   deferred,
   sleep,
   test,
-  type TestContext,
   until,
 } from "./harness.ts";
 import { connect, listen } from "./pair.ts";
-
-type Chat = WebSocketChatTransport<UIMessage>;
-type Pieces = ReadableStream<UIMessageChunk>;
-type Options = Partial<ChatOptions>;
-
-const question: UIMessage = { id: "q", role: "user", parts: [{ type: "text", text: "Hello?" }] };
-
-/** An answer of so many words, the next one as soon as `next` resolves. */
-async function* words(count: number, next: () => Promise<unknown>): AsyncGenerator<ChatChunk> {
-  yield { type: "start", messageId: "a" } as ChatChunk;
-  yield { type: "text-start", id: "1" } as ChatChunk;
-  for (let n = 0; n < count; n++) {
-    await next();
-    yield { type: "text-delta", id: "1", delta: `${n} ` } as ChatChunk;
-  }
-  yield { type: "text-end", id: "1" } as ChatChunk;
-  yield { type: "finish" };
-}
-
-const text = (count: number): string => Array.from({ length: count }, (_, n) => `${n} `).join("");
-
-/** Serves chats, and gives the URL. */
-async function serve(t: TestContext, options: Options, sync?: SyncAdapter): Promise<string> {
-  const { url } = await listen(t, {
-    hooks: chatHooks({
-      keepEnded: 0,
-      validate: safeValidateWebSocketChatTransportRequest,
-      respond: () => words(3, () => Promise.resolve()),
-      ...options,
-      ...sync && { sync },
-    }),
-  });
-  return url;
-}
-
-/** The SDK's own, over sockets of ours that end with the test. */
-function transport(t: TestContext, url: string): Chat {
-  class Socket extends WebSocketSSE {
-    constructor(url: string | URL, protocols?: string | string[]) {
-      super(url, { protocols, signal: t.signal });
-    }
-  }
-  return new WebSocketChatTransport<UIMessage>({ url, webSocket: Socket as never });
-}
-
-function send(chat: Chat, chatId = "c", abortSignal?: AbortSignal): Promise<Pieces> {
-  return chat.sendMessages({
-    chatId,
-    trigger: "submit-message",
-    messageId: undefined,
-    messages: [question],
-    abortSignal,
-  });
-}
-
-/** The text of an answer, to its end. */
-function read(pieces: Pieces, onPiece?: (text: string) => void): Promise<string> {
-  const reading = readAll(pieces, onPiece);
-  reading.catch(() => {}); // told to whoever waits for it
-  return reading;
-}
-
-async function readAll(pieces: Pieces, onPiece?: (text: string) => void): Promise<string> {
-  let whole = "";
-  const reader = pieces.getReader();
-  for (let item = await reader.read(); !item.done; item = await reader.read()) {
-    if (item.value.type === "text-delta") whole += item.value.delta;
-    onPiece?.(whole);
-  }
-  return whole;
-}
-
-/** A gate that lets one word through for each `open()`. */
-class Gate {
-  #waiting: Deferred<void> = deferred();
-  readonly wait = async (): Promise<void> => {
-    await this.#waiting.promise;
-    this.#waiting = deferred();
-  };
-  open(): void {
-    this.#waiting.resolve();
-  }
-}
-
-/** Rejects when the signal aborts. */
-function aborted(signal: AbortSignal): Promise<never> {
-  return new Promise((_, reject) => {
-    signal.addEventListener("abort", () => reject(signal.reason));
-  });
-}
 
 test("an answer comes to the SDK's transport, piece by piece", async (t) => {
   const url = await serve(t, {});
@@ -251,7 +165,7 @@ test("a chat is its owner's: another's chat of the same id is another one", asyn
   const { url } = await listen(t, {
     hooks: {
       upgrade: ({ url }) => ({ context: { user: new URL(url).searchParams.get("user") } }),
-      ...chatHooks({ keepEnded: 0, respond: () => words(1, gate.wait) }),
+      ...chats(t, { respond: () => words(1, gate.wait) }),
     },
   });
   const ada = transport(t, `${url}?user=ada`);
@@ -316,7 +230,9 @@ test("a tab that resumes on a socket of its own is shown the answer once", async
   socket.send(JSON.stringify({ type: "send", requestId: "1", ...request }));
   await messages.take(2);
   socket.send(JSON.stringify({ type: "resume", requestId: "2", ...body }));
-  await messages.take(3);
+  assertEquals(JSON.parse(`${await messages.next()}`), { type: "start", requestId: "2" });
+  assertEquals(JSON.parse(`${await messages.next()}`), { type: "end", requestId: "1" });
+  await messages.take(2);
   gate.open();
   assertEquals(JSON.parse(`${await messages.next()}`).requestId, "2");
   gate.open();
@@ -350,8 +266,17 @@ test("with a backplane an answer of another instance is resumed and stopped", as
   await Promise.all([stopped.promise, watching, reading]);
 });
 
+const NUMBERS = {
+  keepUnwatched: 0,
+  keepEnded: 0,
+  maxLog: 0,
+  maxTotalLog: 0,
+  maxRuns: 0,
+  maxRunsPerPeer: 0,
+} satisfies Options;
+
 test("an option that is no number is refused at once", () => {
-  for (const name of ["keepUnwatched", "keepEnded", "maxLog", "maxRuns"]) {
+  for (const name of Object.keys(NUMBERS)) {
     for (const value of [NaN, -1]) {
       const options = { respond: () => words(1, () => Promise.resolve()), [name]: value };
       assertThrows(() => chatHooks(options), RangeError, name);

@@ -18,6 +18,7 @@ const FILES: Record<string, { rooms: number; functions: number; classLines?: num
   "cluster.ts": { rooms: 12, functions: 100 },
   "handover.ts": { rooms: 3, functions: 20 },
   "node.ts": { rooms: 4, functions: 10 },
+  "ai.ts": { rooms: 9, functions: 60 },
 };
 
 interface Room {
