@@ -1,0 +1,58 @@
+/**
+ * A chat with a model, on Deno, Bun and Node (22.18 or later), without a key:
+ *
+ *     deno run -A examples/ai/main.ts    (or: bun examples/ai/main.ts, node examples/ai/main.ts)
+ *
+ * `AI_PROVIDER` and `AI_MODEL` choose another model than the mock: see model.ts.
+ */
+
+import { createServer } from "node:http";
+import * as nodeModule from "node:module";
+import type { AddressInfo } from "node:net";
+import process from "node:process";
+import { toNodeHandler } from "../../node.ts";
+import { aiChat } from "./chat.ts";
+
+type Fetch = (request: Request, info?: unknown) => Promise<Response>;
+
+const { HOST: hostname = "127.0.0.1", PORT = "8000", AI_PROVIDER, AI_MODEL } = process.env;
+const { Bun } = globalThis as unknown as {
+  Bun?: {
+    serve(options: object): { port: number };
+    Transpiler: new (options: { loader: "ts" }) => { transformSync(source: string): string };
+  };
+};
+
+const model = AI_PROVIDER
+  ? await (await import("./model.ts")).modelOf(AI_PROVIDER, AI_MODEL ?? "")
+  : undefined;
+const { fetch, close } = aiChat(stripTypes, model);
+const port = await listen((request, info) =>
+  new URL(request.url).pathname === "/"
+    ? Promise.resolve(new Response(null, { status: 302, headers: { location: "/ai/" } }))
+    : fetch(request, info)
+);
+console.log(`Chat on http://${hostname}:${port}/ai/`);
+
+for (const signal of ["SIGINT", "SIGTERM"] as const) {
+  process.once(signal, async () => { // a second one ends it at once
+    await close();
+    process.exit();
+  });
+}
+
+/** Returns the port. */
+async function listen(fetch: Fetch): Promise<number> {
+  const where = { hostname, port: Number(PORT) };
+  if ("Deno" in globalThis) return Deno.serve({ ...where, onListen: () => {} }, fetch).addr.port;
+  if (Bun) return Bun.serve({ ...where, fetch }).port;
+  const server = createServer(toNodeHandler({ fetch }));
+  await new Promise<void>((resolve) => server.listen(where.port, hostname, resolve));
+  return (server.address() as AddressInfo).port;
+}
+
+function stripTypes(source: string): string {
+  if (Bun) return new Bun.Transpiler({ loader: "ts" }).transformSync(source);
+  const { stripTypeScriptTypes } = nodeModule as { stripTypeScriptTypes?(source: string): string };
+  return stripTypeScriptTypes!(source);
+}
