@@ -796,7 +796,7 @@ class Course implements LinkHost {
   /** The server's close: its own, or the answer to ours. */
   onClose(code: number, reason: string, isComplete: boolean): void {
     const { phase } = this.#session;
-    if (phase !== "open" && phase !== "dropped" && phase !== "leaving") return;
+    if (!["open", "dropped", "renewing", "leaving"].includes(phase)) return;
     const verdict: Verdict = [code, reason, isComplete || phase === "leaving"];
     if (phase === "leaving" && this.#outbox.isEmpty) this.#end(...verdict); // the answer to ours
     else this.#takeLeave(verdict, this.#outbox.last + 1);
@@ -884,6 +884,8 @@ class Link implements Carrier {
   readonly uplink: Uplink;
 
   #connection: Exchange | undefined;
+  /** The connection that is being renewed, until the next one is answered. */
+  #old: Exchange | undefined;
   #attempt = 0;
   /** Resumptions since something last came of a connection. */
   #retries = 0;
@@ -917,10 +919,11 @@ class Link implements Carrier {
       let connection = await this.#open();
       for (;;) {
         await this.#read(connection);
-        const { isPoll, hasBegun, isHeld } = connection;
-        const isOurs = isPoll && hasBegun || isHeld; // ended by us, or as was agreed
+        const { isPoll, hasBegun, isHeld, successor } = connection;
+        const isOurs = isPoll && hasBegun || isHeld || successor; // ended by us, or as was agreed
         if (isOurs ? this.#session.isEnding : !this.#host.onBreak()) return;
-        connection = await this.#resume(isPoll && hasBegun ? "turn" : isHeld ? "held" : "lost");
+        connection = await (successor ??
+          this.#resume(isPoll && hasBegun ? "turn" : isHeld ? "held" : "lost"));
       }
     } catch {
       this.#host.onFail(); // whatever it was, the page learns no more of it than of a failed WebSocket
@@ -944,8 +947,9 @@ class Link implements Carrier {
   /** Ends all requests; where there is a session, `run` goes on to resume it. */
   hangUp(): void {
     this.uplink.hangUp();
+    this.#old?.end();
     this.#connection?.end();
-    this.#connection = undefined; // what is left in its parser must not count
+    this.#old = this.#connection = undefined; // what is left in a parser must not count
     this.#inbox.isRead = false;
   }
 
@@ -955,10 +959,14 @@ class Link implements Carrier {
     else this.hangUp();
   }
 
-  /** "A duplex request is replaced as a whole": `run` goes on with another. */
+  /** "A duplex request is replaced as a whole"; `run` goes on with the other connection. */
   renew(): void {
+    const old = this.#connection;
+    if (!old?.hasBegun || old.isPoll || this.#old) return; // a poll's next turn is another connection
     this.#host.onRenewal();
-    this.#connection?.end();
+    this.#old = old;
+    old.successor = this.#resume("renewed");
+    old.successor.catch(() => {}); // `run` waits for it, if it still runs
   }
 
   /** Not at once all the same: uplink requests may get through where no stream does. */
@@ -1017,11 +1025,12 @@ class Link implements Carrier {
     answerTimeout?: number,
     isPatient = false,
   ): Promise<Exchange> {
-    if (this.#session.isOver) throw new Error("Closed");
+    if (this.#session.isEnding) throw new Error("Closed");
     const isPoll = this.#transports.polls;
     const connection = this.#connection = this.#transports.current === "duplex"
-      ? this.uplink.exchange()
+      ? this.uplink.exchange(frame("PING", EMPTY))
       : new Exchange(undefined, isPoll);
+    connection.position = this.#receipts.dispatched;
     connection.endIn(patience);
     await this.#requests.ask(connection, {
       headers: { accept: STREAM_TYPE, ...headers, ...isPoll && { [POLL_HEADER]: "1" } },
@@ -1098,7 +1107,7 @@ class Link implements Carrier {
         const { done, value } = await reading;
         if (waits) this.#inbox.inNewTask();
         // An old reader must not go on counting once a resumption has told the count.
-        if (done || connection !== this.#connection) break;
+        if (done || connection !== this.#current) break;
         connection.quietTicks = 0;
         const decoded = text.decode(value, { stream: true });
         parser.push(first && decoded[0] === "\uFEFF" ? decoded.slice(1) : decoded);
@@ -1117,15 +1126,21 @@ class Link implements Carrier {
       // the connection broke: as good as its end
     }
     connection.end();
-    if (connection !== this.#connection) return;
-    this.#connection = undefined;
+    if (connection !== this.#current) return;
+    if (connection === this.#connection) this.#connection = undefined;
+    this.#old = undefined;
     this.#inbox.isRead = false;
+  }
+
+  /** The one that is read: while it is being renewed, it goes on. */
+  get #current(): Exchange | undefined {
+    return this.#old ?? this.#connection;
   }
 
   #parser(connection: Exchange): EventParser {
     const isFull = this.#session.level === FULL;
     return new EventParser((type, data) => {
-      if (connection !== this.#connection) return;
+      if (connection !== this.#current) return;
       try {
         if (isFull) this.#onEvent(type, data);
         else this.#onPlainEvent(type, data);
@@ -1157,9 +1172,9 @@ class Link implements Carrier {
       case PING_EVENT: {
         const [sent, payload] = data.split(" ");
         // "The number of a duplex-ping, that does not fit the client's own count means damage."
-        if (Number(sent) !== this.#receipts.received) return this.distrust();
+        if (Number(sent) !== this.#current!.position) return this.distrust();
         this.#receipts.pong(fromBase64(payload ?? ""));
-        if (!this.#connection?.isPoll) this.uplink.pump(); // else it goes with the next one
+        if (!this.#current!.isPoll) this.uplink.pump(); // else it goes with the next one
         return;
       }
       case RENEW_EVENT:
@@ -1170,7 +1185,7 @@ class Link implements Carrier {
       case CLOSE_EVENT: {
         const { code, reason, sent } = JSON.parse(data);
         if (!isCloseCode(code) || !isReason(reason)) return this.distrust();
-        return this.#host.onClose(code, reason, sent === this.#receipts.received);
+        return this.#host.onClose(code, reason, sent === this.#current!.position);
       }
     }
   }
@@ -1189,14 +1204,9 @@ class Link implements Carrier {
   }
 
   #onTerms(terms: Terms): void {
-    const { next, attempt, received, handled, window, heartbeatInterval } = terms;
-    if (
-      next !== this.#receipts.received + 1 || attempt !== this.#attempt ||
-      typeof terms.protocol !== "string" ||
-      !(received >= 0 && handled >= 0 && heartbeatInterval >= 1) ||
-      [window, heartbeatInterval, terms.resumeTimeout]
-        .some((term) => !(term >= 0 && term <= MAX_TERM))
-    ) return this.distrust();
+    const { next, attempt, received, handled, heartbeatInterval } = terms;
+    const isOfThis = next === this.#connection!.position + 1 && attempt === this.#attempt;
+    if (!isOfThis || !areTerms(terms)) return this.distrust();
     const isOpening = !this.#session.terms;
     const wasLost = this.#lostAt > 0;
     this.#session.terms = terms;
@@ -1204,13 +1214,13 @@ class Link implements Carrier {
     clearTimeout(this.#deadline);
     this.#connection!.hasBegun = true;
     this.#transports.onEvent(this.#connection!.isPoll);
-    this.#receipts.settle();
+    this.#receipts.settle(this.#connection!.position);
     clearInterval(this.#ticker);
     this.#ticker = setInterval(() => this.#tick(), heartbeatInterval / TICKS);
     if (isOpening) this.#opened(terms.protocol);
     else {
       this.#pauses.wake(); // the network is back
-      if (wasLost) this.#host.onResume();
+      if (wasLost || this.#session.phase === "renewing") this.#host.onResume();
     }
     this.uplink.begin(this.#connection!);
     this.uplink.confirm(received, handled);
@@ -1218,8 +1228,10 @@ class Link implements Carrier {
 
   /** "The client's count advances when the event's blank line is parsed, whatever becomes of the event then." */
   #receive(data: string | Bytes): void {
-    this.#receipts.received++;
     this.#retries = 0;
+    // While this connection was asked for, the one before it may have brought the message.
+    if (++this.#current!.position <= this.#receipts.received) return;
+    this.#receipts.received++;
     this.#inbox.add(data);
   }
 
@@ -1248,20 +1260,12 @@ class Link implements Carrier {
 
   /** One ticker: streams that went quiet, and keep-alive of ours. */
   #tick(): void {
-    const connection = this.#connection;
+    const connection = this.#current;
     if (connection?.reader) {
       this.#retries = 0;
-      const { heartbeatInterval, resumeTimeout } = this.#session.terms!;
-      // "The client takes two intervals without a byte for a drop, or three quarters of the resume
-      // timeout if that is less, but not less than one and a quarter intervals": else the session may be over
-      // before its client misses it. Ticks, not clocks: after a long pause of this process they say
-      // nothing of the network.
-      const share = resumeTimeout
-        ? Math.floor(0.75 * TICKS * resumeTimeout / heartbeatInterval)
-        : TICKS;
-      const patience = Math.max(TICKS + 1, Math.min(2 * TICKS, share));
-      // Nor while the page is behind: then nothing is read.
-      if (!this.#inbox.isBehind && ++connection.quietTicks > patience) this.hangUp();
+      // Not while the page is behind: then nothing is read.
+      const mayBeQuiet = ticksOfPatience(this.#session.terms!);
+      if (!this.#inbox.isBehind && ++connection.quietTicks > mayBeQuiet) this.hangUp();
     }
     if (++this.#ticks % 2) this.uplink.keepAlive();
   }
@@ -1270,9 +1274,9 @@ class Link implements Carrier {
 
   /**
    * The next connection. "turn": the last one was a poll that has been answered; "held": a stream
-   * whose events did not come. Neither is a loss.
+   * whose events did not come; "renewed": the old one goes on until this one is answered. None is a loss.
    */
-  async #resume(why: "lost" | "held" | "turn"): Promise<Exchange> {
+  async #resume(why: "lost" | "held" | "turn" | "renewed"): Promise<Exchange> {
     const { resumeTimeout, heartbeatInterval } = this.#session.terms ?? UNTOLD;
     if (why === "lost" || !this.#session.terms) this.#lose();
     else if (why === "turn") {
@@ -1297,20 +1301,22 @@ class Link implements Carrier {
       const connection = await this.#connect(
         {
           [ATTEMPT_HEADER]: `${++this.#attempt}`,
-          "last-event-id": `${this.#rewind()}`,
+          "last-event-id": `${why === "renewed" ? this.#receipts.dispatched : this.#rewind()}`,
         },
         Math.max(1, Math.min(deadline - clock(), timeout)),
         undefined,
         isPatient,
       );
       if (connection.isFull) {
+        this.#old?.end();
+        this.#old = undefined;
         return this.#await(connection, isTrial ? TRIAL_TIMEOUT_MS : FIRST_EVENT_TIMEOUT_MS);
       }
       const { isUnanswered } = connection; // before we end it, too
       connection.end();
       if (this.#session.isEnding) throw new Error("Closed");
       if (isUnanswered) this.#transports.alternate();
-      if (!this.#lostAt) { // a turn that failed
+      if (!this.#lostAt) { // a turn or a renewal that failed
         if (!isTrial && !this.#host.onBreak()) throw new Error("Closed");
         return this.#resume(isTrial ? "held" : "lost");
       }
@@ -1415,14 +1421,12 @@ class Uplink {
     return !!this.#hungUpAt;
   }
 
-  /** A request whose body this fills: the connection's, once it has begun, or a stream of our own. */
-  exchange(): Exchange {
-    // Some fetches send no header before a byte of the body.
-    const body = new Body(
-      () => this.#fill(exchange),
-      this.isLinked ? EMPTY : frame("PING", EMPTY),
-    );
-    const exchange = new Exchange(body);
+  /**
+   * A request whose body this fills: the connection's, once it has begun, or a stream of our own.
+   * Some fetches send no header before a byte of the body: then there is a preface.
+   */
+  exchange(preface: Bytes): Exchange {
+    const exchange: Exchange = new Exchange(new Body(() => this.#fill(exchange), preface));
     return exchange;
   }
 
@@ -1438,6 +1442,7 @@ class Uplink {
     if (!this.#session.isActive) return;
     this.isLinked = true;
     this.#transports.failures = 0;
+    if (this.#stream?.isEnded) this.#endStream(); // of a connection that was renewed
     if (connection.body?.isOpen) this.#stream ??= connection;
   }
 
@@ -1580,7 +1585,7 @@ class Uplink {
 
   /** "The uplink as long streaming POSTs", one after the other. */
   async #postStream(): Promise<void> {
-    const stream = this.#stream = this.exchange();
+    const stream = this.#stream = this.exchange(EMPTY);
     const body = stream.body!;
     this.#startWatch(); // it may never be read
     await this.#send(stream, body);
@@ -2127,9 +2132,9 @@ class Receipts {
     if (this.#pongs.length > MAX_PONGS) this.#pongs.shift();
   }
 
-  /** The server knows: `Last-Event-ID` told it. */
-  settle(): void {
-    this.#acknowledged = this.dispatched;
+  /** The server knows of so many: `Last-Event-ID`, or what goes out now, tells it. */
+  settle(dispatched = this.dispatched): void {
+    this.#acknowledged = dispatched;
     this.isDue = false;
   }
 
@@ -2280,6 +2285,10 @@ class Exchange {
   readonly body: Body | undefined;
   /** Its answer ends with the first news. */
   readonly isPoll: boolean;
+  /** The connection that replaces this one. */
+  successor: Promise<Exchange> | undefined;
+  /** The number of the last message that it has brought, or goes on after. */
+  position = 0;
   /** The server has said its terms. */
   hasBegun = false;
   /** It was answered by a stream without an event. */
@@ -2485,12 +2494,32 @@ class Pauses {
 /** Until the server has said its terms. */
 const UNTOLD = { resumeTimeout: OPEN_TIMEOUT_MS, heartbeatInterval: 15_000 };
 
+/** What cannot be terms, whoever says it, is damage. */
+function areTerms(terms: Terms): boolean {
+  const { protocol, received, handled, window, heartbeatInterval, resumeTimeout } = terms;
+  return typeof protocol === "string" && received >= 0 && handled >= 0 && heartbeatInterval >= 1 &&
+    [window, heartbeatInterval, resumeTimeout].every((term) => term >= 0 && term <= MAX_TERM);
+}
+
+/**
+ * "The client takes two intervals without a byte for a drop, or three quarters of the resume
+ * timeout if that is less, but not less than one and a quarter intervals": else the session may be
+ * over before its client misses it. Ticks, not clocks: after a long pause of this process they say
+ * nothing of the network.
+ */
+function ticksOfPatience({ heartbeatInterval, resumeTimeout }: Terms): number {
+  const share = resumeTimeout
+    ? Math.floor(0.75 * TICKS * resumeTimeout / heartbeatInterval)
+    : TICKS;
+  return Math.max(TICKS + 1, Math.min(2 * TICKS, share));
+}
+
 /** Where each phase may lead. Any other step is a fault of ours. */
 const STEPS: Readonly<Record<Phase, readonly Phase[]>> = {
   opening: ["open", "ended"],
   open: ["dropped", "renewing", "leaving", "left", "plain leaving", "ended"],
   dropped: ["open", "leaving", "left", "ended"],
-  renewing: ["open", "dropped", "leaving", "ended"],
+  renewing: ["open", "dropped", "leaving", "left", "ended"],
   leaving: ["left", "ended"],
   left: ["ended"],
   "plain leaving": ["ended"],

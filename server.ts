@@ -2701,9 +2701,7 @@ class FullSession extends Session implements Receiver {
     if (count >= this.outbox.nextUngiven) {
       throw new Refusal(400, "ACK of what was not sent", { closeCode: 1002 });
     }
-    // The client has more than this connection has been given: a repeated resume took its place.
-    if (count >= this.outbox.nextUnsent) this.drop();
-    this.#acknowledged(count);
+    this.#acknowledged(this.outbox.confirm(count));
     this.schedule();
   }
 
@@ -3220,6 +3218,8 @@ class Outbox {
   /** Encoded bytes that no connection has been given yet. */
   waiting = 0;
   #ledger: Ledger;
+  /** The number of the last message that the client is known to have. */
+  #confirmed = 0;
   /** Encoded bytes of all that is kept. */
   #kept = 0;
   #messages: Encoded[] = [];
@@ -3265,7 +3265,15 @@ class Outbox {
       this.waiting -= length;
       message.letGo(this.#ledger);
     }
+    // "What the client has acknowledged already comes once more", for the count's sake alone.
+    if (this.nextUnsent <= this.#confirmed + 1) this.acknowledge(this.nextUnsent - 1);
     return message.bytes;
+  }
+
+  /** The client has this message: returns the last one that need not be kept for its connection. */
+  confirm(number: number): number {
+    this.#confirmed = Math.max(this.#confirmed, number);
+    return Math.min(number, this.nextUnsent - 1);
   }
 
   /** What is kept, as it goes to another instance. */

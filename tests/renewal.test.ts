@@ -138,6 +138,93 @@ for (const transport of ["duplex", "stream"] as const) {
   });
 }
 
+const RENEW = "event: duplex-renew\ndata:\n\n";
+
+for (const transport of ["post", "stream", "duplex"] as const) {
+  test(`at duplex-renew the old stream goes on until the next is answered (${transport})`, async (t) => {
+    const server = new ScriptedServer();
+    const { events, messages, opened, socket } = connect(t, "http://scripted.test/", {
+      transport,
+      fetch: server.fetch,
+    });
+    const before = await server.next();
+    const old = before.stream();
+    await opened;
+    old.write("data: 1\n\n");
+    assertEquals(await messages.next(), "1");
+    old.write(RENEW);
+    const after = await server.next();
+    assertEquals(after.headers.get("last-event-id"), "1");
+    old.write("data: 2\n\ndata: 3\n\n");
+    assertEquals(await messages.take(2), ["2", "3"], "it is read while the next is asked for");
+    assertEquals(before.signal.aborted, false);
+    const next = after.stream();
+    await until(() => before.signal.aborted);
+    // What the old one brought meanwhile comes once more; and a ping tells the server's count.
+    next.write("data: 2\n\nevent: duplex-ping\ndata: 2 cGluZw==\n\ndata: 3\n\ndata: 4\n\n");
+    assertEquals(await messages.take(1), ["4"]);
+    t.defer(() => next.end());
+    assertEquals([events, messages.left, socket.stats.resumes], [["open"], 0, 0]);
+    next.write(RENEW); // and once more
+    let again = await server.next();
+    while (!again.headers.has("last-event-id")) again = await server.next(); // its answer to the ping
+    assertEquals(again.headers.get("last-event-id"), "4");
+  });
+}
+
+test("a server's close that comes while a connection is renewed is taken", async (t) => {
+  const server = new ScriptedServer();
+  const { closed, opened, events } = connect(t, "http://scripted.test/", {
+    transport: "post",
+    fetch: server.fetch,
+  });
+  const old = (await server.next()).stream();
+  await opened;
+  old.write(RENEW);
+  const renewal = await server.next();
+  old.write('event: duplex-close\ndata: {"code":3001,"reason":"bye","sent":0}\n\n');
+  const farewell = await server.next();
+  farewell.respond(204, { "x-duplex-received": "1" });
+  const { code, reason, wasClean } = await closed;
+  assertEquals([code, reason, wasClean, events], [3001, "bye", true, ["open", "close"]]);
+  await until(() => renewal.signal.aborted);
+});
+
+for (const status of [503, 411, 0]) {
+  test(`a renewal that is refused by ${status || "the network"} is made again, by a resumption`, async (t) => {
+    const server = new ScriptedServer();
+    const { events, messages, opened, socket } = connect(t, "http://scripted.test/", {
+      transport: "post",
+      fetch: server.fetch,
+    });
+    const old = (await server.next()).stream();
+    await opened;
+    old.write(`data: 1\n\n${RENEW}`);
+    const refused = await server.next();
+    if (status) refused.respond(status);
+    else refused.fail();
+    const next = (await server.next()).stream();
+    next.write("data: 2\n\n");
+    assertEquals(await messages.take(2), ["1", "2"]);
+    assertEquals([events, socket.stats.resumes], [["open"], 0]);
+    t.defer(() => next.end());
+  });
+}
+
+test("a renewal that is refused for good ends the socket", async (t) => {
+  const server = new ScriptedServer();
+  const { closed, opened } = connect(t, "http://scripted.test/", {
+    transport: "post",
+    fetch: server.fetch,
+  });
+  const old = (await server.next()).stream();
+  await opened;
+  old.write(RENEW);
+  (await server.next()).respond(403);
+  (await server.next()).respond(403);
+  assertEquals((await closed).code, 1006);
+});
+
 /** Reads a body to its end, and counts. */
 async function count(body: ReadableStream<Uint8Array>, sizes: number[]): Promise<void> {
   const i = sizes.push(0) - 1;

@@ -165,6 +165,21 @@ test("the highest attempt wins, an equal one replaces, a lower one gets 409 and 
   assertEquals(log, ["open"]);
 });
 
+test("what a client has acknowledged by its older stream comes once more, and is let go of", async (t) => {
+  const { ws, peer, client, resume, refused } = await rawSession(t, { window: 2_000 });
+  const large = "a".repeat(900);
+  for (const n of numbers(1, 2)) peer.send(n + large);
+  assertEquals((await client.events.messages(2)).length, 2);
+  const renewed = resume(1, 0); // asked for before the messages came
+  await until(() => ws.stats().resumptions === 1);
+  assertEquals(await client.frames(ack(2)), [204, 0]);
+  const { events } = await renewed;
+  for (const n of numbers(3, 4)) peer.send(n + large);
+  const messages = await events.messages(4);
+  assertEquals(messages.map((text) => text[0]), numbers(1, 4), "nothing waits for another ACK");
+  assertEquals(await refused(2, 1), 409); // 2 is gone
+});
+
 test("a resume that is repeated after its client has acknowledged more harms nobody", async (t) => {
   const { ws, peer, client, resume, log } = await rawSession(t);
   peer.send("0");
@@ -184,10 +199,10 @@ test("a resume that is repeated after its client has acknowledged more harms nob
     }),
   );
   assertEquals(await client.frames(ack(4)), [204, 0]);
-  // The preface, which says that it was taken, and no message.
-  assertMatch(await repeated.text(), /^event: duplex-open\ndata: .*\n\n$/);
   peer.send("4");
   const again = await resume(2, 4);
+  // The preface, which says that it was taken, and no message.
+  assertMatch(await repeated.text(), /^event: duplex-open\ndata: .*\n\n$/);
   assertEquals(await again.events.messages(1), ["4"]);
   assertEquals(await client.frames(text("alive"), 1), [204, 1]);
   assertEquals(log, ["open", "alive"]);
