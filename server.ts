@@ -156,6 +156,8 @@ const EXPOSED_HEADERS = [TOKEN_HEADER, VERSION_HEADER, RECEIVED_HEADER, "retry-a
 /** How long sessions have to go to other instances before a shutdown, and how they are spread, in ms. */
 const HANDOVER_TIMEOUT = 5_000;
 const HANDOVER_LOOK = 20;
+const HANDOVER_ROUND = 250;
+const HANDOVER_PATIENCE = 2_000;
 const MAX_SPREAD = 1_000;
 /** Publications kept for a session on its way, until it is known where it is. */
 const MAX_COLLECTED = 10_000;
@@ -1596,19 +1598,35 @@ class Registry implements Host {
 
   /** Sends the sessions that can move to other instances, not all at once, and waits for that. */
   async #handOver(signal?: AbortSignal): Promise<void> {
-    const moving = [...this.#sessions.values()].filter((one) => one instanceof FullSession)
-      .filter((session) => session.isMovable);
-    if (!moving.length && !this.#limbo.size) return;
     this.#state = "handing over";
-    const spread = Math.min(MAX_SPREAD, moving.length);
-    for (const session of moving) setTimeout(() => session.renew(), Math.random() * spread);
-    const end = clock() + Math.min(this.settings.resumeTimeout, HANDOVER_TIMEOUT);
-    const remain = () => this.#limbo.size || moving.some((session) => session.readyState === OPEN);
-    while (remain() && clock() < end && !signal?.aborted) {
+    const asked = new Map<FullSession, number>();
+    const begun = clock();
+    const end = begun + Math.min(this.settings.resumeTimeout, HANDOVER_TIMEOUT);
+    let nextRound = begun;
+    const remain = () =>
+      this.#limbo.size || [...asked.keys()].some((session) => session.readyState === OPEN);
+    do {
+      if (clock() >= nextRound) { // others may still have come, and some may not have heard it
+        this.#askToGo(asked);
+        nextRound = clock() + HANDOVER_ROUND;
+      }
+      if (!remain()) break;
       await new Promise((resolve) => setTimeout(resolve, HANDOVER_LOOK));
-    }
+    } while (clock() < end && !signal?.aborted);
     // Whoever was sent these has them, or nobody will.
     for (const { session } of [...this.#limbo.values()]) this.release(session.token, "moved");
+  }
+
+  /** Asks the clients of sessions that can move to connect anew, if they were not asked lately. */
+  #askToGo(asked: Map<FullSession, number>): void {
+    const now = clock();
+    const going = [...this.#sessions.values()].filter((one) => one instanceof FullSession)
+      .filter((one) => one.isMovable && now - (asked.get(one) ?? -Infinity) >= HANDOVER_PATIENCE);
+    const spread = Math.min(MAX_SPREAD, going.length);
+    for (const session of going) {
+      asked.set(session, now);
+      setTimeout(() => session.renew(), Math.random() * spread);
+    }
   }
 
   /** Too much waits in all: closes those who have taken nothing for longest, until a quarter is free. */
