@@ -5,9 +5,10 @@
 
 import process from "node:process";
 import { parseArgs } from "node:util";
-import { chat } from "./chat.ts";
-import { listen } from "./listen.ts";
-import { start, toPort, type Where, whereFrom } from "./start.ts";
+import { bun } from "./bun-host.ts";
+import type { Where } from "./network.ts";
+import { node } from "./node-host.ts";
+import { start, toPort, whereFrom } from "./start.ts";
 
 const HELP = `Serves the chat example of duplex-sse.
 
@@ -15,23 +16,15 @@ Usage: duplex-sse [options]
 
 Options:
   --port <number>    Where to listen; 0 takes a free port. Default: $PORT, or 8000
-  --hostname <name>  The address to listen on. Default: $HOST, or 127.0.0.1
+  --hostname <name>  The address to listen on. Default: $HOST, or 0.0.0.0,
+                     which others in the network reach; 127.0.0.1 is this machine alone
   --help             Prints this
 `;
 
-interface Bun {
-  serve(options: Where & { fetch: ReturnType<typeof chat>["fetch"] }): { port: number };
-}
-
 const where = parse();
 if (where) {
-  const { fetch, close } = chat((script) => script); // types were removed when the package was made
-  const { Bun } = globalThis as { Bun?: Bun };
-  start(
-    Bun ? (where) => Bun.serve({ ...where, fetch }).port : (where) => listen(fetch, where),
-    close,
-    where,
-  );
+  const stripTypes = (script: string) => script; // they were removed when the package was made
+  start("Bun" in globalThis ? bun(stripTypes) : node(stripTypes), where);
 }
 
 /** Nothing where help was all that was asked for. */

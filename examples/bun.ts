@@ -3,10 +3,9 @@
  */
 
 /// <reference types="bun-types" />
-import { chat } from "./chat.ts";
+import { bun } from "./bun-host.ts";
 import { start } from "./start.ts";
 
 const typescript = new Bun.Transpiler({ loader: "ts" });
-const { fetch, close } = chat((source) => typescript.transformSync(source));
 
-start((where) => Bun.serve({ ...where, fetch }).port!, close);
+start(bun((source) => typescript.transformSync(source)));

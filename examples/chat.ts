@@ -1,177 +1,197 @@
 /**
- * The chat that `deno.ts`, `bun.ts` and `node.ts` serve: its hooks, the routes of its page, and a switch that cuts the network
- * of one browser tab, to see that nothing is lost.
+ * One instance of the chat: its hooks, and the routes of its page. The same room exists twice, for
+ * WebSocketSSE and for native WebSockets, so that the page can show both side by side.
  */
 
 import { readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
-import { sseAdapter } from "../mod.ts";
+import { type Peer, type SSEAdapter, sseAdapter, type SyncAdapter } from "../mod.ts";
 
 const MAX_NAME = 24; // characters
 const MAX_TEXT = 500; // characters
-const CUT_MS = 5_000;
-const MAX_CUTS = 1_000; // tabs that are cut at the same time
+const MAX_NATIVE = 200; // sockets
 
 /** How long the shutdown waits for tabs whose network is down: platforms kill after 5 to 10 s. */
 const GOODBYE_MS = 4_000;
 
-export interface Chat {
-  fetch(request: Request, info?: unknown): Promise<Response>;
-  /** Tells every tab that the server restarts. */
-  close(): Promise<void>;
+/** How long a button's answer has to get out, before what it asked for may cut it. */
+const ANSWER_MS = 50;
+
+/** Of a native WebSocket, what Deno's and Bun's have in common. */
+export interface NativeSocket {
+  send(text: string): unknown;
+  close(code: number, reason: string): void;
 }
 
-/** Makes the chat. `stripTypes` turns TypeScript into JavaScript, which every runtime can do itself. */
-export function chat(stripTypes: (source: string) => string): Chat {
-  const names = new Map<string, string>(); // by peer.id, which is public and no secret
+/** What a runtime tells of its native sockets. */
+export interface NativeRoom {
+  open(socket: NativeSocket): void;
+  message(socket: NativeSocket, text: string): void;
+  close(socket: NativeSocket): void;
+}
 
-  const ws = sseAdapter({
+export interface ChatOptions {
+  /** Turns TypeScript into JavaScript, which every runtime can do itself. */
+  stripTypes(source: string): string;
+  /** Connects this instance with the one that follows it. */
+  sync: SyncAdapter;
+  /** What the page's buttons do, by their path, for a tab. */
+  controls: Record<string, (tab: string) => void>;
+  /** What the page is told of the server, as JSON. */
+  about(): unknown;
+}
+
+export interface Chat {
+  fetch(request: Request, info?: unknown): Promise<Response>;
+  readonly native: NativeRoom;
+  /** Says something to everybody. */
+  tell(said: Said): void;
+  /** Sends all sessions to the instance that follows; where none does, tells every tab to come again. */
+  close(followed: boolean): Promise<void>;
+}
+
+/** Somebody said something. */
+export interface Said {
+  /** The sender's own, by which a page knows what it has already. */
+  id: string;
+  name: string;
+  text: string;
+  /** When it was sent, by the server's clock, in milliseconds since 1970. */
+  at: number;
+}
+
+export function chat({ stripTypes, sync, controls, about }: ChatOptions): Chat {
+  const ws: SSEAdapter = sseAdapter({
     bidir: true,
     maxMessageSize: 16 * 1024,
     maxPeers: 200,
+    sync,
     hooks: {
-      open(peer) {
-        peer.subscribe("chat");
-      },
+      open: (peer) => peer.subscribe("chat"),
       message(peer, message) {
-        const input = parse(message.text());
-        if (input?.type === "ping" && typeof input.id === "number") {
-          peer.send(JSON.stringify({ type: "pong", id: input.id }));
-        } else if (input?.type === "join") {
-          const taken = new Set(names.values());
-          taken.delete(names.get(peer.id) ?? ""); // joining again changes the name
-          const name = unique(line(input.name) || "guest", taken);
-          names.set(peer.id, name);
-          peer.send(JSON.stringify({ type: "joined", name }));
-          tellWho();
-        } else if (input?.type === "say") {
-          const name = names.get(peer.id);
-          const text = clip(input.text, MAX_TEXT);
-          if (!name) sorry("Join first.");
-          else if (text) tell({ type: "said", name, text, at: Date.now() });
-        } else {
-          sorry("This chat understands join, say and ping, in JSON.");
-        }
-
-        function sorry(text: string): void {
-          peer.send(JSON.stringify({ type: "error", text }));
-        }
+        room.hear(message.text(), peer.context, (answer) => void peer.send(answer));
       },
-      close(peer) {
-        if (names.delete(peer.id)) tellWho();
-      },
+      revive: () => room.tellWho(), // from the instance before this one
+      close: () => room.tellWho(),
     },
   });
-
-  function tell(event: Record<string, unknown>): void {
-    ws.publish("chat", JSON.stringify(event));
-  }
-
-  function tellWho(): void {
-    tell({ type: "who", names: [...names.values()] });
-  }
-
-  const network = cuttable((request, info) => ws.fetch(request, info));
+  const present = (): Peer[] => Array.from(ws.peers.values()).flatMap((peers) => [...peers]);
+  const room = new Room(
+    (text) => ws.publish("chat", text),
+    () => present().map(({ context }) => context),
+  );
+  const native = new NativeSockets();
+  const tell = (said: Said) =>
+    [room, native.room].forEach((each) => each.tell({ type: "said", ...said }));
   let client: string | undefined;
 
-  const close = () => ws.close(1012, "Restarting", { signal: AbortSignal.timeout(GOODBYE_MS) });
-
   async function answerAll(request: Request, info?: unknown): Promise<Response> {
-    if (ws.handles(request)) return await network.fetch(request, info);
-    switch (`${request.method} ${new URL(request.url).pathname}`) {
+    if (ws.handles(request)) return await ws.fetch(request, info);
+    const { pathname } = new URL(request.url);
+    switch (`${request.method} ${pathname}`) {
       case "GET /":
         return answer("text/html", await read("./chat.html"));
       case "GET /client.js":
-        return answer(
-          "text/javascript",
-          client ??= stripTypes(await read("../client.ts")),
-        );
-      case "POST /cut":
-        return network.cut(request);
-      default:
-        return new Response("Not found\n", { status: 404 });
+        return answer("text/javascript", client ??= stripTypes(await read("../client.ts")));
+      case "GET /about":
+        return answer("application/json", JSON.stringify(about()));
     }
-  }
-  return { fetch: answerAll, close };
-}
-
-/**
- * Wraps a fetch handler so that the network of one browser tab can be cut: the streams it has open fail, and until
- * `CUT_MS` have passed its requests are answered with 503. A tab is told by the header `x-chat-tab`.
- */
-function cuttable(
-  fetch: (request: Request, info: unknown) => Response | Promise<Response>,
-) {
-  const lines = new Set<{ tab: string; cut: () => void }>(); // what the tabs have open
-  const back = new Map<string, number>(); // when a tab's network is back, the soonest first
-
-  function hold(tab: string, cut: () => void): () => void {
-    const line = { tab, cut };
-    lines.add(line);
-    return () => lines.delete(line);
-  }
-
-  function breakable(
-    tab: string,
-    body: ReadableStream<Uint8Array>,
-  ): ReadableStream<Uint8Array> {
-    const reader = body.getReader();
-    return new ReadableStream<Uint8Array>({
-      start(controller) {
-        const release = hold(tab, () => {
-          controller.error("The network of a tab was cut, as it asked");
-          reader.cancel().catch(() => {}); // it may have failed by itself
-        });
-        reader.closed.then(release, release);
-      },
-      async pull(controller) {
-        const { done, value } = await reader.read();
-        if (done) controller.close();
-        else controller.enqueue(value);
-      },
-      cancel: (reason) => reader.cancel(reason),
-    }, { highWaterMark: 0 });
+    const control = request.method === "POST" ? controls[pathname] : undefined;
+    if (!control) return new Response("Not found\n", { status: 404 });
+    // Pages of other origins cannot send this header.
+    const tab = request.headers.get("x-chat-tab");
+    if (!/^[0-9a-f]{32}$/.test(tab ?? "")) return new Response("Which tab?\n", { status: 400 });
+    setTimeout(() => control(tab!), ANSWER_MS);
+    return new Response(null, { status: 204 });
   }
 
   return {
-    cut(request: Request): Response {
-      const tab = request.headers.get("x-chat-tab");
-      if (!tab || tab.length > 64) {
-        return new Response("Which tab?\n", { status: 400 });
-      }
-      back.delete(tab);
-      back.set(tab, Date.now() + CUT_MS);
-      for (const [other, time] of back) {
-        if (time > Date.now() && back.size <= MAX_CUTS) break;
-        back.delete(other);
-      }
-      for (const line of lines) if (line.tab === tab) line.cut();
-      return new Response(null, { status: 204 });
-    },
-
-    async fetch(request: Request, info: unknown): Promise<Response> {
-      const tab = request.headers.get("x-chat-tab");
-      if (!tab) return fetch(request, info);
-      const down = () => new Response("The network is cut\n", { status: 503 });
-      if ((back.get(tab) ?? 0) > Date.now()) return down();
-
-      // A streaming upload has no response yet that could fail: it is answered in the midst of it.
-      let resolve!: (nothing: undefined) => void; // Node 20 has no Promise.withResolvers
-      const cut = new Promise<undefined>((done) => resolve = done);
-      const release = hold(tab, () => resolve(undefined));
-      try {
-        const pending = Promise.resolve(fetch(request, info));
-        const response = await Promise.race([pending, cut]);
-        if (!response) {
-          pending.then((late) => late.body?.cancel()).catch(() => {}); // nobody is there to read it
-          return down();
-        }
-        return response.body ? new Response(breakable(tab, response.body), response) : response;
-      } finally {
-        release();
-      }
+    fetch: answerAll,
+    native,
+    tell,
+    close(followed) {
+      native.end();
+      if (!followed) { for (const peer of present()) peer.close(1012, "Restarting"); }
+      return ws.close(1012, "Restarting", { signal: AbortSignal.timeout(GOODBYE_MS) });
     },
   };
+}
+
+/** What a room keeps of a socket. */
+type Context = Record<string, unknown>;
+
+/** What is said and by whom, whatever brings it. */
+class Room {
+  readonly #publish: (text: string) => void;
+  readonly #present: () => Context[];
+
+  constructor(publish: (text: string) => void, present: () => Context[]) {
+    this.#publish = publish;
+    this.#present = present;
+  }
+
+  hear(text: string, sender: Context, reply: (text: string) => void): void {
+    const input = parse(text);
+    const answer = (event: Record<string, unknown>) => reply(JSON.stringify(event));
+    if (input?.type === "clock") {
+      answer({ type: "clock", now: Date.now() });
+    } else if (input?.type === "join") {
+      const names = this.#present().filter((each) => each !== sender).map(({ name }) => name);
+      sender.name = unique(line(input.name) || "guest", new Set(names));
+      answer({ type: "joined", name: sender.name });
+      this.tellWho();
+    } else if (input?.type === "say") {
+      const said = clip(input.text, MAX_TEXT);
+      if (!sender.name) answer({ type: "error", text: "Join first." });
+      else if (said) {
+        const at = Number.isFinite(input.at) ? input.at : Date.now();
+        this.tell({ type: "said", id: clip(input.id, 64), name: sender.name, text: said, at });
+      }
+    } else {
+      answer({ type: "error", text: "This chat understands join, say and clock, in JSON." });
+    }
+  }
+
+  tell(event: Record<string, unknown>): void {
+    this.#publish(JSON.stringify(event));
+  }
+
+  tellWho(): void {
+    const names = this.#present().map(({ name }) => name).filter(Boolean);
+    this.tell({ type: "who", names });
+  }
+}
+
+/** The room of native WebSockets. */
+class NativeSockets implements NativeRoom {
+  readonly room: Room;
+  readonly #sockets: Map<NativeSocket, Context> = new Map();
+
+  constructor() {
+    this.room = new Room(
+      (text) => this.#sockets.forEach((_, socket) => socket.send(text)),
+      () => [...this.#sockets.values()],
+    );
+  }
+
+  open(socket: NativeSocket): void {
+    if (this.#sockets.size >= MAX_NATIVE) return socket.close(1013, "Full");
+    this.#sockets.set(socket, {});
+  }
+
+  message(socket: NativeSocket, text: string): void {
+    const context = this.#sockets.get(socket);
+    if (context) this.room.hear(text, context, (reply) => socket.send(reply));
+  }
+
+  close(socket: NativeSocket): void {
+    this.#sockets.delete(socket);
+  }
+
+  end(): void {
+    for (const socket of this.#sockets.keys()) socket.close(1012, "Restarting");
+    this.#sockets.clear();
+  }
 }
 
 /** The JSON object that a message is; nothing if it is none. */
@@ -194,7 +214,7 @@ function clip(text: unknown, length: number): string {
   return typeof text === "string" ? [...text.trim()].slice(0, length).join("").trim() : "";
 }
 
-function unique(name: string, taken: Set<string>): string {
+function unique(name: string, taken: Set<unknown>): string {
   for (let n = 1;; n++) {
     const candidate = n === 1 ? name : `${name} ${n}`;
     if (!taken.has(candidate)) return candidate;

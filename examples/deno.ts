@@ -1,11 +1,30 @@
 /**
- * The chat on Deno: `deno run -N -R --allow-env=HOST,PORT examples/deno.ts`
+ * The chat on Deno: `deno run -N -R --allow-env=HOST,PORT --allow-sys=networkInterfaces
+ * examples/deno.ts`
  */
 
 import { stripTypeScriptTypes } from "node:module";
-import { chat } from "./chat.ts";
 import { start } from "./start.ts";
 
-const { fetch, close } = chat((source) => stripTypeScriptTypes(source));
-
-start((where) => Deno.serve({ ...where, onListen: () => {} }, fetch).addr.port, close);
+start({
+  name: `Deno ${Deno.version.deno}`,
+  native: true,
+  stripTypes: (source) => stripTypeScriptTypes(source),
+  serve({ fetch, native }) {
+    const stopping = new AbortController();
+    const { addr } = Deno.serve({
+      hostname: "127.0.0.1",
+      port: 0,
+      signal: stopping.signal,
+      onListen: () => {},
+    }, (request, info) => {
+      if (request.headers.get("upgrade") !== "websocket") return fetch(request, info);
+      const { socket, response } = Deno.upgradeWebSocket(request);
+      socket.onopen = () => native.open(socket);
+      socket.onmessage = ({ data }) => native.message(socket, String(data));
+      socket.onclose = () => native.close(socket);
+      return response;
+    });
+    return { port: addr.port, stop: () => stopping.abort() };
+  },
+});

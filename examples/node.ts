@@ -4,10 +4,7 @@
  */
 
 import { stripTypeScriptTypes } from "node:module";
-import { chat } from "./chat.ts";
-import { listen } from "./listen.ts";
+import { node } from "./node-host.ts";
 import { start } from "./start.ts";
 
-const { fetch, close } = chat((source) => stripTypeScriptTypes(source));
-
-start((where) => listen(fetch, where), close);
+start(node((source) => stripTypeScriptTypes(source)));

@@ -1,18 +1,16 @@
 /**
- * What every server of the chat does: it listens where `HOST` and `PORT` say, and at SIGINT and
- * SIGTERM tells its clients that it restarts, so that they connect again by themselves.
+ * What every server of the demo does: it listens where `HOST` and `PORT` say, tells the addresses,
+ * and at SIGINT and SIGTERM tells its clients that it ends, so that they connect again.
  */
 
+import { networkInterfaces } from "node:os";
 import process from "node:process";
+import { demo, type Host } from "./demo.ts";
+import type { Where } from "./network.ts";
 
-export interface Where {
-  hostname: string;
-  port: number;
-}
-
-/** By default only this machine is served. For a container, `HOST=0.0.0.0`. */
+/** By default the whole network is served, so that a phone can join: `HOST=127.0.0.1` is alone. */
 export function whereFrom({ HOST, PORT }: Record<string, string | undefined>): Where {
-  return { hostname: HOST || "127.0.0.1", port: toPort(PORT || "8000") };
+  return { hostname: HOST || "0.0.0.0", port: toPort(PORT || "8000") };
 }
 
 export function toPort(text: string): number {
@@ -20,26 +18,37 @@ export function toPort(text: string): number {
   return Number(text);
 }
 
-/** `listen` returns the port that it got; `close` shuts down in order. */
-export async function start(
-  listen: (where: Where) => number | Promise<number>,
-  close: () => Promise<void>,
-  where?: Where,
-): Promise<void> {
+/** Starts the demo, and ends the process with it. */
+export async function start(host: Host, where?: Where): Promise<void> {
   try {
     const { hostname, port } = where ?? whereFrom(process.env);
-    const actual = await listen({ hostname, port });
-    const host = hostname.includes(":") ? `[${hostname}]` : hostname;
-    console.log(`Chat on http://${host}:${actual}/`);
+    const others = hostname === "0.0.0.0" || hostname === "::" ? lan() : [];
+    const { port: actual, close } = await demo(host, { hostname, port }, (port) => {
+      return others.map((address) => `http://${address}:${port}/`);
+    });
+    const own = others.length > 0 || hostname === "0.0.0.0" ? "127.0.0.1" : hostname;
+    console.log(`Chat on http://${own.includes(":") ? `[${own}]` : own}:${actual}/`);
+    for (const address of others) console.log(`From this network: http://${address}:${actual}/`);
+    for (const signal of ["SIGINT", "SIGTERM"] as const) {
+      process.once(signal, async () => { // a second one ends it at once
+        await close();
+        process.exit();
+      });
+    }
   } catch (error) {
     console.error(explain(error as Error));
     process.exit(1);
   }
-  for (const signal of ["SIGINT", "SIGTERM"] as const) {
-    process.once(signal, async () => { // a second one ends it at once
-      await close();
-      process.exit();
-    });
+}
+
+/** The addresses of this machine that a phone in the same network can reach. */
+function lan(): string[] {
+  try {
+    return Object.values(networkInterfaces()).flatMap((each) => each ?? [])
+      .filter(({ family, internal }) => family === "IPv4" && !internal)
+      .map(({ address }) => address);
+  } catch {
+    return []; // Deno, without --allow-sys=networkInterfaces
   }
 }
 
