@@ -83,6 +83,8 @@ const POST_TIMEOUT_MS = 6_000;
 const UPLINK_PATIENCE_MS = 5_000;
 /** How long the page waits for one step of a close. */
 const CLOSE_TIMEOUT_MS = 3_000;
+/** How long a page waits for the one before it to let go of its session. */
+const CLAIM_TIMEOUT_MS = 1_000;
 const MAX_REASON_BYTES = 123;
 /** The most of any term: timers cannot wait longer. */
 const MAX_TERM = 2 ** 31 - 1;
@@ -148,6 +150,12 @@ export interface WebSocketSSEOptions {
   stream?: boolean | undefined;
   /** Which transport to begin with; a failing one is left for the next. Default: "auto", the best that works. */
   transport?: "auto" | Transport | undefined;
+  /**
+   * Carries the session over a reload: a page that is left keeps it in `sessionStorage`, under this
+   * name or the URL, and a socket that is made with the same name goes on with it. Wants Web Locks,
+   * so a secure context. Default: false.
+   */
+  persist?: boolean | string | undefined;
   /** Used instead of the global `fetch`. */
   fetch?: ((input: string, init?: RequestInit) => Promise<Response>) | undefined;
   /** Fails the socket when it aborts. */
@@ -221,6 +229,31 @@ interface Outgoing {
   isClose: boolean;
 }
 
+/** A message on its way up, as one page leaves it to the next: in base64, and its size. */
+type KeptMessage = [frame: string, size: number];
+
+/** The counts of an {@link Outbox}, and its messages. */
+interface KeptOutbox {
+  firstUnacked: number;
+  nextUnsent: number;
+  begun: number;
+  handled: number;
+  messages: KeptMessage[];
+}
+
+/** What one page leaves to the next. */
+interface Kept {
+  /** Of the lock of the page that has the session. */
+  id: string;
+  token: string;
+  terms: Terms;
+  attempt: number;
+  /** By the clock on the wall. */
+  lostAt: number;
+  dispatched: number;
+  outbox: KeptOutbox;
+}
+
 /** What a `close` event tells. */
 type Verdict = [code: number, reason: string, wasClean: boolean];
 
@@ -233,6 +266,7 @@ interface Parts {
   readonly requests: Requests;
   readonly transports: Transports;
   readonly pauses: Pauses;
+  readonly keeper: Keeper;
 }
 
 // --- WebSocketSSE: the face, its events, its close ---
@@ -282,9 +316,9 @@ export class WebSocketSSE extends EventTarget {
     const handler = this.#handlers[event.type];
     if (typeof handler === "function") handler.call(this, event); // any object may be set
   };
-  readonly #leave = (): void => {
-    this.#setPaused(false);
-    this.#course.leave(this.#readyState === OPEN);
+  readonly #leave = (): void => this.#course.leave(this.#readyState === OPEN);
+  readonly #comeBack = (event: PageTransitionEvent): void => {
+    if (event.persisted) this.#course.comeBack();
   };
   readonly #abort = (): void => {
     this.#setPaused(false);
@@ -326,18 +360,21 @@ export class WebSocketSSE extends EventTarget {
     this.#options = options;
     const session = this.#session;
     const requests = new Requests(this.#url, options, session);
+    const inbox = new Inbox(!!options.fetch, (data) => this.#onMessage(data));
+    const outbox = new Outbox(session);
+    const receipts = new Receipts();
     this.#parts = {
-      session,
-      requests,
-      inbox: new Inbox(!!options.fetch, (data) => this.#onMessage(data)),
-      outbox: new Outbox(session),
-      receipts: new Receipts(),
+      ...{ session, requests, inbox, outbox, receipts },
       transports: new Transports(requests.target, options),
       pauses: new Pauses(),
+      keeper: new Keeper(options.persist, requests.target, session, outbox, receipts),
     };
     this.#course = new Course(this.#parts, this.#reports());
     options.signal?.addEventListener("abort", this.#abort);
-    if ("document" in globalThis) globalThis.addEventListener("pagehide", this.#leave);
+    if ("document" in globalThis) {
+      globalThis.addEventListener("pagehide", this.#leave);
+      globalThis.addEventListener("pageshow", this.#comeBack);
+    }
     if (options.signal?.aborted) this.#course.onFail();
     else this.#course.link.run();
   }
@@ -422,6 +459,14 @@ export class WebSocketSSE extends EventTarget {
   /** Whether {@link pause} holds the events back. Not of the standard, but `ws` has it. */
   get isPaused(): boolean {
     return this.#parts.inbox.isPaused;
+  }
+
+  /**
+   * Whether the session was begun by an earlier page: see {@link WebSocketSSEOptions.persist}. If
+   * not, the page begins with nothing. Not of the standard.
+   */
+  get resumed(): boolean {
+    return this.#parts.keeper.hasTakenOver;
   }
 
   /** Counts since the beginning. Not of the standard. */
@@ -565,7 +610,10 @@ export class WebSocketSSE extends EventTarget {
           if (this.#readyState === OPEN) this.#readyState = CLOSING;
         }),
       onEnd: (verdict, hasFailed) => {
-        if ("document" in globalThis) globalThis.removeEventListener("pagehide", this.#leave);
+        if ("document" in globalThis) {
+          globalThis.removeEventListener("pagehide", this.#leave);
+          globalThis.removeEventListener("pageshow", this.#comeBack);
+        }
         inbox.add(() => {
           this.#readyState = CLOSED;
           if (hasFailed) this.dispatchEvent(new Event("error"));
@@ -656,6 +704,7 @@ class Course implements LinkHost {
   readonly #session: Session;
   readonly #outbox: Outbox;
   readonly #pauses: Pauses;
+  readonly #keeper: Keeper;
   readonly #host: CourseHost;
   readonly #uplink: Uplink;
   readonly link: Link;
@@ -671,6 +720,7 @@ class Course implements LinkHost {
     this.#session = parts.session;
     this.#outbox = parts.outbox;
     this.#pauses = parts.pauses;
+    this.#keeper = parts.keeper;
     this.#host = host;
     this.offered = host.offered;
     this.sends = host.sends;
@@ -751,15 +801,26 @@ class Course implements LinkHost {
     this.onFail();
   }
 
-  /** The page itself is left: what is unacknowledged and CLOSE go out, as far as 64 KiB of keepalive go. */
+  /**
+   * The page itself is left, with its session or without: then what is unacknowledged and CLOSE go
+   * out, as far as 64 KiB of keepalive go.
+   */
   leave(isOpen: boolean): void {
-    const { isOver, terms, level } = this.#session;
+    const { isOver, isKeepable, terms, level } = this.#session;
     if (isOver) return;
+    if (isKeepable && (isOpen || this.#keeper.hasTakenOver) && this.link.keep()) return;
     if (terms) {
       if (isOpen) this.#outbox.add(level.close(1001, EMPTY), 0, true);
       this.#uplink.flush();
     }
     this.#end(1001, "", false);
+  }
+
+  /** The page was kept, in the back/forward cache. Another may have its session by now. */
+  async comeBack(): Promise<void> {
+    if (!this.#keeper.isAsleep) return;
+    if (await this.#keeper.claimAgain()) this.#keeper.wake();
+    else this.#end(1001, "", false);
   }
 
   /** A server that takes nothing must not hold us; one that takes messages has its time. */
@@ -846,6 +907,7 @@ class Course implements LinkHost {
     this.link.end();
     this.#uplink.end();
     this.#pauses.end();
+    this.#keeper.end();
     if (!this.#uplink.isTakingLeave) this.#host.onSilence();
     this.#host.onEnd(verdict, hasFailed);
   }
@@ -854,11 +916,9 @@ class Course implements LinkHost {
 // --- Link: the connection down: opened, read, resumed ---
 
 /** The reports of a {@link Link}, and what it must know to open. */
-interface LinkHost extends UplinkHost {
+interface LinkHost extends EventHost {
   /** Subprotocols. */
   readonly offered: string[];
-  /** Whether the page may send. */
-  readonly sends: boolean;
   /** The session has begun. */
   onOpen(protocol: string): void;
   /** The connection has ended. False: it is not to be resumed. */
@@ -868,29 +928,26 @@ interface LinkHost extends UplinkHost {
   /** The connection is about to be replaced by ourselves. */
   onRenewal(): void;
   onResume(): void;
-  /** `isComplete`: all that the server sent has come. */
-  onClose(code: number, reason: string, isComplete: boolean): void;
 }
 
 /** One connection after the other, until the session ends. */
-class Link implements Carrier {
+class Link implements Carrier, EventTaker {
   readonly #session: Session;
   readonly #inbox: Inbox;
   readonly #receipts: Receipts;
   readonly #requests: Requests;
   readonly #transports: Transports;
   readonly #pauses: Pauses;
+  readonly #keeper: Keeper;
   readonly #host: LinkHost;
   readonly uplink: Uplink;
+  readonly #events: Events;
 
   #connection: Exchange | undefined;
   /** The connection that is being renewed, until the next one is answered. */
   #old: Exchange | undefined;
-  #attempt = 0;
   /** Resumptions since something last came of a connection. */
   #retries = 0;
-  /** By our clock; 0 while there is a connection. */
-  #lostAt = 0;
   /** How often the stream was damaged: once is resumed, twice is the end. */
   #damages = 0;
   #ticker: ReturnType<typeof setInterval> | undefined;
@@ -909,14 +966,16 @@ class Link implements Carrier {
     this.#requests = parts.requests;
     this.#transports = parts.transports;
     this.#pauses = parts.pauses;
+    this.#keeper = parts.keeper;
     this.#host = host;
     this.uplink = new Uplink(parts, this, host);
+    this.#events = new Events(parts, this.uplink, this, host);
   }
 
   /** The life of the session. */
   async run(): Promise<void> {
     try {
-      let connection = await this.#open();
+      let connection = await this.#takeOver() ?? await this.#open();
       for (;;) {
         await this.#read(connection);
         const { isPoll, hasBegun, isHeld, successor } = connection;
@@ -941,7 +1000,7 @@ class Link implements Carrier {
   }
 
   #takeLeave(): void {
-    this.uplink.farewell(this.#session.level.close(1001, EMPTY)!, 1);
+    this.uplink.farewell(this.#session.level.close(1001, EMPTY)!);
   }
 
   /** Ends all requests; where there is a session, `run` goes on to resume it. */
@@ -983,11 +1042,40 @@ class Link implements Carrier {
 
   // Opening
 
+  /** Goes on with what the page before has left, unless that is over, or another tab has it. */
+  async #takeOver(): Promise<Exchange | undefined> {
+    const kept = this.#keeper.take();
+    if (kept) {
+      this.#restore(kept); // at once: this page may be left, too
+      try {
+        if (await this.#keeper.claim(kept.id)) return await this.#resume("lost");
+      } catch {
+        this.hangUp(); // refused, or too late
+      }
+      if (this.#session.isOver) return;
+      this.#restore();
+    }
+    this.#keeper.claim();
+  }
+
+  #restore(kept?: Kept): void {
+    this.#host.onProgress(-this.#keeper.restore(kept));
+  }
+
+  /** Leaves the session to the next page, or to this one, if it comes back. False: it cannot be. */
+  keep(): boolean {
+    this.#rewind();
+    if (!this.#keeper.keep()) return false;
+    this.uplink.leave();
+    this.hangUp();
+    return true;
+  }
+
   async #open(): Promise<Exchange> {
     const protocols = this.#host.offered.join(", ");
     const headers: Record<string, string> = {
       // "Opening is not idempotent: a client repeats it only with x-duplex-opening."
-      [OPENING_HEADER]: crypto.randomUUID().replaceAll("-", ""),
+      [OPENING_HEADER]: randomName(),
       ...protocols && { [PROTOCOL_HEADER]: protocols },
     };
     const transports = this.#transports;
@@ -1025,6 +1113,7 @@ class Link implements Carrier {
     answerTimeout?: number,
     isPatient = false,
   ): Promise<Exchange> {
+    await this.#keeper.untilAwake();
     if (this.#session.isEnding) throw new Error("Closed");
     const isPoll = this.#transports.polls;
     const connection = this.#connection = this.#transports.current === "duplex"
@@ -1062,7 +1151,7 @@ class Link implements Carrier {
     this.#session.token = connection.header(TOKEN_HEADER);
     connection.body?.finish();
     this.#transports.settle("post");
-    if (this.#session.token || !this.#host.sends) this.#openPlain();
+    if (this.#session.token || !this.#host.sends) this.openPlain();
     return connection;
   }
 
@@ -1078,7 +1167,7 @@ class Link implements Carrier {
     return connection;
   }
 
-  #openPlain(): void {
+  openPlain(): void {
     this.#opened(this.#connection!.header("sec-websocket-protocol"));
   }
 
@@ -1095,7 +1184,7 @@ class Link implements Carrier {
   async #read(connection: Exchange): Promise<void> {
     const reader = connection.reader = readerOf(connection.response!.body!);
     this.#inbox.isRead = connection === this.#connection;
-    const parser = this.#parser(connection);
+    const parser = this.#events.parser(() => connection === this.current);
     // Left to itself, Deno's decoder drops a mark in mid-stream that comes byte by byte.
     const text = new TextDecoder("utf-8", { ignoreBOM: true });
     let first = true;
@@ -1107,7 +1196,7 @@ class Link implements Carrier {
         const { done, value } = await reading;
         if (waits) this.#inbox.inNewTask();
         // An old reader must not go on counting once a resumption has told the count.
-        if (done || connection !== this.#current) break;
+        if (done || connection !== this.current) break;
         connection.quietTicks = 0;
         const decoded = text.decode(value, { stream: true });
         parser.push(first && decoded[0] === "\uFEFF" ? decoded.slice(1) : decoded);
@@ -1126,91 +1215,25 @@ class Link implements Carrier {
       // the connection broke: as good as its end
     }
     connection.end();
-    if (connection !== this.#current) return;
+    if (connection !== this.current) return;
     if (connection === this.#connection) this.#connection = undefined;
     this.#old = undefined;
     this.#inbox.isRead = false;
   }
 
   /** The one that is read: while it is being renewed, it goes on. */
-  get #current(): Exchange | undefined {
+  get current(): Exchange | undefined {
     return this.#old ?? this.#connection;
   }
 
-  #parser(connection: Exchange): EventParser {
-    const isFull = this.#session.level === FULL;
-    return new EventParser((type, data) => {
-      if (connection !== this.#current) return;
-      try {
-        if (isFull) this.#onEvent(type, data);
-        else this.#onPlainEvent(type, data);
-      } catch {
-        this.distrust(); // what cannot be parsed would be sent again for ever
-      }
-    });
-  }
-
-  #onEvent(type: string, data: string): void {
-    switch (type) {
-      case "":
-      case "message":
-        return this.#receive(data);
-      case JSON_EVENT: {
-        const text: unknown = JSON.parse(data);
-        // What is no string is as bad as what is no JSON.
-        return typeof text === "string" ? this.#receive(text) : this.distrust();
-      }
-      case BINARY_EVENT:
-        return this.#receive(fromBase64(data));
-      case OPEN_EVENT:
-        return this.#onTerms(JSON.parse(data));
-      case ACK_EVENT: {
-        const space = data.indexOf(" ");
-        this.#retries = 0;
-        return this.uplink.confirm(Number(data.slice(0, space)), Number(data.slice(space + 1)));
-      }
-      case PING_EVENT: {
-        const [sent, payload] = data.split(" ");
-        // "The number of a duplex-ping, that does not fit the client's own count means damage."
-        if (Number(sent) !== this.#current!.position) return this.distrust();
-        this.#receipts.pong(fromBase64(payload ?? ""));
-        if (!this.#current!.isPoll) this.uplink.pump(); // else it goes with the next one
-        return;
-      }
-      case RENEW_EVENT:
-        // "A client that is open connects anew, by a resumption, which is no drop."
-        return this.#session.phase === "open" && this.#session.terms!.resumeTimeout
-          ? this.renew()
-          : undefined;
-      case CLOSE_EVENT: {
-        const { code, reason, sent } = JSON.parse(data);
-        if (!isCloseCode(code) || !isReason(reason)) return this.distrust();
-        return this.#host.onClose(code, reason, sent === this.#current!.position);
-      }
-    }
-  }
-
-  /** "On this level a client takes no event whose name begins with duplex-." */
-  #onPlainEvent(type: string, data: string): void {
-    if (type === TOKEN_EVENT) {
-      if (this.#session.token) return;
-      this.#session.token = data; // the header could not be read
-      return this.#openPlain();
-    }
-    if (type.startsWith("duplex-")) return;
-    // Any other event stream: we could not send.
-    if (!this.#session.token && this.#host.sends) return this.#host.onFail();
-    if (!type || type === "message") this.#inbox.add(data);
-  }
-
-  #onTerms(terms: Terms): void {
+  onTerms(terms: Terms): void {
     const { next, attempt, received, handled, heartbeatInterval } = terms;
-    const isOfThis = next === this.#connection!.position + 1 && attempt === this.#attempt;
+    const isOfThis = next === this.#connection!.position + 1 && attempt === this.#session.attempt;
     if (!isOfThis || !areTerms(terms)) return this.distrust();
-    const isOpening = !this.#session.terms;
-    const wasLost = this.#lostAt > 0;
+    const isOpening = this.#session.phase === "opening";
+    const wasLost = !!this.#session.lostAt;
     this.#session.terms = terms;
-    this.#lostAt = 0;
+    this.#session.lostAt = 0;
     clearTimeout(this.#deadline);
     this.#connection!.hasBegun = true;
     this.#transports.onEvent(this.#connection!.isPoll);
@@ -1226,13 +1249,12 @@ class Link implements Carrier {
     this.uplink.confirm(received, handled);
   }
 
-  /** "The client's count advances when the event's blank line is parsed, whatever becomes of the event then." */
-  #receive(data: string | Bytes): void {
+  onNews(): void {
     this.#retries = 0;
-    // While this connection was asked for, the one before it may have brought the message.
-    if (++this.#current!.position <= this.#receipts.received) return;
-    this.#receipts.received++;
-    this.#inbox.add(data);
+  }
+
+  onPing(): void {
+    if (!this.current!.isPoll) this.uplink.pump(); // else it goes with the next one
   }
 
   /** The page does not pause any more. */
@@ -1260,7 +1282,7 @@ class Link implements Carrier {
 
   /** One ticker: streams that went quiet, and keep-alive of ours. */
   #tick(): void {
-    const connection = this.#current;
+    const connection = this.current;
     if (connection?.reader) {
       this.#retries = 0;
       // Not while the page is behind: then nothing is read.
@@ -1284,10 +1306,10 @@ class Link implements Carrier {
       if (this.#inbox.isPaused) await this.#pauses.wait(1, Infinity, (resumeTimeout || 5000) / 2);
       this.#transports.tryStream();
     }
-    if (!this.#lostAt) this.#retries = 0;
+    if (!this.#session.lostAt) this.#retries = 0;
     const isTrial = why === "turn" && !this.#transports.polls;
     const patience = Math.max(Math.min(resumeTimeout / 3, 2 * heartbeatInterval), 1000);
-    const deadline = this.#lostAt ? this.#lostAt + resumeTimeout : Infinity;
+    const deadline = this.#session.lostAt ? this.#session.lostAt + resumeTimeout : Infinity;
     let pause = 0;
     while (await this.#pauses.wait(this.#retries++, deadline, pause)) {
       const isPatient = why === "turn" && this.#transports.polls;
@@ -1300,7 +1322,7 @@ class Link implements Carrier {
         : patience;
       const connection = await this.#connect(
         {
-          [ATTEMPT_HEADER]: `${++this.#attempt}`,
+          [ATTEMPT_HEADER]: `${++this.#session.attempt}`,
           "last-event-id": `${why === "renewed" ? this.#receipts.dispatched : this.#rewind()}`,
         },
         Math.max(1, Math.min(deadline - clock(), timeout)),
@@ -1316,7 +1338,7 @@ class Link implements Carrier {
       connection.end();
       if (this.#session.isEnding) throw new Error("Closed");
       if (isUnanswered) this.#transports.alternate();
-      if (!this.#lostAt) { // a turn or a renewal that failed
+      if (!this.#session.lostAt) { // a turn or a renewal that failed
         if (!isTrial && !this.#host.onBreak()) throw new Error("Closed");
         return this.#resume(isTrial ? "held" : "lost");
       }
@@ -1337,9 +1359,134 @@ class Link implements Carrier {
 
   #lose(): void {
     this.hangUp(); // whatever cut the connection may hold the others for ever
-    if (this.#lostAt) return;
-    this.#lostAt = clock();
+    if (this.#session.lostAt) return;
+    this.#session.lostAt = clock();
     if (this.#session.phase !== "renewing") this.uplink.onDrop();
+  }
+}
+
+// --- Events: the server's words ---
+
+/** The reports of {@link Events}, and what they must know. */
+interface EventHost extends UplinkHost {
+  /** Whether the page may send. */
+  readonly sends: boolean;
+  /** `isComplete`: all that the server sent has come. */
+  onClose(code: number, reason: string, isComplete: boolean): void;
+}
+
+/** The link that hears them. */
+interface EventTaker {
+  /** The connection whose words they are. */
+  readonly current: Exchange | undefined;
+  onTerms(terms: Terms): void;
+  /** A message, or an acknowledgement. */
+  onNews(): void;
+  /** An answer is to be sent. */
+  onPing(): void;
+  /** A session of the other level is open. */
+  openPlain(): void;
+  /** Something does not fit. */
+  distrust(): void;
+  renew(): void;
+}
+
+/** Takes each event of the streams for what it is. */
+class Events {
+  readonly #session: Session;
+  readonly #inbox: Inbox;
+  readonly #receipts: Receipts;
+  readonly #uplink: Uplink;
+  readonly #taker: EventTaker;
+  readonly #host: EventHost;
+
+  constructor(
+    { session, inbox, receipts }: Parts,
+    uplink: Uplink,
+    taker: EventTaker,
+    host: EventHost,
+  ) {
+    this.#session = session;
+    this.#inbox = inbox;
+    this.#receipts = receipts;
+    this.#uplink = uplink;
+    this.#taker = taker;
+    this.#host = host;
+  }
+
+  /** Of one stream, until it is left. */
+  parser(isCurrent: () => boolean): EventParser {
+    const isFull = this.#session.level === FULL;
+    return new EventParser((type, data) => {
+      if (!isCurrent()) return;
+      try {
+        if (isFull) this.#onEvent(type, data);
+        else this.#onPlainEvent(type, data);
+      } catch {
+        this.#taker.distrust(); // what cannot be parsed would be sent again for ever
+      }
+    });
+  }
+
+  #onEvent(type: string, data: string): void {
+    switch (type) {
+      case "":
+      case "message":
+        return this.#receive(data);
+      case JSON_EVENT: {
+        const text: unknown = JSON.parse(data);
+        // What is no string is as bad as what is no JSON.
+        return typeof text === "string" ? this.#receive(text) : this.#taker.distrust();
+      }
+      case BINARY_EVENT:
+        return this.#receive(fromBase64(data));
+      case OPEN_EVENT:
+        return this.#taker.onTerms(JSON.parse(data));
+      case ACK_EVENT: {
+        const space = data.indexOf(" ");
+        this.#taker.onNews();
+        return this.#uplink.confirm(Number(data.slice(0, space)), Number(data.slice(space + 1)));
+      }
+      case PING_EVENT: {
+        const [sent, payload] = data.split(" ");
+        // "The number of a duplex-ping, that does not fit the client's own count means damage."
+        if (Number(sent) !== this.#taker.current!.position) return this.#taker.distrust();
+        this.#receipts.pong(fromBase64(payload ?? ""));
+        return this.#taker.onPing();
+      }
+      case RENEW_EVENT:
+        // "A client that is open connects anew, by a resumption, which is no drop."
+        return this.#session.phase === "open" && this.#session.terms!.resumeTimeout
+          ? this.#taker.renew()
+          : undefined;
+      case CLOSE_EVENT: {
+        const { code, reason, sent } = JSON.parse(data);
+        if (!isCloseCode(code) || !isReason(reason)) return this.#taker.distrust();
+        return this.#host.onClose(code, reason, sent === this.#taker.current!.position);
+      }
+    }
+  }
+
+  /** "On this level a client takes no event whose name begins with duplex-." */
+  #onPlainEvent(type: string, data: string): void {
+    if (type === TOKEN_EVENT) {
+      if (this.#session.token) return;
+      this.#session.token = data; // the header could not be read
+      return this.#taker.openPlain();
+    }
+    if (type.startsWith("duplex-")) return;
+    // Any other event stream: we could not send.
+    if (!this.#session.token && this.#host.sends) return this.#host.onFail();
+    if (!type || type === "message") this.#inbox.add(data);
+  }
+
+  /** "The client's count advances when the event's blank line is parsed, whatever becomes of the event then." */
+  #receive(data: string | Bytes): void {
+    this.#taker.onNews();
+    // While this connection was asked for, the one before it may have brought the message.
+    if (++this.#taker.current!.position <= this.#receipts.received) return;
+    this.#receipts.received++;
+    this.#inbox.add(data);
   }
 }
 
@@ -1380,6 +1527,7 @@ class Uplink {
   readonly #requests: Requests;
   readonly #transports: Transports;
   readonly #pauses: Pauses;
+  readonly #keeper: Keeper;
   readonly #carrier: Carrier;
   readonly #host: UplinkHost;
 
@@ -1412,6 +1560,7 @@ class Uplink {
     this.#requests = parts.requests;
     this.#transports = parts.transports;
     this.#pauses = parts.pauses;
+    this.#keeper = parts.keeper;
     this.#carrier = carrier;
     this.#host = host;
   }
@@ -1478,7 +1627,7 @@ class Uplink {
    * Sends CLOSE alone, in place of all else, until the server has it. That may outlive the socket:
    * who closed and hears no answer would take it for lost.
    */
-  async farewell(close: Bytes, number: number): Promise<void> {
+  async farewell(close: Bytes, number: number = this.#outbox.firstUnacked): Promise<void> {
     this.hangUp();
     const { level, terms } = this.#session;
     const bytes = concat([level.seq(number), close]);
@@ -1578,6 +1727,12 @@ class Uplink {
       nextTask(() => keepaliveLeft = MAX_KEEPALIVE_BYTES);
     }
     keepaliveLeft -= load.used;
+    this.#requests.ask(new Exchange(), { bytes, keepalive: true });
+  }
+
+  /** "LEAVE says that the page of connection attempt is left." */
+  leave(): void {
+    const bytes = frame("LEAVE", encoder.encode(`${this.#session.attempt}`));
     this.#requests.ask(new Exchange(), { bytes, keepalive: true });
   }
 
@@ -1734,6 +1889,7 @@ class Uplink {
 
   /** Sends one body, and takes what its answer confirms: no status, but that, is success. */
   async #send(exchange: Exchange, load: Load, bytes?: Bytes): Promise<void> {
+    await this.#keeper.untilAwake();
     const since = clock();
     if (bytes) exchange.endIn(POST_TIMEOUT_MS + bytes.length / 8);
     await this.#requests.ask(exchange, { bytes });
@@ -2018,6 +2174,37 @@ class Outbox {
     const entry: Outgoing = { frame, size, isClose };
     this.#queue.push(entry);
     return entry;
+  }
+
+  /** Bytes of all messages. */
+  get size(): number {
+    return this.#queue.reduce((sum, { size }) => sum + size, 0);
+  }
+
+  /** Undefined while a Blob is being read. */
+  pack(): KeptOutbox | undefined {
+    if (this.#queue.some(({ frame }) => !frame)) return;
+    const { firstUnacked, nextUnsent } = this;
+    const messages = this.#queue.map(({ frame, size }): KeptMessage => [toBase64(frame!), size]);
+    return {
+      firstUnacked,
+      nextUnsent,
+      begun: this.#begunBytes,
+      handled: this.#handledBytes,
+      messages,
+    };
+  }
+
+  unpack({ firstUnacked, nextUnsent, begun, handled, messages }: KeptOutbox): void {
+    this.firstUnacked = firstUnacked;
+    this.nextUnsent = nextUnsent;
+    this.#begunBytes = begun;
+    this.#handledBytes = handled;
+    this.#queue = messages.map(([frame, size]) => ({
+      frame: fromBase64(frame),
+      size,
+      isClose: false,
+    }));
   }
 
   /** There is a message that may be written now. */
@@ -2489,6 +2676,138 @@ class Pauses {
   }
 }
 
+// --- Reloads: a session that one page leaves to the next ---
+
+/** What a page of a secure context has. */
+interface LockManager {
+  request(
+    name: string,
+    options: { signal: AbortSignal },
+    granted: () => Promise<void>,
+  ): Promise<unknown>;
+}
+
+const FRESH: KeptOutbox = { firstUnacked: 1, nextUnsent: 1, begun: 0, handled: 0, messages: [] };
+
+/** Keeps a session in `sessionStorage` while its page is left, and nothing while there is a page. */
+class Keeper {
+  readonly #session: Session;
+  readonly #outbox: Outbox;
+  readonly #receipts: Receipts;
+  readonly #locks: LockManager | undefined;
+  /** Where it is kept. */
+  readonly #key: string;
+  /** A tab that was duplicated has a copy of what is kept. The lock of this name tells whose it is. */
+  #id = "";
+  #free = (): void => {};
+  #awake: Promise<void> | undefined;
+  #wake = (): void => {};
+  hasTakenOver = false;
+
+  constructor(
+    persist: string | boolean | undefined,
+    target: string,
+    session: Session,
+    outbox: Outbox,
+    receipts: Receipts,
+  ) {
+    this.#session = session;
+    this.#outbox = outbox;
+    this.#receipts = receipts;
+    this.#key = `duplex-sse ${persist === true ? target : persist}`;
+    const { navigator } = globalThis as { navigator?: { locks?: LockManager } };
+    if (persist && "document" in globalThis) this.#locks = navigator?.locks;
+  }
+
+  get isAsleep(): boolean {
+    return !!this.#awake;
+  }
+
+  /** While the page is left, it must not speak for the session: another page may. */
+  untilAwake(): Promise<void> | undefined {
+    return this.#awake;
+  }
+
+  /** Takes what is kept, before another task can see it; with an id, only what is its. */
+  take(id?: string): Kept | undefined {
+    if (!this.#locks) return;
+    try {
+      const kept: Kept = JSON.parse(sessionStorage.getItem(this.#key)!);
+      if (id && kept.id !== id) return;
+      sessionStorage.removeItem(this.#key);
+      return kept;
+    } catch {
+      // there is nothing, or it is not allowed
+    }
+  }
+
+  /** Makes the session what was kept, or a new one; returns by how many bytes its outbox has grown. */
+  restore(kept?: Kept): number {
+    const { token = "", terms, attempt = 0, lostAt, dispatched = 0, outbox = FRESH } = kept ?? {};
+    this.hasTakenOver = !!kept;
+    Object.assign(this.#session, {
+      ...{ token, terms, attempt },
+      lostAt: lostAt ? clock() - Math.max(Date.now() - lostAt, 0) : 0,
+    });
+    this.#receipts.dispatched = dispatched;
+    this.#receipts.rewind();
+    const before = this.#outbox.size;
+    this.#outbox.unpack(outbox);
+    return this.#outbox.size - before;
+  }
+
+  /** Claims a session, or a new one: the page before may be about to let go of it. */
+  claim(id: string = randomName()): Promise<boolean> | undefined {
+    if (!this.#locks) return;
+    this.end();
+    this.#id = id;
+    const request = new AbortController();
+    this.#free = () => request.abort();
+    return new Promise((resolve) => {
+      const timer = setTimeout(() => request.abort(), CLAIM_TIMEOUT_MS);
+      this.#locks!.request(`duplex-sse session ${id}`, { signal: request.signal }, () => {
+        clearTimeout(timer);
+        resolve(true);
+        return new Promise((free) => this.#free = free);
+      }).catch(() => resolve(false));
+    });
+  }
+
+  /** Keeps the session as it stands. False: it is too much, or not allowed. */
+  keep(): boolean {
+    const { token, terms, attempt, lostAt } = this.#session;
+    const outbox = this.#outbox.pack();
+    if (!this.#locks || !this.#id || !terms || !outbox) return false;
+    const kept: Kept = {
+      ...{ id: this.#id, token, terms, attempt, outbox },
+      lostAt: Date.now() - (lostAt && clock() - lostAt),
+      dispatched: this.#receipts.dispatched,
+    };
+    try {
+      sessionStorage.setItem(this.#key, JSON.stringify(kept));
+    } catch {
+      return false;
+    }
+    this.end();
+    this.#awake = new Promise((resolve) => this.#wake = resolve);
+    return true;
+  }
+
+  /** Back from the back/forward cache. False: another page has taken the session. */
+  async claimAgain(): Promise<boolean> {
+    return !!this.take(this.#id) && !!await this.claim(this.#id);
+  }
+
+  wake(): void {
+    this.#awake = undefined;
+    this.#wake();
+  }
+
+  end(): void {
+    this.#free();
+  }
+}
+
 // --- Session: its phase, and what the server granted ---
 
 /** Until the server has said its terms. */
@@ -2533,6 +2852,10 @@ class Session {
   token = "";
   /** Undefined before a session of the full level is open. */
   terms: Terms | undefined;
+  /** Of the last connection, from 0. */
+  attempt = 0;
+  /** By our clock; 0 while there is a connection. */
+  lostAt = 0;
 
   get phase(): Phase {
     return this.#phase;
@@ -2546,6 +2869,11 @@ class Session {
   /** Nothing more goes over the network, whatever is still to be dispatched. */
   get isOver(): boolean {
     return this.#phase === "ended";
+  }
+
+  /** Another page can go on with it. */
+  get isKeepable(): boolean {
+    return !!this.terms?.resumeTimeout && this.#phase !== "leaving" && !this.isEnding;
   }
 
   /** Messages go up. */
@@ -2850,6 +3178,14 @@ function speaksHTTP2(target: string): boolean {
   );
 }
 
+/** 32 hexadecimal digits. (Only secure contexts have `randomUUID`.) */
+function randomName(): string {
+  return Array.from(
+    crypto.getRandomValues(new Uint8Array(16)),
+    (byte) => byte.toString(16).padStart(2, "0"),
+  ).join("");
+}
+
 /** Milliseconds by a clock that nobody sets. */
 function clock(): number {
   return performance.now();
@@ -2892,6 +3228,12 @@ function concat(parts: Bytes[]): Bytes {
     at += part.length;
   }
   return whole;
+}
+
+function toBase64(bytes: Bytes): string {
+  let text = "";
+  for (const byte of bytes) text += String.fromCharCode(byte);
+  return btoa(text);
 }
 
 function fromBase64(text: string): Bytes {

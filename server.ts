@@ -88,7 +88,7 @@ const TOKEN_GRAMMAR = /^[0-9a-f]{16}\.[0-9a-f]{32}$/;
 const OPENING_GRAMMAR = /^[0-9a-f]{32}$/;
 const EVENT_ID_GRAMMAR = /^([0-9a-f]{32})\.(0|[1-9]\d{0,15})$/;
 const NUMBER_GRAMMAR = /^(0|[1-9]\d{0,15})$/;
-const FRAME_GRAMMAR = /^(TEXT|BINARY|CLOSE|PING|PONG|ACK|SEQ)(?: ([0-9A-Fa-f]{1,8}))?\r\n$/;
+const FRAME_GRAMMAR = /^(TEXT|BINARY|CLOSE|PING|PONG|ACK|SEQ|LEAVE)(?: ([0-9A-Fa-f]{1,8}))?\r\n$/;
 
 /** The longest that a timer can wait, in ms. */
 const MAX_DELAY = 2 ** 31 - 1;
@@ -108,6 +108,8 @@ const NUMBERS = {
 const UNATTENDED_HEARTBEAT_INTERVAL = 5_000;
 /** How long a client has to answer a close where `resumeTimeout` is 0. */
 const CLOSE_TIMEOUT = 5_000;
+/** How long a session waits for the page that takes it over from one that was left. */
+const LEAVE_PATIENCE = 4_500;
 /** How long a plain session waits for its client, which cannot say that it leaves. */
 const PLAIN_PATIENCE = 5_000;
 /** What a plain session keeps for a native EventSource that reconnects. */
@@ -164,6 +166,8 @@ const MAX_COLLECTED = 10_000;
 
 /** The end of a session whose client was lost. */
 const LOST = { code: 1006, reason: "" };
+/** And of one whose page was left. */
+const LEFT = { code: 1001, reason: "" };
 
 const OPEN = 1;
 const CLOSING = 2;
@@ -1677,9 +1681,14 @@ class Registry implements Host {
   }
 
   #startTimer(): void {
-    if (this.#nextSweep < Infinity) return;
-    this.#nextSweep = clock() + this.#period;
-    this.#sweepTimer = setTimeout(() => this.#sweep(), this.#period);
+    if (this.#nextSweep === Infinity) this.sweepAt(clock() + this.#period);
+  }
+
+  sweepAt(time: number): void {
+    if (time >= this.#nextSweep) return;
+    clearTimeout(this.#sweepTimer);
+    this.#nextSweep = time;
+    this.#sweepTimer = setTimeout(() => this.#sweep(), time - clock());
     // Where timers can do so, this one does not keep a process alive.
     (this.#sweepTimer as { unref?(): void }).unref?.();
   }
@@ -2066,6 +2075,8 @@ interface Host {
   relieve(): void;
   /** Calls in a task of its own. */
   later(call: () => void): void;
+  /** Looks at the clock at this time, if not before. */
+  sweepAt(time: number): void;
   report(error: unknown, context: ErrorContext): void;
 }
 
@@ -2091,6 +2102,8 @@ abstract class Session {
   protected readonly outbox: Outbox;
   /** The last connection was a poll. */
   protected isPolled = false;
+  /** Its page was left, and the next one has not come back for it. */
+  protected isLeft = false;
   protected connection: Connection | undefined;
   /** How it ends, once that is known; undefined for one whose client was lost. */
   protected ending: Ending | undefined;
@@ -2180,6 +2193,7 @@ abstract class Session {
   attach(attempt: number, received: number, until: Until = "lost"): ReadableStream<Bytes> {
     this.connection?.end();
     this.attempt = attempt;
+    this.isLeft = false;
     this.outbox.rewind(received);
     this.become(this.isOpen ? "carried" : "closing carried");
     if (this.isOpen) this.deadline = Infinity;
@@ -2444,7 +2458,7 @@ abstract class Session {
 
   /** Ends at once, without a word: the client will be told 404. */
   terminate(): void {
-    if (!this.isOver) this.finish(LOST);
+    if (!this.isOver) this.finish(this.isLeft ? LEFT : LOST);
     this.release();
   }
 
@@ -2706,6 +2720,7 @@ class FullSession extends Session implements Receiver {
 
   control(type: string, payload: Bytes): void {
     if (type === "ACK") return this.#receiveAck(parseNumber(decoder.decode(payload), "ACK"));
+    if (type === "LEAVE") return this.#leave(parseNumber(decoder.decode(payload), "LEAVE"));
     if (type === "PING") this.handled(0); // shows the client that this body is being read
     // Not in the client's window, so a slow hook is not called for more of them.
     if (!this.isOpen || this.#pendingControls >= MAX_PENDING_PINGS) return;
@@ -2713,6 +2728,16 @@ class FullSession extends Session implements Receiver {
     if (!pending) return;
     this.#pendingControls++;
     pending.then(() => this.#pendingControls--);
+  }
+
+  /** "LEAVE says that the page of connection attempt is left, and ends that connection; … if no other resumes, that was a close by 1001." */
+  #leave(attempt: number): void {
+    if (!this.isOpen || attempt < this.attempt) return; // another has resumed
+    this.drop();
+    if (!this.isOpen) return;
+    this.isLeft = true;
+    this.deadline = Math.min(this.deadline, clock() + LEAVE_PATIENCE);
+    this.host.sweepAt(this.deadline + 1); // timers round down
   }
 
   #receiveAck(count: number): void {

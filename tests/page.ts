@@ -58,6 +58,14 @@ globalThis.connect = (url, options) => {
 addEventListener("pageshow", (event) => globalThis.persisted = event.persisted);
 </script>`;
 
+/** A page whose module is a function that is given our client. */
+const ownPage = (program: () => void) =>
+  `${html.slice(0, html.indexOf('<script type="module">'))}<script type="module">
+import { WebSocketSSE } from "/client.js";
+globalThis.WebSocketSSE = WebSocketSSE;
+(${program})();
+</script>`;
+
 export interface Site {
   readonly url: string;
   readonly port: number;
@@ -70,9 +78,11 @@ export interface Site {
 /** A server with a page, our client and a socket at /ws that answers by `message`, or echoes. */
 export async function site(
   t: TestContext,
-  { tls = false, http2 = false, message, ...options }: SSEOptions & {
+  { tls = false, http2 = false, message, program, ...options }: SSEOptions & {
     tls?: boolean;
     http2?: boolean;
+    /** Runs as the page's module, in the place of ours, at /program. */
+    program?: () => void;
     message?: (peer: Peer, message: Message) => void;
   } = {},
 ): Promise<Site> {
@@ -95,7 +105,8 @@ export async function site(
       return next(request);
     }
     const type = pathname === "/client.js" ? "text/javascript" : "text/html";
-    return new Response(pathname === "/client.js" ? script : html, {
+    const page = pathname === "/program" ? ownPage(program!) : html;
+    return new Response(pathname === "/client.js" ? script : page, {
       headers: { "content-type": `${type}; charset=utf-8`, "set-cookie": "user=ada; Path=/" },
     });
   }, { tls, http2 });
