@@ -2049,6 +2049,138 @@ class Transports {
   }
 }
 
+// --- Reloads: a session that one page leaves to the next ---
+
+/** What a page of a secure context has. */
+interface LockManager {
+  request(
+    name: string,
+    options: { signal: AbortSignal },
+    granted: () => Promise<void>,
+  ): Promise<unknown>;
+}
+
+const FRESH: KeptOutbox = { firstUnacked: 1, nextUnsent: 1, begun: 0, handled: 0, messages: [] };
+
+/** Keeps a session in `sessionStorage` while its page is left, and nothing while there is a page. */
+class Keeper {
+  readonly #session: Session;
+  readonly #outbox: Outbox;
+  readonly #receipts: Receipts;
+  readonly #locks: LockManager | undefined;
+  /** Where it is kept. */
+  readonly #key: string;
+  /** A tab that was duplicated has a copy of what is kept. The lock of this name tells whose it is. */
+  #id = "";
+  #free = (): void => {};
+  #awake: Promise<void> | undefined;
+  #wake = (): void => {};
+  hasTakenOver = false;
+
+  constructor(
+    persist: string | boolean | undefined,
+    target: string,
+    session: Session,
+    outbox: Outbox,
+    receipts: Receipts,
+  ) {
+    this.#session = session;
+    this.#outbox = outbox;
+    this.#receipts = receipts;
+    this.#key = `duplex-sse ${persist === true ? target : persist}`;
+    const { navigator } = globalThis as { navigator?: { locks?: LockManager } };
+    if (persist && "document" in globalThis) this.#locks = navigator?.locks;
+  }
+
+  get isAsleep(): boolean {
+    return !!this.#awake;
+  }
+
+  /** While the page is left, it must not speak for the session: another page may. */
+  untilAwake(): Promise<void> | undefined {
+    return this.#awake;
+  }
+
+  /** Takes what is kept, before another task can see it; with an id, only what is its. */
+  take(id?: string): Kept | undefined {
+    if (!this.#locks) return;
+    try {
+      const kept: Kept = JSON.parse(sessionStorage.getItem(this.#key)!);
+      if (id && kept.id !== id) return;
+      sessionStorage.removeItem(this.#key);
+      return kept;
+    } catch {
+      // there is nothing, or it is not allowed
+    }
+  }
+
+  /** Makes the session what was kept, or a new one; returns by how many bytes its outbox has grown. */
+  restore(kept?: Kept): number {
+    const { token = "", terms, attempt = 0, lostAt, dispatched = 0, outbox = FRESH } = kept ?? {};
+    this.hasTakenOver = !!kept;
+    Object.assign(this.#session, {
+      ...{ token, terms, attempt },
+      lostAt: lostAt ? clock() - Math.max(Date.now() - lostAt, 0) : 0,
+    });
+    this.#receipts.dispatched = dispatched;
+    this.#receipts.rewind();
+    const before = this.#outbox.size;
+    this.#outbox.unpack(outbox);
+    return this.#outbox.size - before;
+  }
+
+  /** Claims a session, or a new one: the page before may be about to let go of it. */
+  claim(id: string = randomName()): Promise<boolean> | undefined {
+    if (!this.#locks) return;
+    this.end();
+    this.#id = id;
+    const request = new AbortController();
+    this.#free = () => request.abort();
+    return new Promise((resolve) => {
+      const timer = setTimeout(() => request.abort(), CLAIM_TIMEOUT_MS);
+      this.#locks!.request(`duplex-sse session ${id}`, { signal: request.signal }, () => {
+        clearTimeout(timer);
+        resolve(true);
+        return new Promise((free) => this.#free = free);
+      }).catch(() => resolve(false));
+    });
+  }
+
+  /** Keeps the session as it stands. False: it is too much, or not allowed. */
+  keep(): boolean {
+    const { token, terms, attempt, lostAt } = this.#session;
+    const outbox = this.#outbox.pack();
+    if (!this.#locks || !this.#id || !terms || !outbox) return false;
+    const kept: Kept = {
+      ...{ id: this.#id, token, terms, attempt, outbox },
+      lostAt: Date.now() - (lostAt && clock() - lostAt),
+      dispatched: this.#receipts.dispatched,
+    };
+    try {
+      sessionStorage.setItem(this.#key, JSON.stringify(kept));
+    } catch {
+      return false;
+    }
+    this.end();
+    this.#awake = new Promise((resolve) => this.#wake = resolve);
+    return true;
+  }
+
+  /** Back from the back/forward cache. False: another page has taken the session. */
+  async claimAgain(): Promise<boolean> {
+    return !!this.take(this.#id) && !!await this.claim(this.#id);
+  }
+
+  wake(): void {
+    this.#awake = undefined;
+    this.#wake();
+  }
+
+  end(): void {
+    this.#free();
+  }
+}
+
 // --- Inbox: one task an event ---
 
 /** Dispatches the page's messages and events, each in a task of its own, so that promises settle in between. */
@@ -2673,138 +2805,6 @@ class Pauses {
   end(): void {
     this.#isOver = true;
     this.wake();
-  }
-}
-
-// --- Reloads: a session that one page leaves to the next ---
-
-/** What a page of a secure context has. */
-interface LockManager {
-  request(
-    name: string,
-    options: { signal: AbortSignal },
-    granted: () => Promise<void>,
-  ): Promise<unknown>;
-}
-
-const FRESH: KeptOutbox = { firstUnacked: 1, nextUnsent: 1, begun: 0, handled: 0, messages: [] };
-
-/** Keeps a session in `sessionStorage` while its page is left, and nothing while there is a page. */
-class Keeper {
-  readonly #session: Session;
-  readonly #outbox: Outbox;
-  readonly #receipts: Receipts;
-  readonly #locks: LockManager | undefined;
-  /** Where it is kept. */
-  readonly #key: string;
-  /** A tab that was duplicated has a copy of what is kept. The lock of this name tells whose it is. */
-  #id = "";
-  #free = (): void => {};
-  #awake: Promise<void> | undefined;
-  #wake = (): void => {};
-  hasTakenOver = false;
-
-  constructor(
-    persist: string | boolean | undefined,
-    target: string,
-    session: Session,
-    outbox: Outbox,
-    receipts: Receipts,
-  ) {
-    this.#session = session;
-    this.#outbox = outbox;
-    this.#receipts = receipts;
-    this.#key = `duplex-sse ${persist === true ? target : persist}`;
-    const { navigator } = globalThis as { navigator?: { locks?: LockManager } };
-    if (persist && "document" in globalThis) this.#locks = navigator?.locks;
-  }
-
-  get isAsleep(): boolean {
-    return !!this.#awake;
-  }
-
-  /** While the page is left, it must not speak for the session: another page may. */
-  untilAwake(): Promise<void> | undefined {
-    return this.#awake;
-  }
-
-  /** Takes what is kept, before another task can see it; with an id, only what is its. */
-  take(id?: string): Kept | undefined {
-    if (!this.#locks) return;
-    try {
-      const kept: Kept = JSON.parse(sessionStorage.getItem(this.#key)!);
-      if (id && kept.id !== id) return;
-      sessionStorage.removeItem(this.#key);
-      return kept;
-    } catch {
-      // there is nothing, or it is not allowed
-    }
-  }
-
-  /** Makes the session what was kept, or a new one; returns by how many bytes its outbox has grown. */
-  restore(kept?: Kept): number {
-    const { token = "", terms, attempt = 0, lostAt, dispatched = 0, outbox = FRESH } = kept ?? {};
-    this.hasTakenOver = !!kept;
-    Object.assign(this.#session, {
-      ...{ token, terms, attempt },
-      lostAt: lostAt ? clock() - Math.max(Date.now() - lostAt, 0) : 0,
-    });
-    this.#receipts.dispatched = dispatched;
-    this.#receipts.rewind();
-    const before = this.#outbox.size;
-    this.#outbox.unpack(outbox);
-    return this.#outbox.size - before;
-  }
-
-  /** Claims a session, or a new one: the page before may be about to let go of it. */
-  claim(id: string = randomName()): Promise<boolean> | undefined {
-    if (!this.#locks) return;
-    this.end();
-    this.#id = id;
-    const request = new AbortController();
-    this.#free = () => request.abort();
-    return new Promise((resolve) => {
-      const timer = setTimeout(() => request.abort(), CLAIM_TIMEOUT_MS);
-      this.#locks!.request(`duplex-sse session ${id}`, { signal: request.signal }, () => {
-        clearTimeout(timer);
-        resolve(true);
-        return new Promise((free) => this.#free = free);
-      }).catch(() => resolve(false));
-    });
-  }
-
-  /** Keeps the session as it stands. False: it is too much, or not allowed. */
-  keep(): boolean {
-    const { token, terms, attempt, lostAt } = this.#session;
-    const outbox = this.#outbox.pack();
-    if (!this.#locks || !this.#id || !terms || !outbox) return false;
-    const kept: Kept = {
-      ...{ id: this.#id, token, terms, attempt, outbox },
-      lostAt: Date.now() - (lostAt && clock() - lostAt),
-      dispatched: this.#receipts.dispatched,
-    };
-    try {
-      sessionStorage.setItem(this.#key, JSON.stringify(kept));
-    } catch {
-      return false;
-    }
-    this.end();
-    this.#awake = new Promise((resolve) => this.#wake = resolve);
-    return true;
-  }
-
-  /** Back from the back/forward cache. False: another page has taken the session. */
-  async claimAgain(): Promise<boolean> {
-    return !!this.take(this.#id) && !!await this.claim(this.#id);
-  }
-
-  wake(): void {
-    this.#awake = undefined;
-    this.#wake();
-  }
-
-  end(): void {
-    this.#free();
   }
 }
 

@@ -2102,8 +2102,6 @@ abstract class Session {
   protected readonly outbox: Outbox;
   /** The last connection was a poll. */
   protected isPolled = false;
-  /** Its page was left, and the next one has not come back for it. */
-  protected isLeft = false;
   protected connection: Connection | undefined;
   /** How it ends, once that is known; undefined for one whose client was lost. */
   protected ending: Ending | undefined;
@@ -2172,6 +2170,11 @@ abstract class Session {
   abstract get wasHeard(): boolean;
   /** It can go to another instance. */
   abstract get isMovable(): boolean;
+  /** What becomes of a client that does not come back. */
+  protected get loss(): Required<CloseDetails> {
+    return LOST;
+  }
+
   /** How long it waits for its client to come back. */
   protected abstract get patience(): number;
   /** What a stream begins with, when it goes on after this message. */
@@ -2193,7 +2196,6 @@ abstract class Session {
   attach(attempt: number, received: number, until: Until = "lost"): ReadableStream<Bytes> {
     this.connection?.end();
     this.attempt = attempt;
-    this.isLeft = false;
     this.outbox.rewind(received);
     this.become(this.isOpen ? "carried" : "closing carried");
     if (this.isOpen) this.deadline = Infinity;
@@ -2458,7 +2460,7 @@ abstract class Session {
 
   /** Ends at once, without a word: the client will be told 404. */
   terminate(): void {
-    if (!this.isOver) this.finish(this.isLeft ? LEFT : LOST);
+    if (!this.isOver) this.finish(this.loss);
     this.release();
   }
 
@@ -2514,6 +2516,8 @@ class FullSession extends Session implements Receiver {
   #pinged = false;
   /** Hooks of PING and PONG that have not settled. */
   #pendingControls = 0;
+  /** Its page was left, and no other has come for it. */
+  #isLeft = false;
 
   constructor(host: Host, opening: Opening) {
     super(host, opening);
@@ -2526,6 +2530,10 @@ class FullSession extends Session implements Receiver {
 
   protected get patience(): number {
     return this.host.settings.resumeTimeout;
+  }
+
+  protected override get loss(): Required<CloseDetails> {
+    return this.#isLeft ? LEFT : LOST;
   }
 
   get takesGaps(): boolean {
@@ -2606,6 +2614,7 @@ class FullSession extends Session implements Receiver {
   override attach(attempt: number, received: number, until?: Until): ReadableStream<Bytes> {
     this.#acknowledged(received);
     this.#pinged = false;
+    this.#isLeft = false;
     this.#ackDue = false; // its first event says it
     this.#renewDue = false;
     // "At 80 to 100 % of maxConnectionAge, so that clients who came together do not go together."
@@ -2735,7 +2744,7 @@ class FullSession extends Session implements Receiver {
     if (!this.isOpen || attempt < this.attempt) return; // another has resumed
     this.drop();
     if (!this.isOpen) return;
-    this.isLeft = true;
+    this.#isLeft = true;
     this.deadline = Math.min(this.deadline, clock() + LEAVE_PATIENCE);
     this.host.sweepAt(this.deadline + 1); // timers round down
   }
