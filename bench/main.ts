@@ -18,6 +18,7 @@ import type { Outcome, Ratio, Scale, Scenario } from "./measure.ts";
 import { chart, describe, machine, table } from "./report.ts";
 import type { Runtime } from "./rpc.ts";
 import { binary } from "./scenarios/binary.ts";
+import { bulk } from "./scenarios/bulk.ts";
 import { fanOutBursts, fanOutSingly } from "./scenarios/fanout.ts";
 import { subscribers, topics, unheard } from "./scenarios/growth.ts";
 import { memory, tenThousand } from "./scenarios/idle.ts";
@@ -37,6 +38,7 @@ const SCENARIOS: Record<string, Scenario> = {
   roundTrip,
   uplink,
   latency,
+  bulk,
   memory,
   tenThousand,
   resume,
