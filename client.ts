@@ -1787,7 +1787,9 @@ class Uplink {
     if (!body.isAsked) return;
     // Where much is received, what is no message adds up, too.
     const control = body.total - body.used;
-    const most = this.#transports.maxBody;
+    // A connection that cannot be resumed is not put at risk.
+    const isAtRisk = stream.reader && !this.#session.terms!.resumeTimeout;
+    const most = isAtRisk ? MAX_BODY_BYTES : this.#transports.maxBody;
     const parts = [
       ...this.#receipts.take(ACK_EVERY),
       ...this.#outbox.take(body, most - control),

@@ -100,6 +100,26 @@ test("a session that cannot be resumed is not renewed: its uplink goes on by str
   assertLessOrEqual(requests.length, MOST);
 });
 
+test("a connection that cannot be resumed is not put at risk by a long body", async (t) => {
+  const hooks: SSEOptions["hooks"] = { message: (peer) => void peer.send("got") };
+  const { url } = await listen(t, { hooks, resumeTimeout: 0 });
+  const sizes: number[] = [];
+  for (let i = 0; i < 2; i++) { // the second one knows what got through for the first
+    sizes.length = 0;
+    const { socket, events, messages, opened } = connect(t, url, {
+      transport: "duplex",
+      fetch: (url, init) => fetch(url, counted(init!, sizes)),
+    });
+    await opened;
+    for (let i = 0; i < COUNT; i++) socket.send("c".repeat(SIZE));
+    await messages.take(COUNT);
+    assertLessOrEqual(sizes[0]!, 2 ** 19);
+    assertGreater(sizes[0]!, 2 ** 18);
+    assertEquals(events, ["open"]);
+  }
+  assertGreater(sizes[1]!, 2 ** 19); // of a stream beside it
+});
+
 test("a message over 512 KiB goes alone, in a request that is renewed once for it", async (t) => {
   const all = await talk(t);
   const { socket, events, messages, requests } = all;
@@ -241,3 +261,18 @@ async function count(body: ReadableStream<Uint8Array>, sizes: number[]): Promise
 }
 
 const soon = () => new Promise<void>((resolve) => setImmediate(resolve));
+
+/** The same request, whose body notes its size. */
+function counted(init: RequestInit, sizes: number[]): RequestInit {
+  if (!(init.body instanceof ReadableStream)) return init;
+  const index = sizes.push(0) - 1;
+  const body = init.body.pipeThrough(
+    new TransformStream<Uint8Array, Uint8Array>({
+      transform(chunk, controller) {
+        sizes[index]! += chunk.length;
+        controller.enqueue(chunk);
+      },
+    }),
+  );
+  return { ...init, body };
+}
