@@ -10,18 +10,19 @@
  * ```ts ignore
  * import { sseAdapter } from "jsr:@duplex/sse/server";
  * import { chatHooks } from "jsr:@duplex/sse/ai";
- * import { convertToModelMessages, streamText } from "npm:ai";
+ * import { convertToModelMessages, generateId, streamText, toUIMessageStream } from "npm:ai";
  *
  * const ws = sseAdapter({
  *   bidir: true,
  *   hooks: chatHooks({
  *     async respond({ messages }, { signal }) {
- *       const result = streamText({
+ *       const { stream } = streamText({
  *         model: "openai/gpt-5",
  *         messages: await convertToModelMessages(messages),
  *         abortSignal: signal,
  *       });
- *       return result.toUIMessageStream({ originalMessages: messages });
+ *       const generateMessageId = generateId;
+ *       return toUIMessageStream({ stream, originalMessages: messages, generateMessageId });
  *     },
  *   }),
  * });

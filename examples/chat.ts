@@ -39,6 +39,8 @@ export interface ChatOptions {
   controls: Record<string, (tab: string) => void>;
   /** What the page is told of the server, as JSON. */
   about(): unknown;
+  /** Answers what is under `/ai/`: another chat, with a model. */
+  ai(request: Request, info?: unknown): Promise<Response>;
 }
 
 export interface Chat {
@@ -60,7 +62,7 @@ export interface Said {
   at: number;
 }
 
-export function chat({ stripTypes, sync, controls, about }: ChatOptions): Chat {
+export function chat({ stripTypes, sync, controls, about, ai }: ChatOptions): Chat {
   const ws: SSEAdapter = sseAdapter({
     bidir: true,
     maxMessageSize: 16 * 1024,
@@ -86,8 +88,9 @@ export function chat({ stripTypes, sync, controls, about }: ChatOptions): Chat {
   let client: string | undefined;
 
   async function answerAll(request: Request, info?: unknown): Promise<Response> {
-    if (ws.handles(request)) return await ws.fetch(request, info);
     const { pathname } = new URL(request.url);
+    if (/^\/ai(\/|$)/.test(pathname)) return await ai(request, info);
+    if (ws.handles(request)) return await ws.fetch(request, info);
     switch (`${request.method} ${pathname}`) {
       case "GET /":
         return answer("text/html", await read("./chat.html"));

@@ -4,6 +4,7 @@
  */
 
 import { cluster, type ClusterAdapter, type SyncMessage } from "../cluster.ts";
+import { aiChat } from "./ai/chat.ts";
 import { type Chat, chat, type ChatOptions } from "./chat.ts";
 import { Network, type Where } from "./network.ts";
 
@@ -52,12 +53,13 @@ export async function demo(
     "/restart": () => void (restarting ??= replace().finally(() => restarting = undefined)),
     "/count": count,
   };
+  const ai = aiChat(host.stripTypes);
   const about = () => ({ server: host.name, native: host.native, addresses: addresses(port) });
 
   /** As in a deploy: the new instance is there before the old one goes. */
   async function replace(): Promise<void> {
     const before = running;
-    const next = chat({ stripTypes: host.stripTypes, sync, controls, about });
+    const next = chat({ stripTypes: host.stripTypes, sync, controls, about, ai: ai.fetch });
     const serving = await host.serve(next);
     running = { chat: next, serving };
     network.relayTo(serving.port);
@@ -84,7 +86,7 @@ export async function demo(
     async close() {
       clearInterval(counting);
       await restarting;
-      await running?.chat.close(false);
+      await Promise.all([running?.chat.close(false), ai.close()]);
       await new Promise((resolve) => setTimeout(resolve, LAST_BYTES_MS));
       network.close();
       await running?.serving.stop();

@@ -48,8 +48,13 @@ try {
     if (!text.includes("../client.ts")) throw new Error("examples/chat.ts has changed");
     return text.replace("../client.ts", "../client.js");
   });
+  edit("examples/ai/chat.js", (text) => {
+    if (!text.includes("../../client.ts")) throw new Error("examples/ai/chat.ts has changed");
+    return text.replace("../../client.ts", "../../client.js")
+      .replace('read("./message.ts")', 'read("./message.js")');
+  });
   const documents = ["README.md", "PROTOCOL.md", "CHANGELOG.md", "LICENSE"];
-  for (const file of ["examples/chat.html", ...documents]) {
+  for (const file of ["examples/chat.html", "examples/ai/page.html", ...documents]) {
     copyFileSync(join(root, file), join(stage, file));
   }
   // Outside of its tables, README's programs import this package.

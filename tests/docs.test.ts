@@ -89,8 +89,10 @@ test("README.md's snippets type-check, as do the examples in doc comments", asyn
   const { dir } = t.use(await consumer());
   const snippets = (await blocks("README.md")).filter(({ language }) => language === "ts")
     .map(({ text }) => text);
-  for (const { language, text } of await blocks("docs/frameworks.md")) {
-    if (language === "ts") snippets.push(text);
+  for (const file of ["docs/frameworks.md", "docs/ai.md"]) {
+    for (const { language, text } of await blocks(file)) {
+      if (language === "ts") snippets.push(text);
+    }
   }
   for (const file of ["mod.ts", "server.ts", "client.ts", "cluster.ts", "ai.ts", "node.ts"]) {
     snippets.push(...await examples(file));

@@ -65,6 +65,10 @@ for (const { name, file, flags } of servers) {
     assertEquals(page.headers.get("content-type"), "text/html; charset=utf-8");
     assertStringIncludes(await page.text(), 'import { WebSocketSSE } from "/client.js"');
 
+    const ai = await fetch(`${url}ai`);
+    assertEquals([ai.status, ai.url], [200, `${url}ai/`]);
+    assertStringIncludes(await ai.text(), "<title>AI chat: duplex-sse</title>");
+
     const script = await fetch(`${url}client.js`);
     assertEquals(script.headers.get("content-type"), "text/javascript; charset=utf-8");
     const code = await script.text();

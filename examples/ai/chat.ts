@@ -12,7 +12,7 @@ import { mock } from "./mock.ts";
 
 const MAX_CHATS = 1_000;
 /** How long a shutdown waits for answers. */
-const LAST_WORDS_MS = 10_000;
+const LAST_WORDS_MS = 4_000;
 
 /** Answers a chat whose messages are these. */
 export type Model = (
