@@ -122,14 +122,16 @@ const MESSAGE_COST = 200;
 const SLOT_COST = 16;
 /** So many sessions flushed at once are a crowd: how long that keeps the runtime busy is measured. */
 const CROWD = 64;
-/** The share of the time that crowds may keep the runtime busy; beyond it, publications rest. */
-const SATURATION = 1;
-/** The share from which on they rest for as long again as the runtime was busy. */
-const OVERLOAD = 1.2;
+/**
+ * The load of crowds at which publications begin to rest, and that at which they rest for as long
+ * again as the runtime was busy. What overlaps counts twice: who writes without a pause has 2.
+ */
+const SATURATION = 1.5;
+const OVERLOAD = 2;
 /** The most that is measured: a backlog is soon forgotten. */
-const MAX_LOAD = 3;
+const MAX_LOAD = 4;
 /** So far back it is measured, in ms, or so many flushes, if that is longer. */
-const LOAD_SPAN = 25;
+const LOAD_SPAN = 50;
 const LOAD_FLUSHES = 5;
 /** The longest rest in ms, beyond the time that the event loop was busy. */
 const MAX_REST = 20;
@@ -3054,23 +3056,25 @@ interface Flushable {
 }
 
 /**
- * The share of the time that it takes to write to crowds what is published to them: each
+ * The time that the runtime is busy with what is published to crowds, by the time that passes: each
  * publication by itself, so that those which share chunks do not hide it.
  */
 class CrowdLoad {
-  #share = 0;
+  #load = 0;
   /** When a crowd was last flushed. */
   #flushedAt = 0;
-  /** How long that kept the runtime busy; undefined while it does. */
-  #busy: number | undefined = 0;
-  /** Jobs since then that have published to a crowd. */
+  /** For how long the last one that is written kept the runtime busy. */
+  #busy = 0;
+  /** And all together that were written since the last flush, each publication by itself. */
+  #work = 0;
+  /** Jobs since the last flush that have published to a crowd. */
   #jobs = 0;
   /** The subscribers that the current job has published to. */
   #reach = 0;
 
   /** 0 while the runtime can follow, 1 where it is overloaded. */
   get excess(): number {
-    return Math.max(0, Math.min(1, (this.#share - SATURATION) / (OVERLOAD - SATURATION)));
+    return Math.max(0, Math.min(1, (this.#load - SATURATION) / (OVERLOAD - SATURATION)));
   }
 
   /** Somebody publishes to so many. */
@@ -3084,17 +3088,16 @@ class CrowdLoad {
   /** A crowd is about to be flushed; `whenFree` is told how long that keeps the runtime busy. */
   measure(whenFree: (busy: number) => void): void {
     const now = clock();
+    const jobs = this.#jobs;
     const passed = now - this.#flushedAt;
-    const busy = this.#busy ?? Infinity; // it has not written the last one yet
-    const load = Math.min(MAX_LOAD, this.#jobs * busy / passed || 0);
-    const span = Math.max(LOAD_SPAN, LOAD_FLUSHES * (this.#busy ?? 0));
-    this.#share += (load - this.#share) * (1 - Math.exp(-passed / span));
+    const load = Math.min(MAX_LOAD, this.#work / passed || 0);
+    const span = Math.max(LOAD_SPAN, LOAD_FLUSHES * this.#busy);
+    this.#load += (load - this.#load) * (1 - Math.exp(-passed / span));
     this.#flushedAt = now;
-    this.#busy = undefined;
-    this.#jobs = 0;
+    this.#jobs = this.#work = 0;
     afterTurn(() => {
-      if (this.#flushedAt !== now) return; // that was the backlog of two
       this.#busy = clock() - now;
+      this.#work += jobs * this.#busy;
       whenFree(this.#busy);
     });
   }

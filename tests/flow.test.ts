@@ -350,7 +350,7 @@ const turn = () => new Promise<void>((resolve) => setImmediate(resolve));
 
 test("what is published to a crowd faster than it can be written shares chunks, and keeps its order", async (t) => {
   const { ws, peers, all } = await crowd(t);
-  const count = 500;
+  const count = 2000;
   for (let i = 0; i < count; i++) {
     ws.publish("news", `${i}`);
     if (i === 250) peers[7]!.send("for you alone");
