@@ -2,6 +2,11 @@
  * Beside other routes, in frameworks; with hooks that were written for crossws;
  * under libraries that take a WebSocket class. None of them is told anything.
  */
+import { execFile } from "node:child_process";
+import { mkdir, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { promisify } from "node:util";
 import { Centrifuge } from "centrifuge";
 import { defineHooks } from "crossws";
 import { defineWebSocketHandler, H3 } from "h3";
@@ -14,7 +19,11 @@ import {
   assertEquals,
   assertMatch,
   assertStringIncludes,
+  binary,
   deferred,
+  freePort,
+  needs,
+  root,
   test,
   type TestContext,
   until,
@@ -22,6 +31,7 @@ import {
 } from "./harness.ts";
 import { listen, Queue, shutDown } from "./pair.ts";
 import { room } from "./room.ts";
+import { withoutTypes } from "./spawn.ts";
 import { frame, wireClient } from "./wire.ts";
 
 const { hooks: _, ...options } = room;
@@ -106,7 +116,14 @@ test("in a plain fetch router, by the hooks of crossws's defineHooks", async (t)
 }, { timeout: 40_000 });
 
 for (
-  const framework of ["express", "express, mounted at a path", "fastify", "koa", "hono"]
+  const framework of [
+    "express",
+    "express, mounted at a path",
+    "fastify",
+    "koa",
+    "hono",
+    "react-router",
+  ]
 ) {
   test(`on Node, in ${framework}, beside other routes`, async (t) => {
     const child = await t.spawn("node-24", "tests/fixtures/framework.ts", { args: [framework] });
@@ -122,6 +139,84 @@ for (
     await converse(t, { port });
     await checkOthers(url);
   }, { timeout: 40_000 });
+}
+
+test("in Nitro, built for Node", async (t) => {
+  const folder = await mkdtemp(join(tmpdir(), "duplex-nitro-"));
+  t.defer(() => rm(folder, { recursive: true }));
+  const recipe = (await recipes("Nitro"))[0]!;
+  const files = {
+    "package.json": JSON.stringify({ private: true, type: "module" }),
+    "nitro.config.ts": 'export default { serverDir: "./" };',
+    "ws.ts": `import { sseAdapter } from "${root}/server.ts";
+      import { room } from "${root}/tests/room.ts";
+      const kept = globalThis as { ws?: ReturnType<typeof sseAdapter> };
+      export const ws = kept.ws ??= sseAdapter(room);`,
+    "routes/index.ts": 'export default () => "the page";',
+    "routes/room.ts": `import { defineHandler } from "nitro/h3";
+      import { ws } from "../ws.ts";
+      const socket = ${recipe.replace("export default ", "")};
+      export default defineHandler((event) =>
+        ws.handles(event.req) ? socket(event) : "about the room");`,
+  };
+  for (const [name, text] of Object.entries(files)) {
+    await mkdir(dirname(join(folder, name)), { recursive: true });
+    await writeFile(join(folder, name), text);
+  }
+  await symlink(join(root, "node_modules"), join(folder, "node_modules"));
+  const nitro = join(root, "node_modules", "nitro", "dist", "cli", "index.mjs");
+  await promisify(execFile)(binary("node-24")!, [nitro, "build"], { cwd: folder });
+  const port = await freePort();
+  const child = await t.spawn("node-24", join(folder, ".output", "server", "index.mjs"), {
+    env: { PORT: `${port}`, HOST: "127.0.0.1" },
+  });
+  assertStringIncludes(await child.line(), `${port}`);
+  await checkOthers(`http://127.0.0.1:${port}`);
+  await converse(t, { port });
+}, { timeout: 90_000, skip: needs("node-24") });
+
+/** How these call the functions that a route exports: each with its own argument. */
+const contracts = {
+  "Next.js": (request: Request) => request,
+  SvelteKit: (request: Request) => ({ request }),
+  Astro: (request: Request) => ({ request }),
+  "React Router": (request: Request) => ({ request }),
+};
+
+for (const [framework, argument] of Object.entries(contracts)) {
+  test(`the route of docs/frameworks.md for ${framework}, called as it calls it`, async (t) => {
+    const [code] = await recipes(framework);
+    const ws = sseAdapter(room);
+    t.defer(() => shutDown(ws));
+    const route = new Function(
+      "ws",
+      `${withoutTypes(code!).replaceAll("export ", "")}
+      return { ${code!.match(/(?<=export const )\w+/g)!.join()} };`,
+    )(ws);
+    assertEquals(
+      Object.keys(route),
+      {
+        "Next.js": ["GET", "POST", "OPTIONS"],
+        SvelteKit: ["GET", "POST"],
+        Astro: ["ALL"],
+        "React Router": ["loader", "action"],
+      }[framework]!,
+    );
+    const server = await t.serve((request) => {
+      const called = framework === "React Router"
+        ? request.method === "GET" ? route.loader : route.action
+        : route[request.method] ?? route.ALL;
+      return called(argument(request));
+    });
+    await converse(t, server);
+  }, { timeout: 40_000 });
+}
+
+/** The modules in the row of docs/frameworks.md that is a framework's. */
+async function recipes(framework: string): Promise<string[]> {
+  const text = await readFile(join(root, "docs/frameworks.md"), "utf8");
+  const row = text.split("\n").find((line) => line.startsWith(`| ${framework} `));
+  return Array.from(row!.split("|")[2]!.matchAll(/`(export [^`]+)`/g), (match) => match[1]!);
 }
 
 test("on Node, behind a body parser: 400, and one word to onError of what stands before us", async (t) => {
