@@ -321,8 +321,9 @@ export class WebSocketSSE extends EventTarget {
     if (typeof handler === "function") handler.call(this, event); // any object may be set
   };
   readonly #leave = (): void => this.#course.leave(this.#readyState === OPEN);
-  readonly #comeBack = (event: PageTransitionEvent): void => {
-    if (event.persisted) this.#course.comeBack();
+  // Of a PageTransitionEvent, which Deno's types do not know.
+  readonly #comeBack = (event: Event): void => {
+    if ("persisted" in event && event.persisted) this.#course.comeBack();
   };
   readonly #abort = (): void => {
     this.#setPaused(false);
