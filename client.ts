@@ -33,6 +33,7 @@ const ATTEMPT_HEADER = "x-duplex-attempt";
 const RECEIVED_HEADER = "x-duplex-received";
 const OPENING_HEADER = "x-duplex-opening";
 const POLL_HEADER = "x-duplex-poll";
+const CLOSE_HEADER = "x-duplex-close";
 const TOKEN_EVENT = "crossws-id";
 const OPEN_EVENT = "duplex-open";
 const JSON_EVENT = "duplex-json";
@@ -118,6 +119,8 @@ const MAX_LEARNED = 100;
 const LEARNED_FOR_MS = 600_000;
 
 const DOES_NOT_ANSWER = "does not answer. Over HTTP/1.1 all tabs share 6 connections: serve HTTP/2";
+/** Requests in a row of which nothing was taken before we say so: a proxy may have repeated one. */
+const DOUBT = 2;
 const TOOK_NOTHING =
   "took nothing of a whole request. Does something in front of it read the body, or cut it?";
 
@@ -559,22 +562,8 @@ export class WebSocketSSE extends EventTarget {
     if (!isPaused) nextTask(() => this.#course.link.goOn());
   }
 
-  // As Web IDL defines them
-
   static {
-    for (const [name, value] of Object.entries({ CONNECTING, OPEN, CLOSING, CLOSED })) {
-      Object.defineProperty(this, name, { value, enumerable: true });
-      Object.defineProperty(this.prototype, name, { value, enumerable: true });
-    }
-    const members =
-      "url readyState bufferedAmount extensions protocol binaryType send close onopen onmessage onerror onclose";
-    for (const name of members.split(" ")) {
-      Object.defineProperty(this.prototype, name, { enumerable: true });
-    }
-    Object.defineProperty(this.prototype, Symbol.toStringTag, {
-      value: "WebSocket",
-      configurable: true,
-    });
+    defineMembers(this);
   }
 
   #handlerOf<E>(type: string): EventHandler<E> {
@@ -868,6 +857,16 @@ class Course implements LinkHost {
     else this.#takeLeave(verdict, this.#outbox.last + 1);
   }
 
+  /**
+   * "The answer to an uplink says the same", which needs no stream. While the page reads, the stream
+   * says it, behind all that was sent before.
+   */
+  onOver(code: number, reason: string): void {
+    const { phase } = this.#session;
+    if (phase === "leaving") this.#end(code, reason, true);
+    else if (phase === "left") this.#verdict = [code, reason, this.#verdict![2]];
+  }
+
   /** The server closes as well, where it was it that refused. Ours takes the number of the message. */
   onTooLarge(): void {
     const verdict: Verdict = [1009, "Message too large", false];
@@ -1152,7 +1151,9 @@ class Link implements Carrier, EventTaker {
       throw new Error(`Refused: ${connection.status}`);
     }
     this.#limit = setTimeout(() => this.#host.onFail(), OPEN_TIMEOUT_MS);
-    if (connection.isFull) return this.#await(connection, FIRST_EVENT_TIMEOUT_MS);
+    if (connection.isFull) {
+      return this.#await(connection, connection.isPoll ? OPEN_TIMEOUT_MS : undefined);
+    }
     this.#session.level = PLAIN;
     this.#session.token = connection.header(TOKEN_HEADER);
     connection.body?.finish();
@@ -1162,14 +1163,14 @@ class Link implements Carrier, EventTaker {
   }
 
   /** Whoever answers, and holds the events, holds back a stream. */
-  #await(connection: Exchange, patience: number): Exchange {
+  #await(connection: Exchange, patience = FIRST_EVENT_TIMEOUT_MS): Exchange {
     clearTimeout(this.#deadline);
     this.#deadline = setTimeout(() => {
       if (connection !== this.#connection) return;
       connection.isHeld = !connection.isPoll;
       if (connection.isHeld) this.#transports.descend(true);
       connection.end();
-    }, connection.isPoll ? OPEN_TIMEOUT_MS : patience);
+    }, patience);
     return connection;
   }
 
@@ -1247,11 +1248,10 @@ class Link implements Carrier, EventTaker {
     clearInterval(this.#ticker);
     this.#ticker = setInterval(() => this.#tick(), heartbeatInterval / TICKS);
     if (isOpening) this.#opened(terms.protocol);
-    else {
-      this.#pauses.wake(); // the network is back
-      if (wasLost || this.#session.phase === "renewing") this.#host.onResume();
-    }
+    else this.#pauses.wake(); // the network is back
     this.uplink.begin(this.#connection!);
+    const isBack = wasLost || this.#session.phase === "renewing";
+    if (isBack && !isOpening) this.#host.onResume(); // which asks whether anything goes up
     this.uplink.confirm(received, handled);
   }
 
@@ -1326,9 +1326,7 @@ class Link implements Carrier, EventTaker {
         ? heartbeatInterval + patience
         : isTrial
         ? TRIAL_TIMEOUT_MS
-        : this.#transports.posts && !this.#transports.polls
-        ? Math.min(patience, ANSWER_TIMEOUT_MS)
-        : patience;
+        : Math.min(patience, ANSWER_TIMEOUT_MS);
       const connection = await this.#connect(
         {
           [ATTEMPT_HEADER]: `${++this.#session.attempt}`,
@@ -1341,7 +1339,7 @@ class Link implements Carrier, EventTaker {
       if (connection.isFull) {
         this.#old?.end();
         this.#old = undefined;
-        return this.#await(connection, isTrial ? TRIAL_TIMEOUT_MS : FIRST_EVENT_TIMEOUT_MS);
+        return this.#await(connection, isPatient || isTrial ? timeout : undefined);
       }
       const { isUnanswered } = connection; // before we end it, too
       connection.end();
@@ -1509,6 +1507,8 @@ interface UplinkHost {
   onTooLarge(): void;
   /** The server has the last CLOSE, or will not have it. */
   onFarewell(): void;
+  /** The server has ended the session, as it says itself. */
+  onOver(code: number, reason: string): void;
   onFail(): void;
 }
 
@@ -1626,6 +1626,7 @@ class Uplink {
   /** The connection was lost. */
   onDrop(): void {
     this.#transports.onDrop(this.#outbox.hasBegun);
+    if (this.#session.phase === "leaving") this.pump();
   }
 
   end(): void {
@@ -1658,6 +1659,7 @@ class Uplink {
       exchange.endIn(POST_TIMEOUT_MS);
       await this.#requests.ask(exchange, { bytes, keepalive: true });
       exchange.end();
+      if (exchange.ending) this.#host.onOver(...exchange.ending);
       if (level.confirmed(exchange, 1) || this.#requests.isFinal(exchange)) break;
       if (!await pauses.wait(retries, deadline, exchange.retryAfter)) break;
     }
@@ -1703,8 +1705,9 @@ class Uplink {
         this.#leaveStream();
       }
     }
-    const { posts } = this.#transports;
-    if (!posts && !this.isLinked) return; // the resumption brings a new stream
+    // A close waits for no stream; all else does, which the resumption brings.
+    const posts = this.#transports.posts || !this.isLinked && this.#session.phase === "leaving";
+    if (!posts && !this.isLinked) return;
     if (this.#outbox.isDue && !this.#stream && !this.#batch && !this.#isPausing) {
       const sending = posts ? this.#post() : this.#postStream();
       return void sending.catch(() => this.#host.onFail()); // an own fetch may answer with anything
@@ -1875,7 +1878,8 @@ class Uplink {
         this.#receipts.isDue = true; // what it carried may be lost
         since ||= begun;
         if (this.#halve(batch, load)) continue;
-        if (batch.received! < load.first && !retries) this.#requests.warn(TOOK_NOTHING);
+        const tookNothing = batch.received! < load.first && !batch.ending;
+        if (tookNothing && retries === DOUBT) this.#requests.warn(TOOK_NOTHING);
         if (!await this.#mayRetry(batch, ++retries, since)) return;
       }
     }
@@ -1936,6 +1940,7 @@ class Uplink {
       this.#failingSince = this.#hungUpAt = 0;
       this.confirm(received);
       if (wasStuck) this.#host.onProgress(0);
+      if (exchange.ending) this.#host.onOver(...exchange.ending);
     } else if (bytes && this.#session.isActive && this.#session.terms) this.#onFailure(since);
   }
 
@@ -2716,6 +2721,11 @@ class Exchange {
     return this.status === 200 && this.header(VERSION_HEADER) === VERSION;
   }
 
+  /** How the session has ended, where it has: the answer to an uplink says so. */
+  get ending(): [code: number, reason: string] | undefined {
+    return this.isTrusted ? parseEnding(this.header(CLOSE_HEADER)) : undefined;
+  }
+
   /** How long the answer asks to wait before the next request, in ms. */
   get retryAfter(): number {
     const after = this.header("retry-after");
@@ -3143,6 +3153,21 @@ function frame(type: string, payload: Bytes): Bytes {
   ]);
 }
 
+/** Gives a class the members of `WebSocket`, as Web IDL defines them. */
+function defineMembers(socket: { prototype: object }): void {
+  const { prototype } = socket;
+  for (const [name, value] of Object.entries({ CONNECTING, OPEN, CLOSING, CLOSED })) {
+    Object.defineProperty(socket, name, { value, enumerable: true });
+    Object.defineProperty(prototype, name, { value, enumerable: true });
+  }
+  const members =
+    "url readyState bufferedAmount extensions protocol binaryType send close onopen onmessage onerror onclose";
+  for (const name of members.split(" ")) {
+    Object.defineProperty(prototype, name, { enumerable: true });
+  }
+  Object.defineProperty(prototype, Symbol.toStringTag, { value: "WebSocket", configurable: true });
+}
+
 /** What `send` takes; whatever is no bytes is a string. */
 function toMessage(data: unknown): string | Bytes | Blob {
   if (data instanceof Blob) return data;
@@ -3216,6 +3241,17 @@ function isReason(reason: unknown): boolean {
 function isCloseCode(code: unknown): boolean {
   return Number.isInteger(code) && code as number >= 1000 && code as number <= 4999 &&
     ![1004, 1006, 1015].includes(code as number);
+}
+
+/** A code, and behind a space a reason that is encoded as a URI component. */
+function parseEnding(text: string): [code: number, reason: string] | undefined {
+  const [, code, encoded = ""] = /^(\d{4}) ?(\S*)$/.exec(text) ?? [];
+  try {
+    const reason = decodeURIComponent(encoded);
+    if (isCloseCode(Number(code)) && isReason(reason)) return [Number(code), reason];
+  } catch {
+    // what cannot be read says nothing
+  }
 }
 
 /** Deno, Bun and Node, whose fetch answers while the request's body is still being sent. */

@@ -81,6 +81,11 @@ const ENVELOPE_SLACK = 64;
 const MAX_BATCH = 512 * 1024;
 /** A body without a length is whole after this, or it is a stream. */
 const LENGTHLESS_PATIENCE = 250;
+/** One with a length has so long, in ms, and as long as it takes at so many bytes a ms: what clients wait. */
+const BODY_PATIENCE = 15_000;
+const BODY_RATE = 8;
+/** Of a body that nobody wants any more, so much is read, for what comes next on its connection. */
+const MAX_DROPPED = 1024 * 1024;
 /** Or what `maxMessageSize` asks for. Four of them may be incomplete. */
 const MAX_MESSAGE = 16 * 1024 * 1024;
 /** What a fragment that waits for the others takes besides its bytes, about. */
@@ -240,6 +245,7 @@ class Router implements RoutingDriver {
   readonly #relays: Map<string, Relay> = new Map();
   /** Streams of ours that other instances relay, by the id of their request. */
   readonly #served: Map<string, Served> = new Map();
+  readonly #bodies: RoutedBodies = new RoutedBodies();
   readonly #replays: Replays = new Replays();
   readonly #subscription: Subscription;
   readonly #presence: Presence;
@@ -270,7 +276,7 @@ class Router implements RoutingDriver {
     this.#names = new Names((token) => host.has(token));
     const send: Send = (to, key, head, body) => void this.#send(to, key, head, body);
     this.#migration = new Migration(this.#instance, this.#timeout, host, this.#names, send);
-    this.#bus.take(host.maxMessageSize + 2 * MAX_BATCH); // a body as readBody takes it, and a head
+    this.#bus.take(host.maxMessageSize + 2 * MAX_BATCH); // a routed body, and a head
   }
 
   own(token: string): void {
@@ -365,7 +371,7 @@ class Router implements RoutingDriver {
       if (this.#migration.moves.moving(session)) return unavailable();
       // "Its owner is gone: 404", as from an instance that knows nothing of it, such as this one.
       if (owner === this.#instance || this.#presence.isGone(owner)) return noSession();
-      const body = await readBody(request, this.#host.maxMessageSize + MAX_BATCH);
+      const body = await this.#bodies.read(request, this.#host.maxMessageSize + MAX_BATCH);
       if (body instanceof Response) return body;
       if (this.#closed || this.#bus.behind || this.#relays.size >= MAX_RELAYS) return unavailable();
       return await this.#ask(request, body, token, session, owner, namespace);
@@ -1598,50 +1604,120 @@ function isInstance(value: unknown): value is string {
 
 // --- Requests and responses ---
 
-/** The body, whole: one "that streams cannot be routed", but is 411. */
-async function readBody(request: Request, most: number): Promise<Bytes | Response> {
-  const { body, headers, method } = request;
-  if (!body || method === "GET") return EMPTY;
-  const type = headers.get("content-type") ?? "";
-  const streams = () => {
-    body.cancel().catch(() => {}); // a locked one has its reader
-    return refuse(411, "This instance takes no streaming body for another's session");
-  };
-  // The body of a duplex request is open for as long as its answer; that of a poll is finite.
-  const isDuplex = headers.get("accept") === STREAM_TYPE && !headers.has("x-duplex-poll") &&
-    (headers.has("x-duplex-version") || type.startsWith(UPLINK_TYPE));
-  if (isDuplex) return streams();
-  const tooLarge = () => {
-    body.cancel().catch(() => {});
-    return refuse(413, "Too large");
-  };
-  const length = headers.get("content-length");
-  if (Number(length) > most) return tooLarge();
-  const reader = body.getReader();
-  let late = false;
-  const patience = length === null
-    ? setTimeout(() => {
-      late = true;
-      reader.cancel().catch(() => {});
-    }, LENGTHLESS_PATIENCE)
-    : undefined;
-  try {
-    const parts: Bytes[] = [];
-    let size = 0;
-    for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
-      size += chunk.value.length;
-      if (size > most) {
-        reader.cancel().catch(() => {});
-        return tooLarge();
-      }
-      parts.push(chunk.value as Bytes);
-    }
-    return late ? streams() : concat(parts);
-  } catch {
-    return refuse(400, "The body was cut");
-  } finally {
-    clearTimeout(patience);
+/**
+ * The body of a request for another instance's session, which goes on as a whole. It is never
+ * cancelled, since hosts that make their own streams may not survive that: what nobody wants any
+ * more is read and dropped up to a bound.
+ */
+class RoutedBody {
+  /** The body, or why it is not taken. */
+  readonly end: Promise<Bytes | Response>;
+  #settle!: (end: Bytes | Response) => void;
+  /** Undefined once it is settled. One copy that grows: chunks of a byte would cost a hundred times as much. */
+  #buffer: Bytes | undefined = EMPTY;
+  #size = 0;
+  #dropped = 0;
+  /** Bytes that it holds, or held when it was settled. */
+  held = 0;
+
+  /** `take` is told how many bytes have come, and how many more are held for them. */
+  constructor(body: ReadableStream<Uint8Array>, take: (size: number, more: number) => void) {
+    this.end = new Promise((resolve) => this.#settle = resolve);
+    this.#read(body.getReader(), take);
   }
+
+  refuse(response: Response): void {
+    this.#buffer = undefined;
+    this.#settle(response);
+  }
+
+  async #read(
+    reader: ReadableStreamDefaultReader<Uint8Array>,
+    take: (size: number, more: number) => void,
+  ): Promise<void> {
+    try {
+      for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
+        if (this.#buffer) {
+          const before = this.held;
+          this.#append(chunk.value);
+          take(this.#size, this.held - before);
+        } else if ((this.#dropped += chunk.value.length) > MAX_DROPPED) return;
+      }
+      if (this.#buffer) this.#settle(this.#buffer.subarray(0, this.#size));
+      this.#buffer = undefined;
+    } catch {
+      this.refuse(refuse(400, "The body was cut"));
+    }
+  }
+
+  #append(chunk: Uint8Array): void {
+    let buffer = this.#buffer!;
+    const size = this.#size + chunk.length;
+    if (size > buffer.length) {
+      this.#buffer = new Uint8Array(Math.max(size, 2 * buffer.length));
+      this.#buffer.set(buffer.subarray(0, this.#size));
+      buffer = this.#buffer;
+    }
+    buffer.set(chunk, this.#size);
+    this.#size = size;
+    this.held = buffer.length;
+  }
+}
+
+/** All such bodies: they hold so much together, and none stands still for ever. */
+class RoutedBodies {
+  /** The oldest first. */
+  readonly #pending: Set<RoutedBody> = new Set();
+  #held = 0;
+
+  async read(request: Request, most: number): Promise<Bytes | Response> {
+    const { body, headers, method } = request;
+    if (!body || method === "GET") return EMPTY;
+    const length = headers.get("content-length");
+    const routed = new RoutedBody(body, (size, more) => {
+      if (size > most) routed.refuse(refuse(413, "Too large"));
+      if (more && (this.#held += more) > MAX_PENDING_BYTES) this.#relieve(routed);
+    });
+    if (isDuplex(request)) routed.refuse(noStream());
+    else if (Number(length) > most) routed.refuse(refuse(413, "Too large"));
+    const timer = length === null
+      ? setTimeout(() => routed.refuse(noStream()), LENGTHLESS_PATIENCE)
+      : setTimeout(() => routed.refuse(tooLate()), BODY_PATIENCE + Number(length) / BODY_RATE);
+    this.#pending.add(routed);
+    try {
+      return await routed.end;
+    } finally {
+      clearTimeout(timer);
+      this.#pending.delete(routed);
+      this.#held -= routed.held;
+    }
+  }
+
+  /** Those that began first have had their time. */
+  #relieve(newest: RoutedBody): void {
+    let held = this.#held;
+    for (const oldest of this.#pending) {
+      if (held <= MAX_PENDING_BYTES) return;
+      held -= oldest.held;
+      if (oldest !== newest) oldest.refuse(tooLate());
+    }
+  }
+}
+
+/** The body of a duplex request is open for as long as its answer; that of a poll is finite. */
+function isDuplex({ headers }: Request): boolean {
+  return headers.get("accept") === STREAM_TYPE && !headers.has("x-duplex-poll") &&
+    (headers.has("x-duplex-version") ||
+      (headers.get("content-type") ?? "").startsWith(UPLINK_TYPE));
+}
+
+/** "A body that streams cannot be routed …, is **411**." */
+function noStream(): Response {
+  return refuse(411, "This instance takes no streaming body for another's session");
+}
+
+function tooLate(): Response {
+  return refuse(408, "The body is not there");
 }
 
 function refuse(status: number, reason: string, headers: Record<string, string> = {}): Response {

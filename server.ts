@@ -41,6 +41,7 @@ const ATTEMPT_HEADER = "x-duplex-attempt";
 const RECEIVED_HEADER = "x-duplex-received";
 const OPENING_HEADER = "x-duplex-opening";
 const POLL_HEADER = "x-duplex-poll";
+const CLOSE_HEADER = "x-duplex-close";
 const TOKEN_EVENT = "crossws-id";
 const OPEN_EVENT = "duplex-open";
 const JSON_EVENT = "duplex-json";
@@ -155,7 +156,13 @@ const SMALL_READ = 2 * 1024;
 const LARGE_READ = 64 * 1024;
 
 /** What a page of another origin may read of an answer. */
-const EXPOSED_HEADERS = [TOKEN_HEADER, VERSION_HEADER, RECEIVED_HEADER, "retry-after"].join(", ");
+const EXPOSED_HEADERS = [
+  TOKEN_HEADER,
+  VERSION_HEADER,
+  RECEIVED_HEADER,
+  CLOSE_HEADER,
+  "retry-after",
+].join(", ");
 
 /** How long sessions have to go to other instances before a shutdown, and how they are spread, in ms. */
 const HANDOVER_TIMEOUT = 5_000;
@@ -167,9 +174,9 @@ const MAX_SPREAD = 1_000;
 const MAX_COLLECTED = 10_000;
 
 /** The end of a session whose client was lost. */
-const LOST = { code: 1006, reason: "" };
+const LOST: Ending = { code: 1006, reason: "", sent: 0 };
 /** And of one whose page was left. */
-const LEFT = { code: 1001, reason: "" };
+const LEFT: Ending = { code: 1001, reason: "", sent: 0 };
 
 const OPEN = 1;
 const CLOSING = 2;
@@ -992,8 +999,10 @@ class Requests {
   }
 
   /** A session that has closed meanwhile says so once more, for whoever missed it. */
-  #unearth({ request, wire }: Asked, { uplink, ending }: Tombstone): Response {
+  #unearth({ request, wire }: Asked, tombstone: Tombstone): Response {
     discard(request); // a streaming one would not end before this answer
+    const { uplink, ending } = tombstone;
+    this.#registry.told(ending);
     const terms = encodeOpen(this.#settings, {
       protocol: "",
       uplink,
@@ -1039,6 +1048,8 @@ class Requests {
     receiver.heard();
     if (receiver instanceof FullSession) this.#registry.confirmed(receiver);
     const refusal = await readUplink(request, receiver, this.#settings.maxMessageSize);
+    const { over } = receiver;
+    if (over && isLoss(over)) throw this.#unknown(wire.token!);
     let response = new Response(null, { status: 204 });
     if (refusal instanceof Refusal) { // else the connection's end
       // "Failed requests never end a session": what is malformed in the bytes may be a proxy's doing.
@@ -1048,6 +1059,8 @@ class Requests {
       response = this.#refuse(refusal, request);
     }
     response.headers.set(RECEIVED_HEADER, String(receiver.uplink.received));
+    // "The answer to an uplink says the same once the session is over".
+    if (over) response.headers.set(CLOSE_HEADER, `${over.code} ${encodeURIComponent(over.reason)}`);
     return response;
   }
 
@@ -1376,6 +1389,8 @@ class Registry implements Host {
   readonly #openings: Map<string, FullSession> = new Map();
   /** What is left of closed sessions, by token; of plain ones, by the key of their event ids. */
   readonly #tombstones: Map<string, Tombstone> = new Map();
+  /** Ends that their clients have yet to hear of. */
+  readonly #untold: Set<Ending> = new Set();
   /** Sessions without a connection, the longest away first: those never heard from, and others. */
   readonly #strangers: Set<Session> = new Set();
   readonly #away: Set<Session> = new Set();
@@ -1525,10 +1540,9 @@ class Registry implements Host {
         if (this.#tombstones.size < maxPeers) break;
         this.#remove(oldest, tombstone);
       }
-      this.#tombstones.set(
-        key || secretOf(session.token),
-        new Tombstone(session, ending, resumeTimeout),
-      );
+      const tombstone = new Tombstone(session, ending, resumeTimeout, () => this.told(ending));
+      this.#tombstones.set(key || secretOf(session.token), tombstone);
+      if (ending.isSudden) this.#untold.add(ending);
       this.#startTimer();
     }
     this.#tellIfEmpty();
@@ -1544,9 +1558,17 @@ class Registry implements Host {
     this.#topics.leave(session);
   }
 
+  told(ending: Ending): void {
+    if (this.#untold.delete(ending)) this.#tellIfEmpty();
+  }
+
+  /** Nobody is waited for. */
+  get #isEmpty(): boolean {
+    return !this.#sessions.size && !this.#untold.size;
+  }
+
   #tellIfEmpty(): void {
-    if (this.#sessions.size) return;
-    this.#whenEmpty.splice(0).forEach((resolve) => resolve());
+    if (this.#isEmpty) this.#whenEmpty.splice(0).forEach((resolve) => resolve());
   }
 
   // --- Sessions that move ---
@@ -1718,6 +1740,7 @@ class Registry implements Host {
   #remove(name: string, tombstone: Tombstone): void {
     this.#tombstones.delete(name);
     tombstone.uplink.release();
+    this.told(tombstone.ending); // or never will be
   }
 
   // --- The end ---
@@ -1733,10 +1756,12 @@ class Registry implements Host {
     for (const session of this.#sessions.values()) session.close(code, reason, true);
     const hurry = () => {
       for (const session of this.#sessions.values()) session.terminate();
+      for (const ending of this.#untold) this.told(ending);
     };
     if (signal?.aborted) hurry();
     signal?.addEventListener("abort", hurry);
-    if (this.#sessions.size) await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
+    // Who was closed without being asked comes back for the last word, too.
+    if (!this.#isEmpty) await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
     signal?.removeEventListener("abort", hurry);
     for (const session of this.#lingering) session.flush();
     await new Promise((resolve) => setTimeout(resolve)); // the runtime takes what is left
@@ -2105,7 +2130,7 @@ abstract class Session {
   /** The last connection was a poll. */
   protected isPolled = false;
   protected connection: Connection | undefined;
-  /** How it ends, once that is known; undefined for one whose client was lost. */
+  /** How it ends, once that is known. */
   protected ending: Ending | undefined;
   /** Uplink: encoded bytes of messages whose hooks have not settled. */
   protected unhandledBytes = 0;
@@ -2173,7 +2198,7 @@ abstract class Session {
   /** It can go to another instance. */
   abstract get isMovable(): boolean;
   /** What becomes of a client that does not come back. */
-  protected get loss(): Required<CloseDetails> {
+  protected get loss(): Ending {
     return LOST;
   }
 
@@ -2255,7 +2280,8 @@ abstract class Session {
 
   /** What is held back is too much: it is dropped, and the client is told so. */
   overflow(): void {
-    this.startClosing({ code: 1013, reason: "Too much buffered", sent: this.outbox.last });
+    const ending = { code: 1013, reason: "Too much buffered", sent: this.outbox.last };
+    this.startClosing({ ...ending, isSudden: true });
     this.finish();
   }
 
@@ -2462,16 +2488,20 @@ abstract class Session {
 
   /** Ends at once, without a word: the client will be told 404. */
   terminate(): void {
-    if (!this.isOver) this.finish(this.loss);
+    if (!this.isOver) {
+      this.ending = this.loss;
+      this.finish();
+    }
     this.release();
   }
 
   /** The end of every session, clean or not; here alone `close` is called. */
-  protected finish({ code, reason }: Required<CloseDetails> = this.ending!): void {
+  protected finish(): void {
     if (this.isOver) return;
-    const lost = code === LOST.code;
+    const { code, reason } = this.ending!;
+    const lost = isLoss(this.ending!);
     // Whoever is connected is still to be told.
-    this.become(this.connection && this.ending && !lost ? "lingering" : "gone");
+    this.become(this.connection && !lost ? "lingering" : "gone");
     this.outbox.clear();
     this.wake();
     this.host.bury(this, lost ? undefined : this.ending);
@@ -2534,12 +2564,16 @@ class FullSession extends Session implements Receiver {
     return this.host.settings.resumeTimeout;
   }
 
-  protected override get loss(): Required<CloseDetails> {
+  protected override get loss(): Ending {
     return this.#isLeft ? LEFT : LOST;
   }
 
   get takesGaps(): boolean {
     return !this.isOpen;
+  }
+
+  get over(): Ending | undefined {
+    return this.isOver ? this.ending : undefined;
   }
 
   get isMovable(): boolean {
@@ -2639,8 +2673,8 @@ class FullSession extends Session implements Receiver {
     return frame.full;
   }
 
-  protected encodeEnding({ code, reason, sent }: Ending): Bytes {
-    return encodeClose(CLOSE_EVENT, { code, reason, sent });
+  protected encodeEnding(ending: Ending): Bytes {
+    return encodeClose(CLOSE_EVENT, ending);
   }
 
   protected takeAlone(): Bytes | undefined {
@@ -2964,20 +2998,28 @@ class Tombstone implements Receiver {
   readonly expires: number;
   readonly uplink: Uplink;
   readonly takesGaps = true;
+  readonly #onAnswer: () => void;
 
-  constructor(session: Session, ending: Ending, resumeTimeout: number) {
+  constructor(session: Session, ending: Ending, resumeTimeout: number, onAnswer: () => void) {
+    this.#onAnswer = onAnswer;
     this.namespace = digest(session.namespace);
     this.ending = ending;
     this.expires = clock() + resumeTimeout;
     this.uplink = session.uplink;
   }
 
+  get over(): Ending {
+    return this.ending;
+  }
+
   heard(): void {}
 
   close(): void {}
 
-  receive(): void {
+  /** Whoever closes knows the end by now, or hears of it with the answer. */
+  receive(type: string): void {
     this.uplink.received++;
+    if (type === "CLOSE") this.#onAnswer();
   }
 
   control(): void {}
@@ -3399,6 +3441,8 @@ interface Ending {
   sent: number;
   /** What the client had sent before it knew is still given to the hooks: the server is shutting down. */
   delivers?: boolean;
+  /** It does not wait for the client's answer. */
+  isSudden?: boolean;
 }
 
 /** A message as it goes out, encoded once for each wire level that anybody needs. */
@@ -3471,8 +3515,8 @@ function dataLines(text: string): string {
   return text.includes("\n") ? `data: ${text.replaceAll("\n", "\ndata: ")}\n` : `data: ${text}\n`;
 }
 
-function encodeClose(event: string, ending: object): Bytes {
-  return encoder.encode(`event: ${event}\ndata: ${JSON.stringify(ending)}\n\n`);
+function encodeClose(event: string, { code, reason, sent }: Partial<Ending>): Bytes {
+  return encoder.encode(`event: ${event}\ndata: ${JSON.stringify({ code, reason, sent })}\n\n`);
 }
 
 // --- The uplink: WebSocket-over-HTTP frames ---
@@ -3490,6 +3534,8 @@ interface Receiver {
   readonly uplink: Uplink;
   /** It is closing: a CLOSE may skip what the client does not send any more. */
   readonly takesGaps: boolean;
+  /** How it has ended, once it has. */
+  readonly over: Required<CloseDetails> | undefined;
   /** A body has brought bytes. */
   heard(): void;
   /** Takes message `received + 1`; `size` is that of its encoded frame. The payload is lent for the call. */
@@ -4169,6 +4215,11 @@ function concat(parts: Bytes[]): Bytes {
 function randomHex(bytes: number): string {
   const random = crypto.getRandomValues(new Uint8Array(bytes));
   return Array.from(random, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** Nobody is to be told of such an end. */
+function isLoss(ending: object): boolean {
+  return ending === LOST || ending === LEFT;
 }
 
 /** Whether a close code may stand on the wire. */

@@ -722,6 +722,36 @@ for (const full of [true, false]) {
   });
 }
 
+test("a shutdown waits until who was closed with 1013 while away has heard of it", async (t) => {
+  const peers: Peer[] = [];
+  const ws = adapter(t, {
+    maxBufferedAmount: 1000,
+    hooks: { open: (peer) => void peers.push(peer) },
+  });
+  const headers = { accept: "text/event-stream", "x-duplex-version": "1" };
+  const response = await ws.fetch(new Request("http://localhost/", { headers }));
+  await response.body!.cancel();
+  for (let i = 0; peers[0]!.send("dropped".repeat(10)); i++) assertLess(i, 100);
+  assertEquals(ws.peers.size, 0, "its session is over");
+  let down = false;
+  const closing = ws.close(1012).then(() => down = true);
+  await sleep(20);
+  assert(!down);
+  const resumed = await ws.fetch(
+    new Request("http://localhost/", {
+      headers: {
+        ...headers,
+        "x-crossws-id": response.headers.get("x-crossws-id")!,
+        "x-duplex-attempt": "1",
+        "last-event-id": "0",
+      },
+    }),
+  );
+  const end = (await resumed.text()).split("duplex-close\n")[1];
+  assertEquals(end, `data: {"code":1013,"reason":"Too much buffered","sent":4}\n\n`);
+  await within(closing, 1000, "the shutdown");
+});
+
 test("what comes in one body with the message that ends a session by 1013 counts, so that CLOSE follows it", async (t) => {
   const ws = adapter(t, {
     bidir: true,

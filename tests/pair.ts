@@ -86,10 +86,7 @@ export function adapter(t: TestContext, options: SSEOptions): SSEAdapter {
 /** Ends an adapter without waiting for clients that have gone. */
 // deno-lint-ignore no-explicit-any
 export async function shutDown(ws: SSEAdapter<any>): Promise<void> {
-  for (const peers of [...ws.peers.values()]) {
-    for (const peer of [...peers] as Peer[]) peer.terminate();
-  }
-  await ws.close();
+  await ws.close(1001, "", { signal: AbortSignal.abort() });
 }
 
 /** A socket of ours that is closed when the test ends, and keeps nothing of what comes. */

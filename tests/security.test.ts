@@ -325,7 +325,7 @@ async function answer(options: SSEOptions, request: Request) {
 }
 
 const site = (value: string) => ({ "sec-fetch-site": value });
-const EXPOSED = "x-crossws-id, x-duplex-version, x-duplex-received, retry-after";
+const EXPOSED = "x-crossws-id, x-duplex-version, x-duplex-received, x-duplex-close, retry-after";
 
 test("without cors, a request of another site or origin is answered 403 before any hook", async () => {
   for (const value of ["cross-site", "same-site", "anything"]) {

@@ -177,7 +177,7 @@ export class Server implements Instance {
     if (this.shutdown) return;
     this.#stage.note(`${this.owner} shuts down: ${code} "${reason}"`);
     const shutdown: Server["shutdown"] = this.shutdown = { at: this.#stage.clock.now };
-    for (const session of this.sessions) session.closes(code, reason);
+    for (const session of this.sessions) session.closes(code, reason, true);
     await this.adapter.close(code, reason);
     shutdown.done = this.#stage.clock.now;
     this.down = true;
@@ -225,6 +225,8 @@ export class Session {
   closing: Closing | undefined;
   ending: Ending | undefined;
   terminated = false;
+  /** It was closed by the shutdown of its server. */
+  shutDown = false;
   /** Thrown by the hook of the next message. */
   failing: Error | undefined;
   readonly #stage: Stage;
@@ -283,8 +285,9 @@ export class Session {
   }
 
   /** For the record. */
-  closes(code: number, reason: string): void {
+  closes(code: number, reason: string, isShutdown = false): void {
     if (!this.open) return;
+    this.shutDown = isShutdown;
     this.closing = { code, reason, sent: this.sent.length, at: this.#stage.clock.now };
   }
 

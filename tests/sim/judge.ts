@@ -6,7 +6,7 @@
  */
 import type { Client, Session } from "./ends.ts";
 import { endOf, type Fault } from "./faults.ts";
-import { same, show } from "./messages.ts";
+import { same, show, sizeOf } from "./messages.ts";
 import type { World } from "./world.ts";
 
 // --- Liveness ---
@@ -27,6 +27,7 @@ export function unfinished(world: World, client: Client): string | undefined {
   if (client.closing) return `${client} has not closed`;
   if (!client.counts.open && world.network.wasHit(client.number)) return; // it has half a minute
   if (!session) return client.counts.open ? `${client} has no session` : `${client} has not opened`;
+  if (session.ending && world.servers.every(({ down }) => down)) return; // by whom should it hear?
   if (session.closing || session.ending) return `${client} has not heard of the end`;
   const up = client.sent.length - session.received.length;
   if (up) return `${up} messages of ${client} have not arrived`;
@@ -67,7 +68,10 @@ function judgeClient(world: World, client: Client): void {
     return;
   }
   judgeOrder(world, client, session);
-  if (world.scenario.level === "full") judgeBounds(world, client, session);
+  if (world.scenario.level === "full") {
+    judgeBounds(world, client, session);
+    if (session.shutDown) judgeDelivery(world, client, session);
+  }
   judgeEnd(world, client, session);
   if (isQuiet(world) && !session.terminated) judgeQuiet(world, client);
 }
@@ -87,6 +91,21 @@ function judgeOrder(world: World, client: Client, session: Session): void {
   if (!repeat && new Set(client.publications).size < client.publications.length) {
     world.violated("publications", `${client} has one twice: ${client.publications}`);
   }
+}
+
+/** "Only a server that shuts down gives its hooks what comes before the client's CLOSE": what it has acknowledged. */
+function judgeDelivery(world: World, client: Client, session: Session): void {
+  let left = client.socket.bufferedAmount;
+  let acknowledged = client.sent.length;
+  // An empty message does not show in the amount: it may be one that is not acknowledged.
+  for (; acknowledged; acknowledged--) {
+    const size = sizeOf(client.sent[acknowledged - 1]!);
+    if (size > left) break;
+    left -= size;
+  }
+  const got = session.received.length;
+  if (acknowledged <= got) return;
+  world.violated("delivery", `${session} has ${got}, of ${acknowledged} acknowledged`);
 }
 
 function firstDifference(sent: unknown[], received: unknown[]): string | undefined {
@@ -132,7 +151,7 @@ function judgeEnd(world: World, client: Client, session: Session): void {
   if (isOutOfReach(client, session) || isUnheard(world, client, session)) return;
   if (here.code !== there.code || here.reason !== there.reason) world.violated("codes", name);
   if (isOfTheServer(world, client, session)) return;
-  if (!here.wasClean) world.violated("not clean", name);
+  if (!here.wasClean && !client.oversized) world.violated("not clean", name);
   judgeComplete(world, client, session);
 }
 
@@ -171,8 +190,10 @@ function judgeComplete(world: World, client: Client, session: Session): void {
   const by = (closing: Client["closing"]) => closing?.reason === reason && closing.code === code;
   if (by(session.closing)) {
     const { sent } = session.closing!;
-    // "As with a WebSocket whose readyState is CLOSING": it takes nothing any more.
-    if (client.received.length < sent && !client.closing) {
+    // "As with a WebSocket whose readyState is CLOSING": it takes nothing any more. Nor does one
+    // whose message was too large, which says so.
+    const reads = !client.closing && client.ending!.wasClean;
+    if (client.received.length < sent && reads) {
       world.violated("incomplete", `${client} has ${client.received.length} of ${sent}`);
     }
   } else if (by(client.closing)) {
@@ -214,8 +235,10 @@ const EXCUSES: Record<string, Excuse> = {
   "aborted": (_, { abort }) => abort.signal.aborted,
   /** The state of its sessions is gone with an instance. */
   "killed": (_, __, session) => !!session?.server.killed,
-  /** "Opening is not idempotent: a client does not repeat it." */
-  "not opened": ({ network }, client) => !client.counts.open && network.wasHit(client.number),
+  /** As a WebSocket's handshake: what answers it last is final. */
+  "not opened": ({ network, servers }, client) =>
+    !client.counts.open &&
+    (network.wasHit(client.number) || servers.some(({ killed }) => killed)),
   /** "Newcomers get 503." */
   "shut down": ({ servers }, client) =>
     !client.counts.open &&
@@ -260,6 +283,9 @@ function longestBad({ scenario: { faults } }: World): number {
 /** A page is not kept waiting for longer than this by its own close, in ms. */
 const CLOSE_PATIENCE = 2_900;
 
+/** How long an instance waits for the answer of another, which was lost between them, in ms. */
+const BACKPLANE_PATIENCE = 5_000;
+
 /** How long a request waits for an answer that does not come. */
 function unnoticed(fault: Fault): number {
   const silent = fault.kind === "silence" || fault.kind === "stall" || fault.kind === "half-open" ||
@@ -268,8 +294,13 @@ function unnoticed(fault: Fault): number {
 }
 
 /** Whether something was wrong all this time. */
-function isBadFrom({ start, scenario: { faults } }: World, from: number, ms: number): boolean {
+function isBadFrom(
+  { start, scenario: { faults, backplane } }: World,
+  from: number,
+  ms: number,
+): boolean {
   let until = from - start;
+  if (backplane.loss && until < backplane.until) until = backplane.until + BACKPLANE_PATIENCE;
   for (const fault of [...faults].sort((a, b) => a.at - b.at)) {
     if (fault.at <= until) until = Math.max(until, endOf(fault) + unnoticed(fault));
   }

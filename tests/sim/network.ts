@@ -61,6 +61,8 @@ export class Network {
   readonly trips: Set<Trip> = new Set();
   /** Requests made, and faults that hit, by name. */
   readonly counts = { requests: 0, hits: new Map<string, number>() };
+  /** Bytes of the largest body that has its length. */
+  largestBody = 0;
   /** The most requests that a client had under way. */
   readonly most: Map<number, number> = new Map();
   /** What the answers that each client was given name its session, the latest first. */
@@ -94,6 +96,8 @@ export class Network {
       for (const hit of fate.hit) this.count(hit);
       const trip = new Trip(this, { client, number, input, init, fate, seed: this.#seed });
       this.counts.requests++;
+      const { body } = init;
+      if (body instanceof Uint8Array) this.largestBody = Math.max(this.largestBody, body.length);
       this.trips.add(trip);
       this.most.set(client, Math.max(this.most.get(client) ?? 0, this.#openOf(client)));
       return trip.begin();
@@ -392,9 +396,11 @@ export class Trip {
         ...options,
         from: owner,
         to: this.#owner,
-        hold: this.#fate.holdsAnswer ?? traits.holdsAnswers,
-        onCancel: () => this.#cancel(),
-        onEnd: () => this.#end(),
+        // On crossws's wire nothing tells a stream that is held from one that is quiet.
+        hold: traits.plain ? undefined : this.#fate.holdsAnswer ?? traits.holdsAnswers,
+        // The answer that nobody is given ends nothing.
+        onCancel: () => void (side === this.#side && this.#cancel()),
+        onEnd: () => void (side === this.#side && this.#end()),
       }),
     };
     return side;

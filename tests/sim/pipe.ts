@@ -60,6 +60,8 @@ export class Pipe {
   #underWay = 0;
   #waiting = false;
   #due = 0;
+  /** What is to be done at the far end: neither a pause nor a frozen end changes its order. */
+  readonly #line: (() => void)[] = [];
   /** Nothing comes before this moment. */
   #pausedUntil = 0;
   #dead = false;
@@ -215,10 +217,11 @@ export class Pipe {
     const { now } = this.#clock;
     this.#due = Math.max(this.#due, now) + 1000 * bytes / rate;
     this.#due = Math.max(this.#due, now + latency());
+    this.#line.push(action);
     const come = () => {
       if (this.sinkDone || this.#dead) return;
       if (this.#pausedUntil > this.#clock.now) this.#clock.at(this.#pausedUntil, come, to);
-      else action();
+      else this.#line.shift()!();
     };
     this.#clock.at(this.#due, come, to);
   }
