@@ -990,7 +990,9 @@ class Link implements Carrier, EventTaker {
           this.#resume(isPoll && hasBegun ? "turn" : isHeld ? "held" : "lost"));
       }
     } catch {
-      this.#host.onFail(); // whatever it was, the page learns no more of it than of a failed WebSocket
+      // Whatever it was, the page learns no more of it than of a failed WebSocket. Once the server's
+      // close has come, our answer to that goes on by itself.
+      if (!this.#session.isEnding) this.#host.onFail();
     }
   }
 

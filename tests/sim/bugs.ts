@@ -115,8 +115,8 @@ export const BUGS: readonly Bug[] = [
   client(
     "nobody notices silence",
     196,
-    "++connection.quietTicks > patience) this.hangUp();",
-    "++connection.quietTicks > patience * 1e6) this.hangUp();",
+    "++connection.quietTicks > mayBeQuiet) this.hangUp();",
+    "++connection.quietTicks > mayBeQuiet * 1e6) this.hangUp();",
   ),
   client(
     "a stream without a first event is waited for",
@@ -133,7 +133,7 @@ export const BUGS: readonly Bug[] = [
   client(
     "a message that is too large leaves its session behind",
     455,
-    "if (this.#session.terms) this.#takeLeave(verdict, this.#parts.outbox.firstUnacked);",
+    "if (this.#session.terms) this.#takeLeave(verdict, this.#outbox.firstUnacked);",
     "if (false) this.#finish();",
   ),
   client(
