@@ -5,7 +5,7 @@
  * @module
  */
 import { type Transport, WebSocketSSE, type WebSocketSSEOptions } from "../client.ts";
-import { type Peer, type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
+import { type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
 import {
   type Deferred,
   deferred,

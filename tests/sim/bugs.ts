@@ -6,7 +6,7 @@
  */
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { pathToFileURL } from "node:url";
+import { fileURLToPath, pathToFileURL } from "node:url";
 import { PRODUCT, type Product } from "./product.ts";
 
 /** A bug: in `file` each `from` becomes its `to`. */
@@ -153,7 +153,10 @@ export const BUGS: readonly Bug[] = [
 /** The product with the bug in it; its file goes to `folder`. */
 export async function plant(bug: Bug, folder: string): Promise<Product> {
   const { name, file, edits } = bug;
-  let source = readFileSync(new URL(`../../${file}.ts`, import.meta.url), "utf8");
+  let source = readFileSync(
+    fileURLToPath(new URL(`../../${file}.ts`, import.meta.url).href),
+    "utf8",
+  );
   for (const [from, to] of edits) {
     const parts = source.split(from);
     if (parts.length !== 2) throw new Error(`"${name}" fits ${parts.length - 1} places: ${from}`);
