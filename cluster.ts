@@ -117,11 +117,11 @@ const encoder: TextEncoder = new TextEncoder();
 const decoder: TextDecoder = new TextDecoder("utf-8", { ignoreBOM: true });
 const EMPTY: Bytes = new Uint8Array();
 
+// --- Types ---
+
 type Bytes = Uint8Array<ArrayBuffer>;
 type Stage = "subscribe" | "publish" | "delivery";
 type Report = (stage: Stage, error: unknown) => void;
-
-// --- Types ---
 
 /** crossws's driver, that may be able to address one instance. */
 export interface ClusterDriver extends SyncDriver {

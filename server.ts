@@ -1758,7 +1758,10 @@ class Registry implements Host {
       for (const session of this.#sessions.values()) session.terminate();
       for (const ending of this.#untold) this.told(ending);
     };
-    if (signal?.aborted) hurry();
+    if (signal?.aborted) {
+      await new Promise<void>(nextTask); // the word itself goes out, to whoever reads
+      hurry();
+    }
     signal?.addEventListener("abort", hurry);
     // Who was closed without being asked comes back for the last word, too.
     if (!this.#isEmpty) await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
@@ -2466,7 +2469,8 @@ abstract class Session {
   /** "When the server closes, duplex-close comes after all that was sent before." */
   close(code: number, reason: string, delivers = false): void {
     if (!this.isOpen) return;
-    this.startClosing({ code, reason, sent: this.outbox.last, delivers });
+    // As WebSocket's, a reason is a USVString.
+    this.startClosing({ code, reason: reason.toWellFormed(), sent: this.outbox.last, delivers });
     this.deadline = clock() + this.host.settings.closeTimeout;
   }
 

@@ -1389,8 +1389,8 @@ for (const when of ["aborts", "has aborted"]) {
     const end = new AbortController();
     if (when === "has aborted") end.abort();
     const closing = within(ws.close(1012, "restart", { signal: end.signal }), 1000, "the end");
+    assertEquals(await there.closed(), 1012, "who reads is told in any case");
     if (when === "aborts") {
-      assertEquals(await there.closed(), 1012);
       await there.close(1012);
       await until(() => closes.length > 0);
       assertEquals(closes, [1012], "one is still waited for");
@@ -1398,6 +1398,25 @@ for (const when of ["aborts", "has aborted"]) {
     }
     await closing;
     assertEquals([closes, ws.peers.size], [when === "aborts" ? [1012, 1006] : [1006, 1006], 0]);
+  });
+}
+
+for (const transport of ["post", "duplex"] as const) {
+  test(`a reason is told by both ends with its lone surrogates replaced (${transport})`, async (t) => {
+    const told: (string | undefined)[] = [];
+    const { url } = await listen(t, {
+      hooks: {
+        message: (peer) => peer.close(4000, "\ud800?"),
+        close: (_, { reason }) => void told.push(reason),
+      },
+    });
+    const { socket, opened, closed } = connect(t, url, { transport });
+    await opened;
+    socket.send("close");
+    const { code, reason, wasClean } = await closed;
+    assertEquals([code, reason, wasClean], [4000, "\ufffd?", true]);
+    await until(() => told.length > 0);
+    assertEquals(told, [reason]);
   });
 }
 

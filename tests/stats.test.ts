@@ -2,7 +2,7 @@
  * `ws.stats()`: each thing that it counts is brought about, once, and nothing else is counted.
  */
 import { cluster } from "../cluster.ts";
-import type { Stats } from "../server.ts";
+import type { Message, Peer, Stats } from "../server.ts";
 import { MemoryBus, roundRobin } from "./bus.ts";
 import { chaos, pickSeed } from "./chaos.ts";
 import { assertEquals, assertGreater, sleep, test, until } from "./harness.ts";
@@ -40,6 +40,19 @@ test("stats follow a session through its phases, and its end", async (t) => {
   await until(() => ws.stats().peers === 0);
   const { closed: codes, sessions, opened: all } = ws.stats();
   assertEquals([codes, sessions, all], [{ 4321: 1 }, NOTHING.sessions, 1]);
+});
+
+test("a client that polls is neither dropped nor resumed between its turns", async (t) => {
+  const hooks = { message: (peer: Peer, message: Message) => void peer.send(message.rawData) };
+  const { ws, url } = await listen(t, { hooks });
+  const { socket, opened, messages } = connect(t, url, { transport: "poll" });
+  await opened;
+  for (const text of ["one", "two", "three"]) {
+    socket.send(text);
+    assertEquals(await messages.next(), text);
+  }
+  const { opened: all, drops, resumptions } = ws.stats();
+  assertEquals([all, drops, resumptions], [1, 0, 0]);
 });
 
 test("stats tell who is away, who closes, what waits and who was lost", async (t) => {
