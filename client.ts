@@ -960,8 +960,6 @@ class Link implements Carrier, EventTaker {
   #deadline: ReturnType<typeof setTimeout> | undefined;
   /** Of an opening that has been answered. */
   #limit: ReturnType<typeof setTimeout> | undefined;
-  /** When the server last heard of us that a message is coming. */
-  #spokeAt = 0;
 
   constructor(parts: Parts, host: LinkHost) {
     this.#session = parts.session;
@@ -1013,9 +1011,9 @@ class Link implements Carrier, EventTaker {
   /** Ends all requests; where there is a session, `run` goes on to resume it. */
   hangUp(): void {
     this.uplink.hangUp();
-    this.#old?.end();
+    this.#letGo();
     this.#connection?.end();
-    this.#old = this.#connection = undefined; // what is left in a parser must not count
+    this.#connection = undefined; // what is left in a parser must not count
     this.#inbox.isRead = false;
   }
 
@@ -1031,6 +1029,7 @@ class Link implements Carrier, EventTaker {
     if (!old?.hasBegun || old.isPoll || this.#old) return; // a poll's next turn is another connection
     this.#host.onRenewal();
     this.#old = old;
+    this.#receipts.most = this.#receipts.dispatched;
     old.successor = this.#resume("renewed");
     old.successor.catch(() => {}); // `run` waits for it, if it still runs
   }
@@ -1126,7 +1125,7 @@ class Link implements Carrier, EventTaker {
     const connection = this.#connection = this.#transports.current === "duplex"
       ? this.uplink.exchange(frame("PING", EMPTY))
       : new Exchange(undefined, isPoll);
-    connection.position = this.#receipts.dispatched;
+    connection.position = this.#receipts.confirmable;
     connection.endIn(patience);
     await this.#requests.ask(connection, {
       headers: { accept: STREAM_TYPE, ...headers, ...isPoll && { [POLL_HEADER]: "1" } },
@@ -1215,7 +1214,7 @@ class Link implements Carrier, EventTaker {
         // The next chunk waits until this one is dispatched.
         if (this.#inbox.isBehind) await this.#inbox.dispatch();
         this.#receipts.read(length);
-        this.#acknowledge(parser.partial);
+        this.#events.acknowledge(parser.partial);
         // A page that pauses is sent no more than a window, and goes on hearing the heartbeats; on
         // the other level nothing but the network holds the server back.
         if (this.#session.level === PLAIN) await this.#inbox.untilReady();
@@ -1268,27 +1267,8 @@ class Link implements Carrier, EventTaker {
   /** The page does not pause any more. */
   async goOn(): Promise<void> {
     await this.#inbox.dispatch();
-    this.#acknowledge(0);
+    this.#events.acknowledge(0);
     this.#pauses.wake(); // a poll may wait
-  }
-
-  /**
-   * "The client acknowledges with ACK at half a window, or at an eighth on an open uplink stream":
-   * that costs no request, and keeps the server writing. A part of an event counts for the next time.
-   */
-  #acknowledge(partial: number): void {
-    const { terms } = this.#session;
-    if (!terms) return;
-    // The next poll acknowledges, too.
-    const isBehind = this.#receipts.isBehind && !this.#connection?.isPoll;
-    if (isBehind && this.#receipts.bytes >= terms.window / (this.uplink.isStreaming ? 8 : 2)) {
-      this.#receipts.bytes = 3 * partial; // characters have up to 3 bytes
-      this.uplink.acknowledge();
-    } else if (partial && terms.idleTimeout && clock() > this.#spokeAt + terms.idleTimeout / 4) {
-      // "A message of any size is no silence": its parts are not acknowledged, but we are there.
-      if (this.#spokeAt) this.uplink.acknowledge();
-      this.#spokeAt = clock();
-    } else if (isBehind) this.uplink.acknowledgeLater();
   }
 
   /** One ticker: streams that went quiet, and keep-alive of ours. */
@@ -1332,15 +1312,14 @@ class Link implements Carrier, EventTaker {
       const connection = await this.#connect(
         {
           [ATTEMPT_HEADER]: `${++this.#session.attempt}`,
-          "last-event-id": `${why === "renewed" ? this.#receipts.dispatched : this.#rewind()}`,
+          "last-event-id": `${why === "renewed" ? this.#receipts.most : this.#rewind()}`,
         },
         Math.max(1, Math.min(deadline - clock(), timeout)),
         undefined,
         isPatient,
       );
       if (connection.isFull) {
-        this.#old?.end();
-        this.#old = undefined;
+        this.#letGo();
         return this.#await(connection, isPatient || isTrial ? timeout : undefined);
       }
       const { isUnanswered } = connection; // before we end it, too
@@ -1358,6 +1337,13 @@ class Link implements Carrier, EventTaker {
       pause = connection.retryAfter;
     }
     throw new Error("Not resumed");
+  }
+
+  /** The connection that was renewed is needed no more. */
+  #letGo(): void {
+    this.#old?.end();
+    this.#old = undefined;
+    this.#receipts.most = Infinity;
   }
 
   /** What has come and was not dispatched is forgotten: it comes again. */
@@ -1400,7 +1386,7 @@ interface EventTaker {
   renew(): void;
 }
 
-/** Takes each event of the streams for what it is. */
+/** Takes each event of the streams for what it is, and tells the server what has come. */
 class Events {
   readonly #session: Session;
   readonly #inbox: Inbox;
@@ -1408,6 +1394,8 @@ class Events {
   readonly #uplink: Uplink;
   readonly #taker: EventTaker;
   readonly #host: EventHost;
+  /** When the server last heard of us that a message is coming. */
+  #spokeAt = 0;
 
   constructor(
     { session, inbox, receipts }: Parts,
@@ -1496,6 +1484,25 @@ class Events {
     if (++this.#taker.current!.position <= this.#receipts.received) return;
     this.#receipts.received++;
     this.#inbox.add(data);
+  }
+
+  /**
+   * "The client acknowledges with ACK at half a window, or at an eighth on an open uplink stream":
+   * that costs no request, and keeps the server writing. A part of an event counts for the next time.
+   */
+  acknowledge(partial: number): void {
+    const { terms } = this.#session;
+    if (!terms) return;
+    // The next poll acknowledges, too.
+    const isBehind = this.#receipts.isBehind && !this.#taker.current?.isPoll;
+    if (isBehind && this.#receipts.bytes >= terms.window / (this.#uplink.isStreaming ? 8 : 2)) {
+      this.#receipts.bytes = 3 * partial; // characters have up to 3 bytes
+      this.#uplink.acknowledge();
+    } else if (partial && terms.idleTimeout && clock() > this.#spokeAt + terms.idleTimeout / 4) {
+      // "A message of any size is no silence": its parts are not acknowledged, but we are there.
+      if (this.#spokeAt) this.#uplink.acknowledge();
+      this.#spokeAt = clock();
+    } else if (isBehind) this.#uplink.acknowledgeLater();
   }
 }
 
@@ -2468,6 +2475,8 @@ class Receipts {
   received = 0;
   /** The number of the last message that the page has seen, which is all that is acknowledged. */
   dispatched = 0;
+  /** "Meanwhile the client acknowledges no more than its Last-Event-ID says, which the server must still keep." */
+  most = Infinity;
   #acknowledged = 0;
   /** Bytes of the stream up to what was dispatched last, since an acknowledgement. */
   bytes = 0;
@@ -2482,12 +2491,16 @@ class Receipts {
     return this.isDue || !!this.#pongs.length;
   }
 
+  get confirmable(): number {
+    return Math.min(this.dispatched, this.most);
+  }
+
   /** Something was dispatched that is not acknowledged. */
   get isBehind(): boolean {
     for (let next; (next = this.#waiting[0]) && next.received <= this.dispatched;) {
       this.bytes += this.#waiting.shift()!.bytes;
     }
-    return this.dispatched > this.#acknowledged;
+    return this.confirmable > this.#acknowledged;
   }
 
   /** So much of the stream has come. */
@@ -2514,8 +2527,8 @@ class Receipts {
   }
 
   /** The server knows of so many: `Last-Event-ID`, or what goes out now, tells it. */
-  settle(dispatched = this.dispatched): void {
-    this.#acknowledged = dispatched;
+  settle(confirmed = this.confirmable): void {
+    this.#acknowledged = confirmed;
     this.isDue = false;
   }
 
@@ -2523,9 +2536,9 @@ class Receipts {
   take(least = 0): Bytes[] {
     const parts = this.#pongs;
     this.#pongs = [];
-    if (this.isDue || this.dispatched > this.#acknowledged + least) {
+    if (this.isDue || this.confirmable > this.#acknowledged + least) {
       this.settle();
-      parts.push(frame("ACK", encoder.encode(`${this.dispatched}`)));
+      parts.push(frame("ACK", encoder.encode(`${this.confirmable}`)));
     }
     return parts;
   }

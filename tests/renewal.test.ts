@@ -9,6 +9,7 @@ import {
   assertGreater,
   assertGreaterOrEqual,
   assertLessOrEqual,
+  sleep,
   test,
   type TestContext,
   until,
@@ -65,6 +66,43 @@ test("a duplex request is renewed without a word, and nothing is sent twice", as
   assertGreaterOrEqual(requests.length, LEAST);
   assertLessOrEqual(requests.length, MOST);
 });
+
+for (const transport of ["post", "duplex"] as const) {
+  test(`what comes while a connection is being renewed is no more than it goes on after (${transport})`, async (t) => {
+    const COUNT = 200;
+    const renewal = Promise.withResolvers<void>();
+    const answer = Promise.withResolvers<void>();
+    const statuses: number[] = [];
+    const options: SSEOptions = {
+      window: 2_000,
+      maxConnectionAge: 500,
+      hooks: {
+        async open(peer) {
+          for (let i = 0; i < COUNT; i++) {
+            if (i === COUNT / 2) await renewal.promise; // the next ones come meanwhile
+            if (i === COUNT - 1) await answer.promise; // the last one comes by the next connection
+            else await peer.waitForDrain({ threshold: 1 });
+            peer.send(`${i}`.padEnd(100));
+          }
+        },
+      },
+    };
+    const { url } = await listen(t, options, async (request, next) => {
+      if (!isResume(request)) return next(request);
+      renewal.resolve();
+      await sleep(200); // for what is not to come: an acknowledgement of what comes meanwhile
+      const response = await next(request);
+      statuses.push(response.status);
+      answer.resolve();
+      return response;
+    });
+    const { events, messages, opened } = connect(t, url, { transport });
+    await opened;
+    const all = await messages.take(COUNT);
+    assertEquals(all.map(Number), Array.from({ length: COUNT }, (_, i) => i));
+    assertEquals([events, statuses], [["open"], [200]]);
+  });
+}
 
 test("a renewal that fails is a drop like any other", async (t) => {
   let refusals = 0;
