@@ -197,6 +197,7 @@ export interface ChatHooks<Context> extends Pick<Hooks<Context>, "message" | "cl
   /**
    * Resolves when no answer is under way here, and all who were shown one have the whole of it: to
    * be awaited before the process ends, after `close(1012)` has sent its sessions to other instances.
+   * It is the last thing to ask: then the driver of `sync` is closed, which would keep a process alive.
    *
    * @throws the signal's reason, once it aborts: whatever is under way ends then, and nothing is kept.
    */
@@ -467,6 +468,7 @@ class Chats {
       }
       await Promise.race([promise, this.#others?.said]);
     } finally {
+      await this.#others?.close();
       signal?.removeEventListener("abort", abort);
     }
   }
@@ -534,12 +536,21 @@ class Others {
   /** Words that the driver has not yet published. */
   readonly #saying: Set<Promise<void>> = new Set();
   #timer: ReturnType<typeof setInterval> | undefined;
+  #isClosed = false;
 
   constructor(connect: SyncAdapter, runs: Map<string, Run>, report: Report) {
     this.#runs = runs;
     this.#report = report;
     this.#driver = connect({ id: this.#id });
     this.#try(() => this.#driver.subscribe((message) => this.#receive(message)));
+  }
+
+  /** Hears and says no more. */
+  async close(): Promise<void> {
+    this.#isClosed = true;
+    clearInterval(this.#timer);
+    this.#try(() => this.#driver.close?.());
+    await this.said;
   }
 
   /** Resolves when all that was said is published. */
@@ -704,7 +715,7 @@ class Others {
 
   /** Asks after silent instances, while there is anybody to be shown anything. */
   #watch(): void {
-    if (this.#remotes.size + this.#guests.size === 0) {
+    if (this.#isClosed || this.#remotes.size + this.#guests.size === 0) {
       clearInterval(this.#timer);
       return void (this.#timer = undefined);
     }
@@ -726,6 +737,7 @@ class Others {
   }
 
   #say(to: string, word: Word): void {
+    if (this.#isClosed) return;
     const data = JSON.stringify(word);
     const message = { namespace: NAMESPACE, topic: topicOf(to), data };
     this.#try(() => this.#driver.publish(message));

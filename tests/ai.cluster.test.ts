@@ -224,6 +224,7 @@ test(
     await instances[0]!.ws.close(1012);
     assertEquals([...instances[0]!.ws.peers.values()].flatMap((peers) => [...peers]), []);
     await instances[0]!.hooks.settled();
+    assertEquals(bus.subscribed, 2, "those of the other instance: nothing keeps the process alive");
     assertEquals(await reading, text(100));
     await until(() => `${chat.messages.all.at(-1)}`.includes('"end"'));
     const frames = chat.messages.all.map((data) => JSON.parse(`${data}`)).slice(0, -1);

@@ -47,6 +47,11 @@ export class MemoryBus {
     this.payloads.length = 0;
   }
 
+  /** How many drivers are subscribed. */
+  get subscribed(): number {
+    return this.#deliver.size;
+  }
+
   /** As from an instance that nobody knows. */
   inject(message: SyncMessage): void {
     this.#publish("stranger", message);
