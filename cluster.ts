@@ -1185,13 +1185,18 @@ class Presence {
       return;
     }
     other.age = 0;
-    // Two who claim to be the same: neither's farewell is believed.
-    if (other.commitment !== commitment) other.commitment = "";
+    if (other.commitment === commitment) return;
+    // "Where two claim to be the same, neither's farewell is believed", nor is one that was.
+    other.commitment = "";
+    other.left = false;
   }
 
   async farewell(instance: string, secret: string): Promise<void> {
+    // "An instance that hears its own farewell contradicts": somebody has claimed its name before it.
+    if (instance === this.#instance && this.#silence > 0) this.#tell();
+    const commitment = await commitmentOf(secret);
     const other = this.#others.get(instance);
-    if (other?.commitment && other.commitment === await commitmentOf(secret)) other.left = true;
+    if (other?.commitment === commitment) other.left = true;
   }
 
   /** `holding`: this instance has sessions. */
@@ -1619,9 +1624,16 @@ class RoutedBody {
   #dropped = 0;
   /** Bytes that it holds, or held when it was settled. */
   held = 0;
+  /** As its sender says: no more need be held. */
+  readonly #length: number;
 
   /** `take` is told how many bytes have come, and how many more are held for them. */
-  constructor(body: ReadableStream<Uint8Array>, take: (size: number, more: number) => void) {
+  constructor(
+    body: ReadableStream<Uint8Array>,
+    length: number,
+    take: (size: number, more: number) => void,
+  ) {
+    this.#length = length;
     this.end = new Promise((resolve) => this.#settle = resolve);
     this.#read(body.getReader(), take);
   }
@@ -1654,7 +1666,7 @@ class RoutedBody {
     let buffer = this.#buffer!;
     const size = this.#size + chunk.length;
     if (size > buffer.length) {
-      this.#buffer = new Uint8Array(Math.max(size, 2 * buffer.length));
+      this.#buffer = new Uint8Array(Math.max(size, Math.min(2 * buffer.length, this.#length)));
       this.#buffer.set(buffer.subarray(0, this.#size));
       buffer = this.#buffer;
     }
@@ -1674,7 +1686,7 @@ class RoutedBodies {
     const { body, headers, method } = request;
     if (!body || method === "GET") return EMPTY;
     const length = headers.get("content-length");
-    const routed = new RoutedBody(body, (size, more) => {
+    const routed = new RoutedBody(body, Number(length ?? Infinity), (size, more) => {
       if (size > most) routed.refuse(refuse(413, "Too large"));
       if (more && (this.#held += more) > MAX_PENDING_BYTES) this.#relieve(routed);
     });
@@ -1699,7 +1711,7 @@ class RoutedBodies {
     for (const oldest of this.#pending) {
       if (held <= MAX_PENDING_BYTES) return;
       held -= oldest.held;
-      if (oldest !== newest) oldest.refuse(tooLate());
+      if (oldest !== newest) oldest.refuse(unavailable());
     }
   }
 }

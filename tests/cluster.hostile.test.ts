@@ -390,6 +390,29 @@ test("a flood of questions for unknown sessions keeps no publication from going 
   gate.resolve();
 }, { timeout: 20_000 });
 
+test("a farewell that a stranger says, who came before the instance itself, is taken back", async (t) => {
+  const bus = new MemoryBus(t);
+  const owner = await start(t, bus.adapter, { timeout: 500 });
+  const other = await start(t, bus.adapter, { timeout: 500 });
+  const { token } = await wireClient(t, owner.url);
+  const instance = token.slice(0, 16);
+  const secret = "a".repeat(32);
+  const commitment = createHash("sha256").update(`duplex-sse presence ${secret}`).digest("hex");
+  const say = async (head: Record<string, unknown>) =>
+    bus.inject({ namespace: "\0duplex", topic: "*", data: await message(STRANGER, head) });
+  await say({ kind: "present", instance, commitment });
+  await say({ kind: "bye", instance, secret });
+  let n = 0;
+  await until(async () => await post(other, token, n + 1, "TEXT 2\r\nhi\r\n") === 204 && ++n === 2);
+  await say({ kind: "bye", instance, secret });
+  assertEquals(
+    await post(other, token, n + 1, "TEXT 2\r\nhi\r\n"),
+    204,
+    "nor is it believed again",
+  );
+  assertEquals(owner.errors, []);
+});
+
 test("a message that is all head costs no time", async (t) => {
   let deliver!: (message: SyncMessage) => void;
   const adapter = () => ({
