@@ -2078,8 +2078,9 @@ class Transports {
   onWhole(total: number): void {
     const found = lengths.get(this.#host);
     const longest = Math.max(total, this.maxBody);
-    // It may not have been one of the longest: they are of all sockets.
-    if (found?.isCeiling || total < longest / 2) return;
+    // "In a browser, which writes each refusal on its console, it stays at 512 KiB."
+    // And it may not have been one of the longest: they are of all sockets.
+    if (!isRuntime() || found?.isCeiling || total < longest / 2) return;
     lengths.set(this.#host, { most: Math.min(2 * longest, MAX_GROWN_BYTES), isCeiling: false });
   }
 
