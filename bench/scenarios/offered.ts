@@ -116,7 +116,7 @@ class Crowd implements AsyncDisposable {
       await load.call("open", { kind: KINDS[name], port, connections: subscribers });
       // A client is connected a little before its server subscribes it.
       while (await server.call<number>("count") < subscribers) await pause(10);
-      await crowd.#offer(name, 200_000 / subscribers, subscribers / 50); // warming up
+      await crowd.#offer(name, 80_000 / subscribers, subscribers / 80); // warming up
     }
     return crowd;
   }
@@ -124,8 +124,8 @@ class Crowd implements AsyncDisposable {
   async measure(every: number, rounds: number, names: readonly Name[] = NAMES) {
     const p50 = Object.fromEntries(names.map((name) => [name, []])) as never as Samples<Name>;
     const p99: Samples<Name> = structuredClone(p50);
-    // Two seconds of what comes seldom.
-    const messages = Math.ceil((every < 50 ? 1000 : 2000) / every);
+    // Longer of what comes seldom.
+    const messages = Math.ceil((every < 50 ? 600 : 1200) / every);
     const cost = await interleaved(names, rounds, async (name) => {
       const { delays, cost } = await this.#offer(name, messages, every);
       p50[name].push(delays.p50);
@@ -141,7 +141,7 @@ class Crowd implements AsyncDisposable {
     let step = 2;
     while (step > 1.125) {
       const next = rate * step;
-      const { delays } = await this.#offer(name, Math.ceil(next * 0.75), 1000 / next);
+      const { delays } = await this.#offer(name, Math.ceil(next / 2), 1000 / next);
       if (delays.p99 < BEARABLE) rate = next;
       else step **= 0.5;
     }
