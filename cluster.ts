@@ -110,6 +110,8 @@ const PRUNE_PERIOD = 60_000;
 const PRESENCE_PERIOD = 5_000;
 const GONE = 12_000;
 const MAX_INSTANCES = 10_000;
+/** Of so many the publications are counted: all counts go along with each session that moves. */
+const MAX_COUNTED = 1_000;
 /** How often a request may be sent on, by instances that know where its session has gone. */
 const MAX_REDIRECTIONS = 4;
 
@@ -296,7 +298,8 @@ class Router implements RoutingDriver {
   async #publish(message: SyncMessage): Promise<void> {
     const { namespace, topic, data } = message;
     if (namespace.startsWith(RESERVED)) throw new RangeError("A namespace of the backplane's own");
-    const n = this.#host.movable ? this.#migration.count(this.#instance, message) : undefined;
+    const isCounted = this.#host.movable || this.#migration.isCounting;
+    const n = isCounted ? this.#migration.count(this.#instance, message) : undefined;
     if (n === undefined && this.#bus.carries(message)) return await this.#bus.publish(message);
     const binary = typeof data !== "string";
     const body = binary ? data as Bytes : encoder.encode(data);
@@ -1041,9 +1044,17 @@ class Migration implements Mover<SyncMessage> {
     if (this.#wanted.get(session) === wanted) this.#wanted.delete(session);
   }
 
+  /** Sessions can move, here or elsewhere: then each publication is counted. */
+  get isCounting(): boolean {
+    return this.#counts.size > 0;
+  }
+
   /** Numbers a publication of this instance, or takes the number of another's. */
   count(from: string, message: SyncMessage, n: number = (this.#counts.get(from) ?? 0) + 1): number {
-    this.#counts.set(from, n);
+    if (!this.#counts.delete(from) && this.#counts.size >= MAX_COUNTED) {
+      this.#counts.delete(this.#counts.keys().next().value!);
+    }
+    this.#counts.set(from, n); // who has been silent for longest stands first
     this.moves.published({ from, n, namespace: message.namespace, message });
     return n;
   }

@@ -227,11 +227,14 @@ export class Moves<Message> {
     if (this.#caughtUp(counts)) this.#take(adoption);
   }
 
-  /** Every publication that the session has had has come here, too. */
-  #caughtUp(counts: Counts): boolean {
+  /**
+   * Every publication that the session has had has come here, too. `isLate`: of an instance that was
+   * never heard here nothing more is to come, since it spoke before this one began to listen.
+   */
+  #caughtUp(counts: Counts, isLate = false): boolean {
     const here = this.#mover.counts();
     return Object.entries(counts).every(([from, n]) =>
-      from === this.#instance || (here[from] ?? 0) >= n
+      from === this.#instance || (here[from] ?? (isLate ? n : 0)) >= n
     );
   }
 
@@ -301,6 +304,7 @@ export class Moves<Message> {
   #onHave({ id, session, from }: Head<"have">): void {
     const yes = this.#taken.get(id) !== undefined;
     const adoption = this.#adoptions.get(session);
+    if (adoption?.id === id && adoption.arrived) return; // it is about to be taken: soon it is known
     // "A no binds": the state is refused, should it still come.
     if (!yes && adoption?.id === id) this.#end(adoption);
     this.#mover.send(from, { kind: "taken", id, session, from: this.#instance, yes });
@@ -343,9 +347,12 @@ export class Moves<Message> {
   tick(period: number): void {
     for (const adoption of [...this.#adoptions.values()]) {
       adoption.age += period;
+      const { arrived } = adoption;
+      const patience = arrived ? Math.min(CATCH_UP, this.#timeout) : this.#timeout;
+      if (adoption.age < patience) continue;
       // Where publications do not come here that the session has had, it stays: at most once.
-      const patience = adoption.arrived ? Math.min(CATCH_UP, this.#timeout) : this.#timeout;
-      if (adoption.age >= patience) this.#end(adoption);
+      if (arrived && this.#caughtUp(arrived.counts, true)) this.#take(adoption);
+      else this.#end(adoption);
     }
     for (const limbo of [...this.#limbos.values()]) {
       if (!this.#isOld(limbo.since)) this.#inquire(limbo);

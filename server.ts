@@ -435,7 +435,7 @@ export interface RoutingHost {
   readonly resumeTimeout: number;
   /** How many sessions are here, and what is left of others. */
   readonly size: number;
-  /** Sessions with a `revive` hook have been here. */
+  /** Sessions may go and come, since a `revive` hook is known: publications are counted. */
   readonly movable: boolean;
   /** Whether the token is that of a session here, or of one that closed lately. */
   has(token: string): boolean;
@@ -786,6 +786,7 @@ class Requests {
     this.#registry = registry;
     this.#topics = topics;
     this.#reports = reports;
+    registry.movable = isMovable([options.hooks ?? {}]);
     topics.backplane?.connect({
       maxMessageSize: settings.maxMessageSize,
       resumeTimeout: settings.resumeTimeout,
@@ -884,6 +885,7 @@ class Requests {
     const resumes = attempt !== undefined && lastEventId !== undefined;
     if (resumes && isMovable(admission.hooks) && this.#registry.adopts(token)) {
       const claim = { attempt, received: lastEventId, namespace };
+      this.#registry.movable = true; // what is published while it is on its way must not be lost
       await router.adopt(token, claim, (packed, missed) => {
         this.#adopt(asked, admission, packed, missed);
       });
@@ -1410,7 +1412,8 @@ class Registry implements Host {
   #whenEmpty: (() => void)[] = [];
   /** Packed sessions, until another instance has them: out of service here. */
   readonly #limbo: Map<string, Limbo> = new Map();
-  #movable = false;
+  /** Sessions may go and come: publications are counted from now on. */
+  movable = false;
 
   constructor(settings: Settings, topics: Topics, flusher: Flusher, reports: Reports) {
     this.settings = settings;
@@ -1433,10 +1436,6 @@ class Registry implements Host {
 
   get size(): number {
     return this.#sessions.size + this.#limbo.size + this.#tombstones.size;
-  }
-
-  get movable(): boolean {
-    return this.#movable;
   }
 
   stats(): Stats {
@@ -1462,7 +1461,7 @@ class Registry implements Host {
 
   add(session: FullSession | PlainSession): void {
     this.#sessions.set(secretOf(session.token), session);
-    this.#movable ||= session.isMovable;
+    this.movable ||= session.isMovable;
     this.#topics.backplane?.router?.own(session.token);
     if (session instanceof PlainSession) this.#keys.set(session.key, session);
     else if (session.opening) this.#openings.set(session.opening, session);

@@ -39,7 +39,10 @@ export class MemoryBus {
 
   constructor(t: TestContext, options: BusOptions = {}) {
     this.#options = options;
-    t.defer(() => this.#timers.forEach(clearTimeout));
+    t.defer(() => {
+      this.#deliver.clear(); // what is said from now on begins no timer
+      this.#timers.forEach(clearTimeout);
+    });
   }
 
   reset(): void {

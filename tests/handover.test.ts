@@ -135,6 +135,49 @@ test("a session is revived once, by a hook that publishes", async (t) => {
   assertEquals([revived, peersOf(instances[1]!).length, errors], [[id], 1, []]);
 });
 
+test("what an instance publishes before it has had any session reaches one that is on its way there", async (t) => {
+  const bus = new MemoryBus(t);
+  const fleet: Fleet = await start(t, (context) => {
+    const driver = bus.adapter(context);
+    return {
+      ...driver,
+      subscribe: (deliver) =>
+        driver.subscribe((message) => {
+          const { data } = message;
+          const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+          // The session is given away by now, and not yet taken.
+          if (text.includes('"status":"here"')) fleet.instances[1]!.ws.publish("all", "meanwhile");
+          deliver(message);
+        }),
+    };
+  });
+  const front = await network(t, fleet);
+  const { messages, opened } = connect(t, front.url);
+  await opened;
+  fleet.proxy.choose = () => 1;
+  front.cutAll("rst");
+  await until(() => fleet.told.includes("revive 1"));
+  fleet.instances[0]!.ws.publish("all", "afterwards");
+  assertEquals(await messages.take(2), ["meanwhile", "afterwards"]);
+});
+
+test("a session goes to an instance that began after all that it has been published", async (t) => {
+  const bus = new MemoryBus(t);
+  const fleet = await start(t, bus.adapter, { count: 1 });
+  const front = await network(t, fleet);
+  const { messages, opened } = connect(t, front.url);
+  await opened;
+  for (const text of ["one", "two"]) fleet.instances[0]!.ws.publish("all", text);
+  assertEquals(await messages.take(2), ["one", "two"]);
+  const { instances: [later], told } = await start(t, bus.adapter, { count: 1 });
+  fleet.proxy.ports.push(later!.port);
+  fleet.proxy.choose = () => 1;
+  front.cutAll("rst");
+  await until(() => told.includes("revive 0"));
+  for (const { ws } of [...fleet.instances, later!]) ws.publish("all", "three");
+  assertEquals(await messages.take(2), ["three", "three"]);
+});
+
 test("what travels is sealed, and says nothing of the token", async (t) => {
   const bus = new MemoryBus(t);
   const fleet = await start(t, bus.adapter);
