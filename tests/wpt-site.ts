@@ -129,6 +129,7 @@ function oneAfterTheOther() {
 /** Answers a close a second late, as a slow network might. */
 async function delayClose(request: Request, next: Next): Promise<Response> {
   const response = await next(request);
+  if (response.headers.has("x-duplex-close")) await sleep(1_000);
   if (!response.body) return response;
   const decoder = new TextDecoder();
   const late = new TransformStream<Uint8Array, Uint8Array>({
