@@ -622,8 +622,9 @@ export interface Stats {
   readonly resumptions: number;
   /** Requests that were refused, by status from 400 on; answers of your own hooks among them. */
   readonly refusals: { readonly [status: number]: number };
-  /** How many sessions have come from other instances, and gone to them. */
+  /** How many sessions have come from other instances. */
   readonly movedIn: number;
+  /** How many have gone to other instances. */
   readonly movedOut: number;
   /** The backplane; undefined without `cluster`. */
   readonly cluster: ClusterStats | undefined;
@@ -637,8 +638,9 @@ export interface ClusterStats {
   readonly relayed: number;
   /** Streams of this instance's sessions, now, whose clients are connected to other instances. */
   readonly served: number;
-  /** Publishes that the driver has not settled, now, and their bytes. */
+  /** Publishes that the driver has not settled, now. */
   readonly pending: number;
+  /** Their bytes. */
   readonly pendingBytes: number;
 }
 
