@@ -132,7 +132,7 @@ const OVERLOAD = 2;
 /** The most that is measured: a backlog is soon forgotten. */
 const MAX_LOAD = 4;
 /** So far back it is measured, in ms, or so many flushes, if that is longer. */
-const LOAD_SPAN = 50;
+const LOAD_SPAN = 25;
 const LOAD_FLUSHES = 5;
 /** The longest rest in ms, beyond the time that the event loop was busy. */
 const MAX_REST = 20;
@@ -3159,6 +3159,7 @@ class Flusher {
   /** When the rest is over, whatever its timer does. */
   #holdUntil = 0;
   #restTimer: ReturnType<typeof setTimeout> | undefined;
+  #stopped = false;
   readonly #load: CrowdLoad = new CrowdLoad();
   /** What was joined last during this flush. */
   #lastParts: Bytes[] = [];
@@ -3190,6 +3191,7 @@ class Flusher {
    * goes as one chunk. Where the runtime can follow, nothing waits.
    */
   #onCrowd(): void {
+    if (this.#stopped) return;
     let rest = 0;
     const held: Flushable[] = [];
     const end = () => {
@@ -3197,7 +3199,9 @@ class Flusher {
       for (const session of held) session.schedule();
     };
     this.#load.measure((busy) => {
-      if (rest) this.#restTimer = setTimeout(end, Math.min(rest * busy, MAX_REST));
+      if (!rest) return;
+      if (this.#stopped) end();
+      else this.#restTimer = setTimeout(end, Math.min(rest * busy, MAX_REST));
     });
     rest = this.#load.excess;
     if (!rest) return;
@@ -3221,7 +3225,9 @@ class Flusher {
     return this.#lastChunk = concat(parts);
   }
 
+  /** Nobody is left: no rest begins from now on, and none leaves a timer. */
   stop(): void {
+    this.#stopped = true;
     clearTimeout(this.#restTimer);
   }
 }
