@@ -1,5 +1,8 @@
 /** The runner behind `npm test`: what it counts, names and exits with. */
 import { execFile } from "node:child_process";
+import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import process from "node:process";
 import { assertEquals, assertMatch, assertStringIncludes, root, runtime, test } from "./harness.ts";
 
@@ -41,6 +44,24 @@ test("run.mjs with CI=true allows skipping only for JSR", async () => {
   });
   assertEquals(lastLine(output), "1 passed, 2 failed, 1 skipped");
 }, { timeout: 30_000 });
+
+test("run.mjs with CI=true runs once more what failed, and names what passes then", async (t) => {
+  const folder = await mkdtemp(join(tmpdir(), "duplex-unsteady-"));
+  t.defer(() => rm(folder, { recursive: true }));
+  const env = { DUPLEX_TRACE: join(folder, "trace") };
+  const { code, output } = await runTests("tests/fixtures/unsteady.ts", { CI: "true", ...env });
+  assertEquals(code, 1);
+  const unsteady = "fails (once) / & never again";
+  assertStringIncludes(output, `unsteady (${runtime}), passed when run again: ${unsteady}\n`);
+  assertStringIncludes(output, `failed (${runtime}): fails always\n`);
+  assertEquals(lastLine(output), "2 passed, 1 failed");
+  assertEquals((await readFile(env.DUPLEX_TRACE, "utf8")).split("\n"), [
+    ...["passes", "fails always", unsteady],
+    ...["fails always", unsteady, ""],
+  ]);
+  const alone = await runTests("tests/fixtures/unsteady.ts", { CI: "", DUPLEX_TRACE: "" });
+  assertEquals(lastLine(alone.output), "1 passed, 2 failed");
+}, { timeout: 60_000 });
 
 test("run.mjs fails when a file cannot be loaded", async () => {
   const { code, output } = await runTests("tests/fixtures/broken.ts", {});
