@@ -139,6 +139,17 @@ export interface ChatContext<Context> {
 /** The pieces of an answer. */
 export type ChatStream = ReadableStream<ChatChunk> | AsyncIterable<ChatChunk>;
 
+/** Where an error came from that {@link ChatOptions.onError} is told of. */
+export interface ChatErrorContext {
+  /** One of the options, or what it has returned; `sync` is the backplane. */
+  readonly stage: "respond" | "validate" | "errorText" | "sync";
+  /** The chat's id. */
+  readonly chat?: string;
+  /** Who asked. */
+  // deno-lint-ignore no-explicit-any
+  readonly peer?: Peer<any>;
+}
+
 /** Options of {@link chatHooks}. Times are milliseconds, sizes bytes. */
 export interface ChatOptions<UIMessage = ChatMessage, Context = Record<string, unknown>> {
   /** Answers a request. What it throws is told to `onError`; the client learns `errorText` of it. */
@@ -182,8 +193,8 @@ export interface ChatOptions<UIMessage = ChatMessage, Context = Record<string, u
    * stopped from here; and where the adapter has `cluster`, sessions that are shown one can move.
    */
   sync?: SyncAdapter | undefined;
-  /** Told what failed. Default: `console.error`. */
-  onError?(error: unknown, context: { readonly chat: string }): void;
+  /** Told of each failure. Default: `console.error`. */
+  onError?(error: unknown, context: ChatErrorContext): void;
   /** What the client is told of a failure. Default: nothing but that there was one. */
   errorText?(error: unknown): string;
 }
@@ -304,7 +315,11 @@ class Chats {
     this.#options = options;
     this.#limits = limitsOf(options);
     if (!options.sync) return;
-    this.#others = new Others(options.sync, this.#runs, (error) => this.#report(error));
+    this.#others = new Others(
+      options.sync,
+      this.#runs,
+      (error) => this.#report(error, { stage: "sync" }),
+    );
   }
 
   async receive(peer: AnyPeer, message: Message<never>): Promise<void> {
@@ -315,7 +330,7 @@ class Chats {
     if (frame.type === "abort") return this.#abort(viewer.id);
     const asked = { stopped: false };
     this.#checking.set(viewer.id, asked);
-    const request = await this.#check(frame).finally(() => this.#checking.delete(viewer.id));
+    const request = await this.#check(peer, frame).finally(() => this.#checking.delete(viewer.id));
     if (hasLeft(peer) && frame.type === "resume") return;
     if (!request) return reply(viewer, { type: "error", errorText: UNFIT });
     const key = this.#keyOf(peer, frame.id as string);
@@ -324,14 +339,14 @@ class Chats {
   }
 
   /** The request as it was validated. */
-  async #check(frame: Frame): Promise<ChatRequest<unknown> | undefined> {
+  async #check(peer: AnyPeer, frame: Frame): Promise<ChatRequest<unknown> | undefined> {
     if (!isRequest(frame)) return;
     try {
       const verdict = await this.#options.validate?.({ value: frame });
       if (verdict && !verdict.success) return;
       return (verdict?.data ?? frame) as ChatRequest<unknown>;
     } catch (error) {
-      this.#report(error, frame.id as string);
+      this.#report(error, { stage: "validate", chat: frame.id as string, peer });
     }
   }
 
@@ -390,16 +405,17 @@ class Chats {
     } catch (error) {
       // What was stopped mostly says that it was.
       if (run.phase !== "running") return run.end({ type: "end" });
-      this.#report(error, request.id);
-      run.fail(this.#textOf(error));
+      const about = { chat: request.id, peer };
+      this.#report(error, { stage: "respond", ...about });
+      run.fail(this.#textOf(error, about));
     }
   }
 
-  #textOf(error: unknown): string {
+  #textOf(error: unknown, about: { chat: string; peer: AnyPeer }): string {
     try {
       return this.#options.errorText?.(error) ?? FAILED;
     } catch (failure) {
-      this.#report(failure);
+      this.#report(failure, { stage: "errorText", ...about });
       return FAILED;
     }
   }
@@ -473,11 +489,11 @@ class Chats {
     }
   }
 
-  #report(error: unknown, chat = ""): void {
+  #report(error: unknown, context: ChatErrorContext): void {
+    const { onError } = this.#options;
+    if (!onError) return console.error(`[duplex-sse] ${context.stage} failed:`, error);
     try {
-      const { onError } = this.#options;
-      if (onError) onError.call(this.#options, error, { chat });
-      else console.error("[duplex-sse] an answer failed:", error);
+      onError.call(this.#options, error, context);
     } catch (failure) {
       console.error("[duplex-sse] onError failed:", failure, "It was told:", error);
     }

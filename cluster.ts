@@ -25,6 +25,7 @@
 import { type Claim, type Counts, type MoveHead, type Mover, Moves } from "./handover.ts";
 import type {
   ClusterStats,
+  ErrorContext,
   MaybePromise,
   Packed,
   RoutingDriver,
@@ -122,8 +123,8 @@ const EMPTY: Bytes = new Uint8Array();
 // --- Types ---
 
 type Bytes = Uint8Array<ArrayBuffer>;
-type Stage = "subscribe" | "publish" | "delivery";
-type Report = (stage: Stage, error: unknown) => void;
+type Stage = ErrorContext["stage"];
+type Report = (context: ErrorContext, error: unknown) => void;
 
 /** crossws's driver, that may be able to address one instance. */
 export interface ClusterDriver extends SyncDriver {
@@ -261,7 +262,7 @@ class Router implements RoutingDriver {
     this.#instance = instance;
     this.#driver = driver;
     this.#timeout = timeout;
-    this.#report = limited((stage, error) => this.#host.report(error, stage));
+    this.#report = limited((context, error) => this.#host.report(error, context));
     this.#bus = new Bus(driver, maxPayload, timeout);
     this.#presence = new Presence(instance, (head) => this.#tellAll(head));
     this.#subscription = new Subscription(
@@ -292,7 +293,9 @@ class Router implements RoutingDriver {
   }
 
   publish(message: SyncMessage): Promise<void> {
-    return this.#publish(message).catch((error) => this.#report("publish", error));
+    const { namespace, topic } = message;
+    return this.#publish(message)
+      .catch((error) => this.#report({ stage: "publish", namespace, topic }, error));
   }
 
   async #publish(message: SyncMessage): Promise<void> {
@@ -332,7 +335,7 @@ class Router implements RoutingDriver {
       if (await this.#within(this.#driver.close?.())) return;
       throw new Error("The backplane does not close");
     } catch (error) { // who stops while the backplane is down must be able to
-      this.#report("subscribe", error);
+      this.#report({ stage: "subscribe" }, error);
     }
   }
 
@@ -379,7 +382,7 @@ class Router implements RoutingDriver {
       if (this.#closed || this.#bus.behind || this.#relays.size >= MAX_RELAYS) return unavailable();
       return await this.#ask(request, body, token, session, owner, namespace);
     } catch (error) {
-      this.#report("publish", error);
+      this.#report({ stage: "publish", namespace }, error);
       return unavailable();
     }
   }
@@ -420,7 +423,9 @@ class Router implements RoutingDriver {
     const go = async () => await this.#send(relay.owner, key, head, body) || relay.end();
     const here = async () => relay.answer(await this.#serveHere(head, token, body));
     const late = setTimeout(() => {
-      this.#report("delivery", new Error(`No answer from instance ${relay.owner}`));
+      const { owner: instance } = relay;
+      const context = { stage: "delivery", instance, namespace } as const;
+      this.#report(context, new Error(`No answer from instance ${instance}`));
       relay.end();
     }, this.#timeout);
     this.#relays.set(id, relay);
@@ -458,7 +463,8 @@ class Router implements RoutingDriver {
   async #sayUnknown({ id, from }: { id: string; from: string }): Promise<void> {
     if (this.#bus.busy) return; // anybody can ask
     const unknown = encodeMessage({ kind: "unknown", id });
-    return await this.#bus.send(from, unknown).catch((error) => this.#report("publish", error));
+    return await this.#bus.send(from, unknown)
+      .catch((error) => this.#report({ stage: "publish", instance: from }, error));
   }
 
   async #serveHere(head: RequestHead, token: string, body: Bytes): Promise<Response> {
@@ -513,7 +519,8 @@ class Router implements RoutingDriver {
 
   /** What anybody may say, and to all. */
   #tellAll(head: Head): void {
-    this.#bus.send(ALL, encodeMessage(head)).catch((error) => this.#report("publish", error));
+    this.#bus.send(ALL, encodeMessage(head))
+      .catch((error) => this.#report({ stage: "publish" }, error));
   }
 
   /** Sends what is authenticated. False when it could not be. */
@@ -531,7 +538,7 @@ class Router implements RoutingDriver {
       await this.#bus.send(to, message, waits);
       return true;
     } catch (error) {
-      this.#report("publish", error);
+      this.#report({ stage: "publish", instance: to }, error);
       return false;
     }
   }
@@ -548,11 +555,11 @@ class Router implements RoutingDriver {
         throw new Error("A request to all on the backplane"); // all would answer
       }
       const work = this.#dispatch(incoming)
-        .catch((error) => this.#report("delivery", error))
+        .catch((error) => this.#report(contextOf(incoming.head), error))
         .finally(() => this.#work.delete(work));
       this.#work.add(work);
     } catch (error) {
-      this.#report("delivery", error);
+      this.#report({ stage: "delivery" }, error);
     }
   }
 
@@ -1090,7 +1097,7 @@ class Migration implements Mover<SyncMessage> {
       const body = state && await seal(token, state);
       this.#send(to, await keyOf(token), head, body);
     };
-    sending().catch((error) => this.#host.report(error, "publish"));
+    sending().catch((error) => this.#host.report(error, { stage: "publish", instance: to }));
   }
 
   owns(session: string): boolean {
@@ -1360,7 +1367,7 @@ class Subscription {
       this.#waitingBytes = 0;
     } catch (error) {
       failed = true;
-      this.#report("subscribe", error);
+      this.#report({ stage: "subscribe" }, error);
       if (this.#state === "ended") return;
       const longer = Math.min(2 * pause, MAX_RETRY_PERIOD);
       this.#retry = setTimeout(() => this.begin(longer), pause);
@@ -1768,17 +1775,25 @@ function unavailable(): Response {
 /** At most one report a second of each stage, which tells how many there were. */
 function limited(report: Report): Report {
   const stages = new Map<Stage, { since: number; left: number }>();
-  return (stage, error) => {
+  return (context, error) => {
     const now = clock();
-    const last = stages.get(stage);
+    const last = stages.get(context.stage);
     if (last && now - last.since < REPORT_PERIOD) return void last.left++;
-    stages.set(stage, { since: now, left: 0 });
+    stages.set(context.stage, { since: now, left: 0 });
     const reason = error instanceof Error
       ? error
       : new Error("The backplane failed", { cause: error });
-    if (!last?.left) report(stage, reason);
-    else report(stage, new Error(`${reason.message} (and ${last.left} more)`, { cause: error }));
+    if (!last?.left) report(context, reason);
+    else report(context, new Error(`${reason.message} (and ${last.left} more)`, { cause: error }));
   };
+}
+
+/** What is known of a message that could not be used; anybody may have written it. */
+function contextOf(head: Head): ErrorContext {
+  const { from, namespace, topic } = head as unknown as Record<string, unknown>;
+  const known = Object.entries({ instance: from, namespace, topic })
+    .filter(([, value]) => typeof value === "string");
+  return { stage: "delivery", ...Object.fromEntries(known) };
 }
 
 /** Milliseconds, for what happens here: other than Date.now(), it is never set back. */

@@ -36,6 +36,7 @@ export type {
   CloseDetails,
   ClusterStats,
   Cors,
+  ErrorContext,
   Hooks,
   MaybePromise,
   Message,

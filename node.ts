@@ -44,6 +44,23 @@ export interface FetchAdapter {
   handles?(request: Request): boolean;
 }
 
+/** Options of {@link toNodeHandler}. */
+export interface NodeHandlerOptions {
+  /**
+   * Told what has failed of an answer, and for which request; what `sseAdapter` knows of goes to its
+   * own `onError`. Default: `console.error`.
+   */
+  onError?(error: unknown, context: NodeErrorContext): void;
+}
+
+/** Where an error came from that {@link NodeHandlerOptions.onError} is told of. */
+export interface NodeErrorContext {
+  /** No answer could be made; or its body failed, and the client's connection was cut. */
+  readonly stage: "request" | "response";
+  /** None, where no `Request` can be made of what came. */
+  readonly request?: Request;
+}
+
 /** Goes on with what comes after this handler; an error is the framework's to answer. */
 export type Next = (error?: Error) => unknown;
 
@@ -154,25 +171,32 @@ export interface NodeHandler {
  * // createServer(handler), createSecureServer({ key, cert }, handler), app.use(handler)
  * ```
  */
-export function toNodeHandler(ws: FetchAdapter): NodeHandler {
+export function toNodeHandler(ws: FetchAdapter, options: NodeHandlerOptions = {}): NodeHandler {
+  const mount = { ws, options };
   // deno-lint-ignore no-explicit-any -- three kinds of callers, told from each other here
   return ((first: any, second: any, third?: Next): unknown => {
-    if (typeof second === "function") return inKoa(ws, first, second);
-    if (typeof second?.hijack === "function") return inFastify(ws, first, second, third!);
-    handle(ws, new Exchange(first, second, first), third);
+    if (typeof second === "function") return inKoa(mount, first, second);
+    if (typeof second?.hijack === "function") return inFastify(mount, first, second, third!);
+    handle(mount, new Exchange(first, second, first), third);
   }) as NodeHandler;
 }
 
-function handle(ws: FetchAdapter, exchange: Exchange, next?: Next): void {
+/** What {@link toNodeHandler} was given. */
+interface Mount {
+  readonly ws: FetchAdapter;
+  readonly options: NodeHandlerOptions;
+}
+
+function handle({ ws, options }: Mount, exchange: Exchange, next?: Next): void {
   if (next && !exchange.isFor(ws)) return void next();
   exchange.answer(ws).catch((error) => {
     if (next && !exchange.begun) next(error as Error);
-    else exchange.fail(error);
+    else exchange.fail(error, options);
   });
 }
 
 async function inKoa(
-  ws: FetchAdapter,
+  { ws, options }: Mount,
   context: KoaContext,
   next: () => Promise<unknown>,
 ): Promise<unknown> {
@@ -184,11 +208,11 @@ async function inKoa(
   context.onerror = (error) => {
     if (!exchange.isLoss(error)) tell?.call(context, error);
   };
-  await exchange.answer(ws).catch((error) => exchange.fail(error));
+  await exchange.answer(ws).catch((error) => exchange.fail(error, options));
 }
 
 function inFastify(
-  ws: FetchAdapter,
+  { ws, options }: Mount,
   request: FastifyRequest,
   reply: FastifyReply,
   done: Next,
@@ -196,7 +220,7 @@ function inFastify(
   const exchange = new Exchange(request.raw, reply.raw, request);
   if (!exchange.isFor(ws)) return void done();
   reply.hijack();
-  exchange.answer(ws).catch((error) => exchange.fail(error));
+  exchange.answer(ws).catch((error) => exchange.fail(error, options));
 }
 
 // --- One request and its answer ---
@@ -274,10 +298,11 @@ class Exchange {
   }
 
   /** After a failure of what answers, or of the body of its answer. */
-  fail(error: unknown): void {
+  fail(error: unknown, options: NodeHandlerOptions): void {
     if (this.#gone.signal.aborted) return; // nobody is there to be told
+    const stage = this.begun ? "response" : "request";
+    report(options, error, { stage, ...this.#request && { request: this.#request } });
     if (this.begun) return this.#cut();
-    console.error("[duplex-sse]", error);
     this.#outgoing.statusCode = 500;
     this.#outgoing.end();
   }
@@ -446,5 +471,18 @@ class Exchange {
   /** Not a connection that has gone on to the next request. */
   #cutRest(): void {
     if (this.#hasRest) this.#cut();
+  }
+}
+
+function report(
+  options: NodeHandlerOptions,
+  error: unknown,
+  context: NodeErrorContext,
+): void {
+  if (!options.onError) return console.error(`[duplex-sse] a ${context.stage} failed:`, error);
+  try {
+    options.onError(error, context);
+  } catch (failure) { // anybody can bring a report about
+    console.error("[duplex-sse] onError failed:", failure);
   }
 }

@@ -450,7 +450,7 @@ export interface RoutingHost {
   /** Serves a request that another instance has received, and admitted to a namespace. */
   fetch(request: Request, namespace: string): Promise<Response>;
   /** Tells `onError`. */
-  report(error: unknown, stage: "subscribe" | "publish" | "delivery"): void;
+  report(error: unknown, context: ErrorContext): void;
 }
 
 /** A backplane that also takes requests to the instance that has their session: see `cluster`. */
@@ -525,16 +525,23 @@ export type Cors =
 export interface ErrorContext {
   /**
    * A hook or another function of the options; a request that could not be served; a body that
-   * did not arrive; or the backplane: its subscription, a publication, a delivery.
+   * did not arrive; how the server is set up, which is told once; or the backplane: its
+   * subscription, a publication, a delivery.
    */
-  stage: "hook" | "request" | "body" | "subscribe" | "publish" | "delivery";
+  stage: "hook" | "request" | "body" | "setup" | "subscribe" | "publish" | "delivery";
   /** The hook's name. */
   hook?: string;
-  /** Whose hook it was. */
+  /** The peer that it was about. */
   // deno-lint-ignore no-explicit-any
   peer?: Peer<any>;
   /** The request that it was about. */
   request?: Request;
+  /** The topic of the publication that did not leave, or could not be delivered. */
+  topic?: string;
+  /** The topic's namespace; "" is all. */
+  namespace?: string;
+  /** The other instance, as it is called on the backplane. */
+  instance?: string;
 }
 
 /** Options of {@link sseAdapter}. Times without another unit are milliseconds, sizes are bytes. */
@@ -804,7 +811,7 @@ class Requests {
       restore: (token) => registry.restore(token),
       release: (token, end) => registry.release(token, end),
       fetch: (request, namespace) => this.fetch(request, undefined, namespace),
-      report: (error, stage) => reports.report(error, { stage }),
+      report: (error, context) => reports.report(error, context),
     }, (message) => topics.deliver(message));
   }
 
@@ -985,7 +992,7 @@ class Requests {
     const session = await this.#readmit(asked, wire.token!);
     if (session instanceof Tombstone) return this.#unearth(asked, session);
     if (session && this.#registry.sendsAway(session)) throw new Refusal(503, "Shutting down");
-    if (!session) throw this.#unknown(wire.token!);
+    if (!session) throw this.#unknown(request, wire.token!);
     if (!(session instanceof FullSession)) {
       throw new Refusal(400, "A plain session resumes by Last-Event-ID alone");
     }
@@ -1045,7 +1052,7 @@ class Requests {
   async #receive(asked: Asked): Promise<Response> {
     const { request, wire } = asked;
     const receiver = await this.#readmit(asked, wire.token!);
-    if (!receiver) throw this.#unknown(wire.token!);
+    if (!receiver) throw this.#unknown(request, wire.token!);
     if (receiver instanceof PlainSession) {
       throw new Refusal(400, "A plain session takes plain messages");
     }
@@ -1053,14 +1060,14 @@ class Requests {
     if (receiver instanceof FullSession) this.#registry.confirmed(receiver);
     const refusal = await readUplink(request, receiver, this.#settings.maxMessageSize);
     const { over } = receiver;
-    if (over && isLoss(over)) throw this.#unknown(wire.token!);
+    if (over && isLoss(over)) throw this.#unknown(request, wire.token!);
     let response = new Response(null, { status: 204 });
     if (refusal instanceof Refusal) { // else the connection's end
       // "Failed requests never end a session": what is malformed in the bytes may be a proxy's doing.
       if (refusal.closeCode && refusal.closeCode !== 1002) {
         receiver.close(refusal.closeCode, refusal.message);
       }
-      response = this.#refuse(refusal, request);
+      response = this.#refuse(refusal, request, receiver);
     }
     response.headers.set(RECEIVED_HEADER, String(receiver.uplink.received));
     // "The answer to an uplink says the same once the session is over".
@@ -1074,7 +1081,9 @@ class Requests {
       throw new Refusal(405, "This server only sends", { headers: { allow: "GET" } });
     }
     const session = await this.#readmit(asked, asked.wire.token!);
-    if (!session || session instanceof Tombstone) throw this.#unknown(asked.wire.token!);
+    if (!session || session instanceof Tombstone) {
+      throw this.#unknown(asked.request, asked.wire.token!);
+    }
     if (session instanceof FullSession) throw new Refusal(400, `This session takes ${UPLINK_TYPE}`);
     await session.read(asked.request);
     return new Response(null, { status: 204 });
@@ -1102,23 +1111,26 @@ class Requests {
 
   // --- Refusals ---
 
-  #unknown(token: string): Refusal {
+  #unknown(request: Request, token: string): Refusal {
     if (!this.#registry.issued(token)) {
       this.#reports.warnOnce(
         "a request came for a session of another instance, or of before a restart. Where there " +
           "are several instances, use `sync: cluster(driver)`; else see that there is one adapter alone",
+        request,
       );
     }
     return new Refusal(404, "No such session");
   }
 
-  #refuse(error: unknown, request: Request): Response {
+  #refuse(error: unknown, request: Request, receiver?: Receiver): Response {
     const refusal = error instanceof Refusal
       ? error
-      : new Refusal(500, "Internal error", { cause: error, stage: "request" });
-    const { stage, hook, cause } = refusal;
-    if (stage === "body") this.#reports.once(cause ?? refusal, { stage, request });
-    else if (stage) this.#reports.report(cause, { stage, request, ...hook && { hook } });
+      : new Refusal(500, "Internal error", { cause: error, context: { stage: "request" } });
+    if (!refusal.context) return refusal.response();
+    const peer = receiver instanceof FullSession && { peer: receiver.peer };
+    const context = { ...refusal.context, request, ...peer };
+    if (context.stage === "body") this.#reports.once(refusal.cause ?? refusal, context);
+    else this.#reports.report(refusal.cause, context);
     return refusal.response();
   }
 
@@ -1207,7 +1219,7 @@ class Admissions {
       headers: new Headers(),
     };
     for (const hooks of admission.hooks) {
-      merge(admission, await ask("upgrade", () => hooks.upgrade?.(request, peer)));
+      merge(admission, await ask("upgrade", () => hooks.upgrade?.(request, peer), peer));
     }
     // For the backplane "" is all namespaces, and those that begin so are its own.
     if (/^(\0|$)/.test(admission.namespace)) throw malformed("the namespace");
@@ -1237,14 +1249,17 @@ class Admissions {
 }
 
 /** Asks a function of the options. What it throws refuses, with its `Response` or with 500. */
-async function ask<T>(hook: string, call: () => MaybePromise<T>): Promise<T> {
+async function ask<T>(hook: string, call: () => MaybePromise<T>, peer?: Peer): Promise<T> {
   try {
     return await call();
   } catch (cause) {
     const { response } = Object(cause);
     if (cause instanceof Response) throw cause;
     if (response instanceof Response) throw response;
-    throw new Refusal(500, "A hook failed", { cause, stage: "hook", hook });
+    throw new Refusal(500, "A hook failed", {
+      cause,
+      context: { stage: "hook", hook, ...peer && { peer } },
+    });
   }
 }
 
@@ -1257,7 +1272,10 @@ function merge(admission: Admission, result: unknown): void {
   if (result instanceof Response) throw result;
   if ("response" in result) {
     if (result.response instanceof Response) throw result.response;
-    throw new Refusal(500, "A hook failed", { cause: result, stage: "hook", hook: "upgrade" });
+    throw new Refusal(500, "A hook failed", {
+      cause: result,
+      context: { stage: "hook", hook: "upgrade" },
+    });
   }
   const { namespace, context, headers, protocol } = result as UpgradeResult;
   if (namespace) admission.namespace = namespace;
@@ -1880,14 +1898,13 @@ class Backplane {
 
   connect(host: RoutingHost, deliver: (message: SyncMessage) => void): void {
     this.router?.attach(host);
-    this.#try(
-      "subscribe",
-      () => this.driver.subscribe((message) => this.#try("delivery", () => deliver(message))),
-    );
+    const take = (message: SyncMessage) =>
+      this.#try({ stage: "delivery", ...placeOf(message) }, () => deliver(message));
+    this.#try({ stage: "subscribe" }, () => this.driver.subscribe(take));
   }
 
   relay(message: SyncMessage): void {
-    this.#try("publish", () => this.driver.publish(message));
+    this.#try({ stage: "publish", ...placeOf(message) }, () => this.driver.publish(message));
   }
 
   async close(): Promise<void> {
@@ -1895,13 +1912,19 @@ class Backplane {
   }
 
   /** Does one thing with the backplane, whose failures are reported and never thrown. */
-  #try(stage: "subscribe" | "publish" | "delivery", action: () => MaybePromise<void>): void {
+  #try(context: ErrorContext, action: () => MaybePromise<void>): void {
     try {
-      Promise.resolve(action()).catch((error) => this.#reports.report(error, { stage }));
+      Promise.resolve(action()).catch((error) => this.#reports.report(error, context));
     } catch (error) {
-      this.#reports.report(error, { stage });
+      this.#reports.report(error, context);
     }
   }
+}
+
+/** Where a publication goes. */
+function placeOf(message: SyncMessage): Pick<ErrorContext, "namespace" | "topic"> {
+  const { namespace, topic } = Object(message) as SyncMessage; // a driver may deliver anything
+  return { namespace, topic };
 }
 
 // --- Peers, as hooks are given them ---
@@ -3673,7 +3696,7 @@ function notArrived(cause?: unknown): Refusal {
   return new Refusal(
     Object(cause).status === 413 || Object(cause).statusCode === 413 ? 413 : 400,
     "The body did not arrive: a body parser, or a limit of body sizes, stands before this handler",
-    { stage: "body", cause },
+    { context: { stage: "body" }, cause },
   );
 }
 
@@ -3949,23 +3972,20 @@ class Refusal extends Error {
   readonly status: number;
   readonly headers: Record<string, string>;
   readonly closeCode: number | undefined;
-  /** Whoever runs the server is to be told, too: what failed, and in which hook. */
-  readonly stage: ErrorContext["stage"] | undefined;
-  readonly hook: string | undefined;
+  /** Whoever runs the server is to be told, too. */
+  readonly context: ErrorContext | undefined;
 
-  constructor(status: number, message: string, { closeCode, headers = {}, stage, hook, cause }: {
+  constructor(status: number, message: string, { closeCode, headers = {}, context, cause }: {
     closeCode?: number;
     headers?: Record<string, string>;
-    stage?: ErrorContext["stage"];
-    hook?: string;
+    context?: ErrorContext;
     cause?: unknown;
   } = {}) {
     super(message, { cause });
     this.status = status;
     this.headers = headers;
     this.closeCode = closeCode;
-    this.stage = stage;
-    this.hook = hook;
+    this.context = context;
   }
 
   response(): Response {
@@ -3980,7 +4000,7 @@ class Refusal extends Error {
   }
 }
 
-/** Tells whoever runs the server. */
+/** Tells whoever runs the server: `onError`, or the console where there is none. */
 class Reports {
   readonly #options: SSEOptions;
   readonly #said: Set<string> = new Set();
@@ -3990,18 +4010,8 @@ class Reports {
   }
 
   report(error: unknown, context: ErrorContext): void {
-    const { stage, hook } = context;
     const { onError } = this.#options;
-    if (!onError) {
-      const what = hook === "error"
-        ? "the error hook failed"
-        : hook
-        ? `a hook failed (${hook})`
-        : stage === "request" || stage === "body"
-        ? "a request failed"
-        : `sync ${stage} failed`;
-      return console.error(`[duplex-sse] ${what}:`, error);
-    }
+    if (!onError) return print(error, context);
     try {
       onError.call(this.#options, error, context);
     } catch (failure) { // anybody can bring a report about
@@ -4014,8 +4024,10 @@ class Reports {
     if (!this.#saidBefore(context.stage)) this.report(error, context);
   }
 
-  warnOnce(message: string): void {
-    if (!this.#saidBefore(message)) console.warn(`[duplex-sse] ${message}`);
+  /** What is to be mended in how the server is set up. */
+  warnOnce(message: string, request?: Request): void {
+    if (this.#saidBefore(message)) return;
+    this.report(new Error(message), { stage: "setup", ...request && { request } });
   }
 
   #saidBefore(what: string): boolean {
@@ -4023,6 +4035,19 @@ class Reports {
     this.#said.add(what);
     return before;
   }
+}
+
+/** Says on the console what nobody else wants to hear. */
+function print(error: unknown, { stage, hook }: ErrorContext): void {
+  if (stage === "setup") return console.warn(`[duplex-sse] ${(error as Error).message}`);
+  const what = hook === "error"
+    ? "the error hook failed"
+    : hook
+    ? `a hook failed (${hook})`
+    : stage === "request" || stage === "body"
+    ? "a request failed"
+    : `sync ${stage} failed`;
+  console.error(`[duplex-sse] ${what}:`, error);
 }
 
 function checkSize(size: number, maxMessageSize: number): void {

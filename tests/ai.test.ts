@@ -151,7 +151,7 @@ test("a failure says that it failed, and leaks nothing", async (t) => {
     respond: () => {
       throw new Error("the key is sk-123");
     },
-    onError: (error, { chat }) => void failures.push([error, chat]),
+    onError: (error, { chat }) => void failures.push([error, chat!]),
   });
   const chat = transport(t, url);
   const error = await assertRejects(async () => await read(await send(chat)), Error);

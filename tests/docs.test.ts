@@ -89,7 +89,7 @@ test("README.md's snippets type-check, as do the examples in doc comments", asyn
   const { dir } = t.use(await consumer());
   const snippets = (await blocks("README.md")).filter(({ language }) => language === "ts")
     .map(({ text }) => text);
-  for (const file of ["docs/frameworks.md", "docs/ai.md"]) {
+  for (const file of ["docs/frameworks.md", "docs/ai.md", "docs/operate.md"]) {
     for (const { language, text } of await blocks(file)) {
       if (language === "ts") snippets.push(text);
     }
@@ -103,8 +103,10 @@ test("README.md's snippets type-check, as do the examples in doc comments", asyn
 
 async function typeCheck(dir: string, snippets: string[]): Promise<void> {
   const files = await Promise.all(snippets.map(async (text, i) => {
-    const file = join(dir, `snippet-${i}.ts`);
-    await writeFile(file, `${text}\nexport {};\n`);
+    const [, name = `snippet-${i}.ts`] = /^\/\/ (\S+\.ts)\n/.exec(text) ?? []; // some import each other
+    const file = join(dir, name);
+    const code = text.replaceAll('"duplex-sse/', '"jsr:@duplex/sse/'); // as npm calls it
+    await writeFile(file, `${code}\nexport {};\n`);
     return file;
   }));
   const { code, out } = await output(["check", ...files]);

@@ -1,8 +1,7 @@
 /** Each recipe of docs/recipes.md, as it stands there: in Chromium, in vitest, by curl, or here. */
 import { execFile, spawn } from "node:child_process";
-import { mkdir, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { dirname, join } from "node:path";
+import { readFile, writeFile } from "node:fs/promises";
+import { join } from "node:path";
 import { promisify } from "node:util";
 import { type SSEAdapter, sseAdapter } from "../server.ts";
 import { esbuild } from "./bundle.ts";
@@ -21,31 +20,12 @@ import {
   until,
 } from "./harness.ts";
 import { connect, listen, shutDown } from "./pair.ts";
+import { project, recipeOf } from "./project.ts";
 
 const browser = await startChromium();
 const skip = needs("chromium");
 
-/** The recipe in a file of this name. */
-async function recipe(name: string): Promise<string> {
-  const text = await readFile(join(root, "docs/recipes.md"), "utf8");
-  const found = [...text.matchAll(/^```\w+\n([^]*?)^```$/gm)].map((match) => match[1]!)
-    .filter((code) => code.startsWith(`// ${name}\n`));
-  assertEquals(found.length, 1, name);
-  return found[0]!;
-}
-
-/** A folder with these files, in which packages are those of this checkout, and ours is it. */
-async function project(t: TestContext, files: Record<string, string>): Promise<string> {
-  const folder = await mkdtemp(join(tmpdir(), "duplex-recipe-"));
-  t.defer(() => rm(folder, { recursive: true }));
-  for (const [name, text] of Object.entries(files)) {
-    await mkdir(dirname(join(folder, name)), { recursive: true });
-    const code = text.replace(/"duplex-sse\/(\w+)"/g, (_, entry) => `"${root}/${entry}.ts"`);
-    await writeFile(join(folder, name), code);
-  }
-  await symlink(join(root, "node_modules"), join(folder, "node_modules"));
-  return folder;
-}
+const recipe = (name: string) => recipeOf("docs/recipes.md", name);
 
 const echo = () => {
   const seen = { opened: 0, codes: [] as number[] };
