@@ -2363,6 +2363,7 @@ abstract class Session {
 
   /** A poll has its answer. "Between polls the session is away, as after a lost connection." */
   #endTurn(connection: Connection): void {
+    if (connection !== this.connection) return; // the runtime has told its loss in the write
     connection.end();
     this.connection = undefined;
     this.become(this.isOpen ? "away" : "closing away");
@@ -2508,7 +2509,8 @@ abstract class Session {
 
   #closeIsOut(): void {
     if (this.isOver) return this.release();
-    this.connection!.end();
+    if (!this.connection) return; // the runtime has told its loss while it was written to
+    this.connection.end();
     this.connection = undefined;
     this.become("closing away");
     this.afterClose();
