@@ -8,6 +8,7 @@ import {
   assertThrows,
   deferred,
   once,
+  runtime,
   sleep,
   test,
   until,
@@ -425,6 +426,33 @@ for (const target of ours) {
     socket.send("x");
     assertEquals(told(await once<CloseEvent>(socket, "close")), failed);
     assertEquals(events, ["error", "close"]);
+  });
+}
+
+for (const transport of ["post", "stream", "duplex"] as const) {
+  test(`after a message that is too large the next sockets of the process open, and hear (${transport})`, async (t) => {
+    const url = await serveSSE(t, {
+      maxMessageSize: 1_000,
+      hooks: { message: (peer, message) => void peer.send(message.text()) },
+    });
+    // Its answer comes before the body is through: what is left may be no part of the next request.
+    // Of 4 MB, more is left than is read and dropped; Deno's sanitizer takes that for a leak until
+    // it is collected.
+    for (const size of [2_000, runtime === "deno" ? 900_000 : 4_000_000]) {
+      const socket = connect(t, url, { transport });
+      await once(socket, "open");
+      socket.send("x".repeat(size));
+      assertEquals((await once<CloseEvent>(socket, "close")).code, 1009, `${size}`);
+      for (let n = 0; n < 2; n++) {
+        const next = connect(t, url, { transport });
+        const heard = messages(next, 1);
+        await once(next, "open");
+        next.send(`after ${size}`);
+        assertEquals(await heard, [`after ${size}`]);
+        next.close();
+        assert((await once<CloseEvent>(next, "close")).wasClean);
+      }
+    }
   });
 }
 
