@@ -945,6 +945,7 @@ test("close hooks that publish are called once each, also where that ends thousa
   const errors: unknown[] = [];
   const ws = sseAdapter({
     maxBufferedAmount: 10,
+    resumeTimeout: 1_000, // so long a shutdown waits for them, to tell them why
     hooks: {
       open(peer) {
         opened++;
