@@ -111,6 +111,8 @@ interface Limbo {
   readonly since: number;
   readonly answer: { readonly head: StateHead; readonly state: Bytes };
   readonly end: PromiseWithResolvers<void>;
+  /** Since it became too old to be taken back, by ticks. */
+  overdue: number;
 }
 
 // --- Moves ---
@@ -292,7 +294,8 @@ export class Moves<Message> {
   #giveAway(head: StateHead, to: string, state: Bytes): void {
     const { id, session } = head;
     const end = Promise.withResolvers<void>();
-    this.#limbos.set(session, { id, session, to, since: head.time, answer: { head, state }, end });
+    const answer = { head, state };
+    this.#limbos.set(session, { id, session, to, since: head.time, answer, end, overdue: 0 });
     this.#mover.send(to, head, state);
   }
 
@@ -313,6 +316,7 @@ export class Moves<Message> {
   #onTaken({ id, session, yes }: { id: string; session: string; yes: boolean }): void {
     const limbo = this.#limbos.get(session);
     if (limbo?.id !== id) return;
+    if (!yes && limbo.overdue) return; // its taker may have forgotten
     this.#limbos.delete(session);
     if (yes) {
       this.#moved.set(session, limbo.to, this.#mover.now());
@@ -356,7 +360,9 @@ export class Moves<Message> {
     }
     for (const limbo of [...this.#limbos.values()]) {
       if (!this.#isOld(limbo.since)) this.#inquire(limbo);
-      else { // nobody takes it any more, and neither do we: the taker may have it
+      else if ((limbo.overdue += period) > this.#timeout) {
+        // Nobody takes it any more, and neither do we: the taker may have it. If this process was
+        // frozen meanwhile, it has had time to read what it was told.
         this.#limbos.delete(limbo.session);
         this.#mover.release(limbo.session, "lost");
         limbo.end.resolve();

@@ -2201,7 +2201,7 @@ abstract class Session {
   }
 
   /** It is packed, for another instance. */
-  protected get isAway(): boolean {
+  protected get isPacked(): boolean {
     return this.#phase === "limbo";
   }
 
@@ -2268,6 +2268,7 @@ abstract class Session {
     if (connection !== this.connection) return; // a newer one has taken over
     this.connection = undefined;
     if (this.isOver) return this.release();
+    if (this.isPacked) return;
     if (this.isOpen) this.host.tally.drops++;
     this.become(this.isOpen ? "away" : "closing away");
     this.deadline = Math.min(this.deadline, clock() + this.patience);
@@ -2334,7 +2335,7 @@ abstract class Session {
   flush(): void {
     this.#flush = "none";
     const { connection, outbox } = this;
-    if (!connection?.asked) {
+    if (!connection?.asked || this.isPacked) {
       this.#clogged ||= this.bufferedAmount > 0;
       return;
     }
@@ -2628,8 +2629,7 @@ class FullSession extends Session implements Receiver {
       ...{ id, context, protocol, topics: [...this.topics], heartbeatInterval },
       ...{ received: uplink.received, handled: uplink.handled, firstUnacked, nextUngiven, frames },
     };
-    this.connection?.end();
-    this.connection = undefined;
+    // The connection stays, though nothing more goes over it: a platform freezes who has none.
     this.uplink.release();
     this.become("limbo");
     this.wake();
@@ -2658,6 +2658,8 @@ class FullSession extends Session implements Receiver {
 
   /** Nobody has taken it: it waits for its client, as after a lost connection. */
   restore(): void {
+    this.connection?.end();
+    this.connection = undefined;
     this.become("away");
     this.deadline = clock() + this.patience;
   }
@@ -2770,7 +2772,7 @@ class FullSession extends Session implements Receiver {
 
   receive(type: string, payload: Bytes, size: number): void {
     // Sent again, it finds the session wherever that is.
-    if (this.isAway) throw new Refusal(503, "The session moves");
+    if (this.isPacked) throw new Refusal(503, "The session moves");
     if (type === "CLOSE") return this.#receiveClose(payload);
     if (!this.isOpen && !(this.ending?.delivers && !this.isOver)) {
       this.uplink.received++; // counted, so that the client can finish
