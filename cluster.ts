@@ -45,7 +45,7 @@ const RESERVED = "\0";
 const NAMESPACE = "\0duplex";
 /** Addressed to every instance; and what may be. */
 const ALL = "*";
-const TO_ALL: Set<string> = new Set(["publication", "present", "bye"]);
+const TO_ALL: Set<string> = new Set(["publication", "present", "bye", "where"]);
 
 /** A fragment begins with the version, the id of its message, its index and how many there are. */
 const ID_SIZE = 16;
@@ -113,6 +113,8 @@ const GONE = 12_000;
 const MAX_INSTANCES = 10_000;
 /** Of so many the publications are counted: all counts go along with each session that moves. */
 const MAX_COUNTED = 1_000;
+/** How long an instance has to answer for a session that may have left it, before all are asked, in ms. */
+const WHERE_AFTER = 300;
 /** How often a request may be sent on, by instances that know where its session has gone. */
 const MAX_REDIRECTIONS = 4;
 
@@ -156,6 +158,7 @@ type Head =
   | { kind: "present"; instance: string; commitment: string }
   | { kind: "bye"; instance: string; secret: string }
   | { kind: "moved"; id: string; to: string }
+  | WhereHead
   | RequestHead
   | AnswerHead
   | { kind: "credit"; id: string; got: number; ask: boolean }
@@ -171,6 +174,14 @@ interface PublicationHead {
   binary: boolean;
   from?: string;
   n?: number;
+}
+
+/** Asks all for a session whose instance says nothing: it may be frozen, and the session elsewhere. */
+interface WhereHead {
+  kind: "where";
+  id: string;
+  session: string;
+  from: string;
 }
 
 /** What an instance received for another's session. */
@@ -357,7 +368,18 @@ class Router implements RoutingDriver {
     const owner = this.#ownerOf(token, session);
     if (this.#presence.isGone(owner)) return;
     this.#startTimer();
-    await this.#migration.adopt(token, session, owner, claim, take);
+    const adopting = this.#migration.adopt(token, session, owner, claim, take);
+    const id = this.#migration.moves.asking(session);
+    const late = id !== undefined && this.#askAllLater(id, session, await keyOf(token));
+    await adopting.finally(() => clearTimeout(late || undefined));
+  }
+
+  /** A session can have left an instance that is frozen since: who has it says so. */
+  #askAllLater(id: string, session: string, key: CryptoKey): ReturnType<typeof setTimeout> {
+    const head: Head = { kind: "where", id, session, from: this.#instance };
+    return setTimeout(() => {
+      if (this.#host.movable && !this.#bus.busy) this.#send(ALL, key, head);
+    }, Math.min(WHERE_AFTER, this.#timeout / 2));
   }
 
   async settled(token: string): Promise<void> {
@@ -372,6 +394,8 @@ class Router implements RoutingDriver {
   async route(request: Request, token: string, namespace: string): Promise<Response> {
     try {
       const session = await nameOf(token);
+      await this.#settled(session); // another request may just have asked for it
+      if (this.#host.owns(token)) return await this.#host.fetch(request, namespace);
       const owner = this.#ownerOf(token, session);
       // It may come back, or be where it was sent.
       if (this.#migration.moves.moving(session)) return unavailable();
@@ -428,10 +452,11 @@ class Router implements RoutingDriver {
       this.#report(context, new Error(`No answer from instance ${instance}`));
       relay.end();
     }, this.#timeout);
+    const unheard = this.#askAllLater(id, session, key);
     this.#relays.set(id, relay);
     this.#startTimer();
     if (!this.#subscription.await(id, body.length, go)) relay.end();
-    return await relay.response.finally(() => clearTimeout(late));
+    return await relay.response.finally(() => [late, unheard].forEach(clearTimeout));
   }
 
   // --- As the instance that owns the session ---
@@ -448,8 +473,6 @@ class Router implements RoutingDriver {
       throw new Error(`A request on the backplane is replayed, or clocks differ: ${seconds} s`);
     }
     if (this.#closed) return; // silence is 503 there
-    this.#replays.check(head);
-    this.#startTimer(); // to forget it, though nothing is relayed
     // "A request for a session that is on its way waits" until it is known where it is.
     await this.#settled(head.session);
     if (this.#migration.moves.moving(head.session)) return; // silence is 503 there
@@ -457,6 +480,8 @@ class Router implements RoutingDriver {
     if (to !== undefined && !this.#host.has(known.token)) {
       return void await this.#send(head.from, key, { kind: "moved", id: head.id, to });
     }
+    this.#replays.check(head);
+    this.#startTimer(); // to forget it, though nothing is relayed
     await this.#answer(head, key, await this.#serveHere(head, known.token, message.body));
   }
 
@@ -505,6 +530,15 @@ class Router implements RoutingDriver {
   }
 
   // --- Sessions that move ---
+
+  /** "Whoever has the session answers moved", and nobody else. */
+  async #onWhere(message: Incoming, { id, session, from }: WhereHead): Promise<void> {
+    const known = await this.#names.find(session);
+    if (!known || from === this.#instance || !this.#host.owns(known.token)) return;
+    const key = await (known.key ??= keyOf(known.token));
+    await authenticate(key, message);
+    await this.#send(from, key, { kind: "moved", id, to: this.#instance });
+  }
 
   async #onMove(message: Incoming, head: MoveHead): Promise<void> {
     if (head.kind === "adopt") {
@@ -586,6 +620,8 @@ class Router implements RoutingDriver {
       case "have":
       case "taken":
         return await this.#onMove(message, head);
+      case "where":
+        return await this.#onWhere(message, head);
       case "request":
         return await this.#serve(message, head);
       case "unknown":
@@ -595,6 +631,7 @@ class Router implements RoutingDriver {
       case "moved":
       case "alive": {
         const relay = this.#relays.get(head.id);
+        if (!relay && head.kind === "moved") return await this.#migration.redirect(message, head);
         if (!relay) return; // ended meanwhile
         await authenticate(relay.key, message);
         this.#presence.heard(relay.owner);
@@ -711,7 +748,7 @@ class Relay {
 
   /** The owner says that another instance has the session. */
   redirect(to: string): void {
-    if (this.#phase !== "asking" && this.#phase !== "doubted") return;
+    if (this.#phase !== "asking" && this.#phase !== "doubted" || to === this.owner) return;
     if (++this.#redirections > MAX_REDIRECTIONS) return this.end();
     this.owner = to;
     this.#line.again();
@@ -1074,6 +1111,15 @@ class Migration implements Mover<SyncMessage> {
     await authenticate(await keyOf(token), message);
     const here = head.kind === "state" && head.status === "here";
     this.moves.receive(head, here ? await unseal(token, message.body) : EMPTY);
+  }
+
+  /** All were asked for a session: who has it says so. */
+  async redirect(message: Incoming, { id, to }: { id: string; to: string }): Promise<void> {
+    const session = this.moves.sessionOf(id);
+    const token = session !== undefined && this.#asked.get(session)?.token;
+    if (!token) return;
+    await authenticate(await keyOf(token), message);
+    this.moves.redirect(id, to);
   }
 
   #remember(session: string, token: string): void {
@@ -1615,7 +1661,8 @@ function isHead(head: unknown): head is Head {
   if (kind === "present") return isInstance(instance) && typeof commitment === "string";
   if (kind === "bye") return isInstance(instance) && typeof secret === "string";
   if (typeof id !== "string" || !/^[0-9a-f]{32}$/.test(id)) return false;
-  const names = ["request", "adopt", "state", "adopted", "have", "taken"].includes(kind as string);
+  const names = ["request", "where", "adopt", "state", "adopted", "have", "taken"]
+    .includes(kind as string);
   if (names && (typeof session !== "string" || !isInstance(from))) return false;
   return kind !== "request" || typeof time === "number";
 }

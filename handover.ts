@@ -91,6 +91,8 @@ export interface Mover<Message> {
 /** A session that this instance has asked for. */
 interface Adoption<Message> {
   id: string;
+  /** Who is asked. */
+  owner: string;
   readonly session: string;
   readonly claim: Claim;
   hops: number;
@@ -173,6 +175,7 @@ export class Moves<Message> {
     const end = Promise.withResolvers<void>();
     const adoption = {
       id: "",
+      owner,
       session,
       claim,
       hops: 0,
@@ -187,6 +190,7 @@ export class Moves<Message> {
   }
 
   #ask(adoption: Adoption<Message>, owner: string): void {
+    adoption.owner = owner;
     const { session, claim } = adoption;
     adoption.id = crypto.randomUUID().replaceAll("-", "");
     const { id } = adoption;
@@ -195,11 +199,33 @@ export class Moves<Message> {
     this.#mover.send(owner, { kind: "adopt", id, from, session, time, ...claim });
   }
 
+  /** The id by which the session has been asked for, and is waited for. */
+  asking(session: string): string | undefined {
+    return this.#adoptions.get(session)?.id;
+  }
+
+  /** And the session of such an id. */
+  sessionOf(id: string): string | undefined {
+    return this.#byId(id)?.session;
+  }
+
+  #byId(id: string): Adoption<Message> | undefined {
+    for (const adoption of this.#adoptions.values()) {
+      if (adoption.id === id && !adoption.arrived) return adoption;
+    }
+  }
+
   /** Anyone may say that nobody knows the session: then it is not waited for. */
   unknown(id: string): void {
-    for (const adoption of this.#adoptions.values()) {
-      if (adoption.id === id && !adoption.arrived) this.#end(adoption);
-    }
+    const adoption = this.#byId(id);
+    if (adoption) this.#end(adoption);
+  }
+
+  /** Another instance than the one that was asked has the session. */
+  redirect(id: string, to: string): void {
+    const adoption = this.#byId(id);
+    if (!adoption || [this.#instance, adoption.owner].includes(to)) return;
+    if (adoption.hops++ < MAX_HOPS) this.#ask(adoption, to);
   }
 
   /** A publication has been delivered here. */

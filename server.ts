@@ -892,7 +892,9 @@ class Requests {
     const { namespace } = admission;
     await router.settled(token);
     const resumes = attempt !== undefined && lastEventId !== undefined;
-    if (resumes && isMovable(admission.hooks) && this.#registry.adopts(token)) {
+    const movable = isMovable(admission.hooks);
+    if (movable) this.#registry.movable = true;
+    if (resumes && movable && this.#registry.adopts(token)) {
       const claim = { attempt, received: lastEventId, namespace };
       this.#registry.movable = true; // what is published while it is on its way must not be lost
       await router.adopt(token, claim, (packed, missed) => {
