@@ -263,6 +263,7 @@ class Router implements RoutingDriver {
   readonly #replays: Replays = new Replays();
   readonly #subscription: Subscription;
   readonly #presence: Presence;
+  readonly #searches: Searches;
   #migration!: Migration;
   /** What came in and is not done with. */
   readonly #work: Set<Promise<void>> = new Set();
@@ -276,6 +277,10 @@ class Router implements RoutingDriver {
     this.#report = limited((context, error) => this.#host.report(error, context));
     this.#bus = new Bus(driver, maxPayload, timeout);
     this.#presence = new Presence(instance, (head) => this.#tellAll(head));
+    this.#searches = new Searches(Math.min(WHERE_AFTER, timeout / 2), (key, id, session) => {
+      if (!this.#host.movable || this.#bus.busy) return;
+      this.#send(ALL, key, { kind: "where", id, session, from: instance });
+    });
     this.#subscription = new Subscription(
       driver,
       this.#report,
@@ -337,6 +342,7 @@ class Router implements RoutingDriver {
     this.#closed = true;
     if (this.#subscription.stands) this.#presence.leave();
     clearInterval(this.#timer);
+    this.#searches.end();
     this.#subscription.end();
     for (const relay of this.#relays.values()) relay.end();
     for (const served of this.#served.values()) served.cancel();
@@ -370,16 +376,9 @@ class Router implements RoutingDriver {
     this.#startTimer();
     const adopting = this.#migration.adopt(token, session, owner, claim, take);
     const id = this.#migration.moves.asking(session);
-    const late = id !== undefined && this.#askAllLater(id, session, await keyOf(token));
-    await adopting.finally(() => clearTimeout(late || undefined));
-  }
-
-  /** A session can have left an instance that is frozen since: who has it says so. */
-  #askAllLater(id: string, session: string, key: CryptoKey): ReturnType<typeof setTimeout> {
-    const head: Head = { kind: "where", id, session, from: this.#instance };
-    return setTimeout(() => {
-      if (this.#host.movable && !this.#bus.busy) this.#send(ALL, key, head);
-    }, Math.min(WHERE_AFTER, this.#timeout / 2));
+    const heard = id !== undefined && this.#searches.begin(id, session, await keyOf(token));
+    await adopting;
+    if (heard) heard();
   }
 
   async settled(token: string): Promise<void> {
@@ -452,11 +451,14 @@ class Router implements RoutingDriver {
       this.#report(context, new Error(`No answer from instance ${instance}`));
       relay.end();
     }, this.#timeout);
-    const unheard = this.#askAllLater(id, session, key);
+    const heard = this.#searches.begin(id, session, key);
     this.#relays.set(id, relay);
     this.#startTimer();
     if (!this.#subscription.await(id, body.length, go)) relay.end();
-    return await relay.response.finally(() => [late, unheard].forEach(clearTimeout));
+    return await relay.response.finally(() => {
+      clearTimeout(late);
+      heard();
+    });
   }
 
   // --- As the instance that owns the session ---
@@ -685,6 +687,39 @@ interface Line {
   /** Sends the request again, to another owner. */
   again(): void;
   forget(): void;
+}
+
+/** A session can have left an instance that is frozen since: all are asked, and who has it says so. */
+class Searches {
+  readonly #ask: (key: CryptoKey, id: string, session: string) => void;
+  readonly #after: number;
+  readonly #waits: Set<() => void> = new Set();
+  #ended = false;
+
+  constructor(after: number, ask: (key: CryptoKey, id: string, session: string) => void) {
+    this.#after = after;
+    this.#ask = ask;
+  }
+
+  /** An instance was asked for the session: returns what is to be called when it has answered. */
+  begin(id: string, session: string, key: CryptoKey): () => void {
+    const timer = setTimeout(() => {
+      this.#waits.delete(heard);
+      this.#ask(key, id, session);
+    }, this.#after);
+    const heard = () => {
+      clearTimeout(timer);
+      this.#waits.delete(heard);
+    };
+    this.#waits.add(heard);
+    if (this.#ended) heard();
+    return heard;
+  }
+
+  end(): void {
+    this.#ended = true;
+    for (const heard of this.#waits) heard();
+  }
 }
 
 /** Where a relayed request stands: asking → doubted → streaming → ended; steps may be left out. */

@@ -893,10 +893,9 @@ class Requests {
     await router.settled(token);
     const resumes = attempt !== undefined && lastEventId !== undefined;
     const movable = isMovable(admission.hooks);
-    if (movable) this.#registry.movable = true;
+    if (movable) this.#registry.movable = true; // what is published meanwhile must not be lost
     if (resumes && movable && this.#registry.adopts(token)) {
       const claim = { attempt, received: lastEventId, namespace };
-      this.#registry.movable = true; // what is published while it is on its way must not be lost
       await router.adopt(token, claim, (packed, missed) => {
         this.#adopt(asked, admission, packed, missed);
       });

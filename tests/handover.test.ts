@@ -348,6 +348,36 @@ test("a session that got lost on its way comes back, and goes on", async (t) => 
   assertGreater(lost.have, 5);
 }, { timeout: 15_000 });
 
+test("a session is found though the instance that knows where it has gone is frozen", async (t) => {
+  const ids: string[] = [];
+  let frozen = "";
+  const bus = new MemoryBus(t, { fault: ({ topic }) => topic === frozen ? [] : [0] });
+  const fleet = await start(t, (context) => {
+    ids.push(context.id);
+    return bus.adapter(context);
+  }, { count: 4 });
+  const front = await network(t, fleet);
+  const { socket, messages, opened, events } = connect(t, front.url, { transport: "post" });
+  await opened;
+  for (const at of [1, 2]) { // where each knows the next
+    fleet.proxy.choose = () => at;
+    front.cutAll("rst");
+    await until(() => fleet.told.includes(`revive ${at}`));
+  }
+  frozen = ids[1]!;
+  socket.send("a");
+  fleet.proxy.choose = () => 3; // which asks 0, which says 1
+  assertEquals(await messages.next(), "a 1 at 2");
+  fleet.proxy.choose = ({ method }) => method === "GET" ? 0 : 3;
+  front.cutAll("rst");
+  await until(() => fleet.told.includes("revive 0"));
+  socket.send("b");
+  assertEquals(await messages.next(), "b 2 at 0");
+  socket.close();
+  await until(() => fleet.told.includes("close 0 1005"));
+  assertEquals(events.filter((type) => type === "error"), []);
+}, { timeout: 30_000 });
+
 test("at a shutdown sessions go to other instances, and no client sees a close", async (t) => {
   const bus = new MemoryBus(t);
   const fleet = await start(t, bus.adapter);
