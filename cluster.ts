@@ -438,9 +438,8 @@ class Router implements RoutingDriver {
       },
       again: () => void (relay.owner === this.#instance ? here() : go()),
     });
-    const from = this.#instance;
     const head: RequestHead = {
-      ...{ kind: "request", id, from, session, time: Date.now() },
+      ...{ kind: "request", id, from: this.#instance, session, time: Date.now() },
       ...{ method, headers, namespace },
     } as const;
     const go = async () => await this.#send(relay.owner, key, head, body) || relay.end();
