@@ -80,8 +80,20 @@ const TRIAL_TIMEOUT_MS = 1_500;
 /** When a stream is tried after polls: at first, where it may have been the network, and at most. */
 const TRIAL_AFTER_MS = 30_000;
 const UNSURE_TRIAL_AFTER_MS = 5_000;
-/** After that we say what may be the matter. */
-const WARN_AFTER_MS = 5_000;
+/** After that we say what may be the matter, and make room. */
+const SILENCE_MS = 2_000;
+/**
+ * Event streams that an origin has at once in all tabs over HTTP/1.1, where browsers allow 6
+ * connections. The first is for pages that are seen; the last is shared, whoever has it.
+ */
+const SEEN_SLOTS = [0, 1, 2, 3, 4];
+const HIDDEN_SLOTS = [4, 3, 2, 1];
+const LAST_SLOT = 4;
+/** How long a stream is held at least while another tab waits, and how soon all have had theirs. */
+const MIN_TURN_MS = 1_000;
+const ROUND_MS = 5_000;
+/** For what the server says at first; then the next tab opens. */
+const OPENING_TURN_MS = 100;
 /** Besides 1 s for every 8 KiB. */
 const POST_TIMEOUT_MS = 6_000;
 /** So long the uplink may fail before that counts as a lost connection. */
@@ -118,7 +130,7 @@ const MAX_LEARNED = 100;
 /** It may have been the network, and not something in front of the server. */
 const LEARNED_FOR_MS = 600_000;
 
-const DOES_NOT_ANSWER = "does not answer. Over HTTP/1.1 all tabs share 6 connections: serve HTTP/2";
+const KEEPS_WAITING = "keeps us waiting. Over HTTP/1.1 all tabs share 6 connections: serve HTTP/2";
 /** Requests in a row of which nothing was taken before we say so: a proxy may have repeated one. */
 const DOUBT = 2;
 const TOOK_NOTHING =
@@ -260,6 +272,29 @@ interface Kept {
   dispatched: number;
   outbox: KeptOutbox;
 }
+
+/** Web Locks, as far as they are used: what a page of a secure context has. */
+interface Locks {
+  request(name: string, options: object, granted: () => unknown): Promise<unknown>;
+  query(): Promise<{ pending: { name: string }[] }>;
+}
+
+/** One of the few event streams that all tabs may have. */
+interface Slot {
+  readonly index: number;
+  /** By our clock, when its first connection was told the server's terms. */
+  since?: number;
+  /** Who has waited for too long has taken it. */
+  isStolen?: true;
+  free(): void;
+}
+
+/**
+ * Why there is to be another connection. "turn": the last one was a poll that has been answered;
+ * "held": a stream whose events did not come; "renewed": the old one goes on until the next is
+ * answered; "shared": it was given up to another tab. None of these is a loss.
+ */
+type Reason = "lost" | "held" | "turn" | "renewed" | "shared";
 
 /** What a `close` event tells. */
 type Verdict = [code: number, reason: string, wasClean: boolean];
@@ -475,6 +510,14 @@ export class WebSocketSSE extends EventTarget {
    */
   get resumed(): boolean {
     return this.#parts.keeper.hasTakenOver;
+  }
+
+  /**
+   * Whether the event stream waits for its turn: over HTTP/1.1 all tabs share 5. Meanwhile nothing
+   * comes; what is sent goes. Not of the standard.
+   */
+  get isWaiting(): boolean {
+    return !!this.#course.link.slots.wait;
   }
 
   /** Counts since the beginning. Not of the standard. */
@@ -935,7 +978,7 @@ interface LinkHost extends EventHost {
 }
 
 /** One connection after the other, until the session ends. */
-class Link implements Carrier, EventTaker {
+class Link implements Carrier, EventTaker, Holder {
   readonly #session: Session;
   readonly #inbox: Inbox;
   readonly #receipts: Receipts;
@@ -946,6 +989,7 @@ class Link implements Carrier, EventTaker {
   readonly #host: LinkHost;
   readonly uplink: Uplink;
   readonly #events: Events;
+  readonly slots: Slots;
 
   #connection: Exchange | undefined;
   /** The connection that is being renewed, until the next one is answered. */
@@ -954,8 +998,6 @@ class Link implements Carrier, EventTaker {
   #retries = 0;
   /** How often the stream was damaged: once is resumed, twice is the end. */
   #damages = 0;
-  #ticker: ReturnType<typeof setInterval> | undefined;
-  #ticks = 0;
   /** Of the first events of a connection. */
   #deadline: ReturnType<typeof setTimeout> | undefined;
   /** Of an opening that has been answered. */
@@ -972,6 +1014,7 @@ class Link implements Carrier, EventTaker {
     this.#host = host;
     this.uplink = new Uplink(parts, this, host);
     this.#events = new Events(parts, this.uplink, this, host);
+    this.slots = new Slots(parts, this);
   }
 
   /** The life of the session. */
@@ -981,11 +1024,11 @@ class Link implements Carrier, EventTaker {
       for (;;) {
         await this.#read(connection);
         if (this.uplink.wasTooLong(connection)) this.#host.onRenewal(); // our doing, and our secret
-        const { isPoll, hasBegun, isHeld, successor } = connection;
-        const isOurs = isPoll && hasBegun || isHeld || successor; // ended by us, or as was agreed
+        const { isPoll, hasBegun, ended, successor } = connection;
+        const why = isPoll && hasBegun ? "turn" : ended ?? "lost";
+        const isOurs = successor || why !== "lost"; // ended by us, or as was agreed
         if (isOurs ? this.#session.isEnding : !this.#host.onBreak()) return;
-        connection = await (successor ??
-          this.#resume(isPoll && hasBegun ? "turn" : isHeld ? "held" : "lost"));
+        connection = await (successor ?? this.#resume(why));
       }
     } catch {
       // Whatever it was, the page learns no more of it than of a failed WebSocket. Once the server's
@@ -1034,13 +1077,24 @@ class Link implements Carrier, EventTaker {
     old.successor.catch(() => {}); // `run` waits for it, if it still runs
   }
 
+  /** Lets another tab have the stream for a while; what goes up goes on. False: not now. */
+  giveWay(): boolean {
+    const connection = this.#connection;
+    if (!connection?.hasBegun || connection.isMidway || !this.#session.mayRenew) return false;
+    this.#host.onRenewal();
+    connection.ended = "shared";
+    connection.end();
+    return true;
+  }
+
   /** Not at once all the same: uplink requests may get through where no stream does. */
   onHeard(): void {
     this.#retries = Math.min(this.#retries, 1);
   }
 
   end(): void {
-    clearInterval(this.#ticker);
+    this.#events.end();
+    this.slots.end();
     clearTimeout(this.#deadline);
     clearTimeout(this.#limit);
     this.hangUp();
@@ -1052,20 +1106,16 @@ class Link implements Carrier, EventTaker {
   async #takeOver(): Promise<Exchange | undefined> {
     const kept = this.#keeper.take();
     if (kept) {
-      this.#restore(kept); // at once: this page may be left, too
+      this.#host.onProgress(-this.#keeper.restore(kept)); // at once: this page may be left, too
       try {
         if (await this.#keeper.claim(kept.id)) return await this.#resume("lost");
       } catch {
         this.hangUp(); // refused, or too late
       }
       if (this.#session.isOver) return;
-      this.#restore();
+      this.#host.onProgress(-this.#keeper.restore());
     }
     this.#keeper.claim();
-  }
-
-  #restore(kept?: Kept): void {
-    this.#host.onProgress(-this.#keeper.restore(kept));
   }
 
   /** Leaves the session to the next page, or to this one, if it comes back. False: it cannot be. */
@@ -1073,6 +1123,7 @@ class Link implements Carrier, EventTaker {
     this.#rewind();
     if (!this.#keeper.keep()) return false;
     this.uplink.leave();
+    this.slots.end();
     this.hangUp();
     return true;
   }
@@ -1098,7 +1149,8 @@ class Link implements Carrier, EventTaker {
       if (transports.current === "duplex") transports.leave("stream");
     }
     if (!transports.polls) {
-      const connection = await this.#connect(headers, OPEN_TIMEOUT_MS, FIRST_EVENT_TIMEOUT_MS);
+      const patience = FIRST_EVENT_TIMEOUT_MS * (this.slots.isBlind ? 2 : 1);
+      const connection = await this.#connect(headers, OPEN_TIMEOUT_MS, patience);
       if (!connection.isUnanswered) return this.#accept(connection);
       transports.descend(true);
     }
@@ -1119,12 +1171,13 @@ class Link implements Carrier, EventTaker {
     answerTimeout?: number,
     isPatient = false,
   ): Promise<Exchange> {
-    await this.#keeper.untilAwake();
+    const slot = await this.slots.take(this.#old);
     if (this.#session.isEnding) throw new Error("Closed");
     const isPoll = this.#transports.polls;
     const connection = this.#connection = this.#transports.current === "duplex"
       ? this.uplink.exchange(frame("PING", EMPTY))
       : new Exchange(undefined, isPoll);
+    connection.slot = slot;
     connection.position = this.#receipts.confirmable;
     connection.endIn(patience);
     await this.#requests.ask(connection, {
@@ -1158,6 +1211,7 @@ class Link implements Carrier, EventTaker {
     this.#session.level = PLAIN;
     this.#session.token = connection.header(TOKEN_HEADER);
     connection.body?.finish();
+    connection.slot?.free(); // it cannot be given up for a while
     this.#transports.settle("post");
     if (this.#session.token || !this.#host.sends) this.openPlain();
     return connection;
@@ -1168,8 +1222,8 @@ class Link implements Carrier, EventTaker {
     clearTimeout(this.#deadline);
     this.#deadline = setTimeout(() => {
       if (connection !== this.#connection) return;
-      connection.isHeld = !connection.isPoll;
-      if (connection.isHeld) this.#transports.descend(true);
+      connection.ended = connection.isPoll ? undefined : "held";
+      if (connection.ended) this.#transports.descend(true);
       connection.end();
     }, patience);
     return connection;
@@ -1195,6 +1249,7 @@ class Link implements Carrier, EventTaker {
     const parser = this.#events.parser(() => connection === this.current);
     // Left to itself, Deno's decoder drops a mark in mid-stream that comes byte by byte.
     const text = new TextDecoder("utf-8", { ignoreBOM: true });
+    const { position } = connection;
     let first = true;
     try {
       for (;;) {
@@ -1210,6 +1265,7 @@ class Link implements Carrier, EventTaker {
         parser.push(first && decoded[0] === "\uFEFF" ? decoded.slice(1) : decoded);
         first &&= !decoded;
         if (parser.partial > MAX_EVENT_CHARACTERS) this.#host.onFail();
+        connection.isMidway = !!parser.partial && connection.position === position;
         const { length } = value; // whose buffer the next reading takes
         // The next chunk waits until this one is dispatched.
         if (this.#inbox.isBehind) await this.#inbox.dispatch();
@@ -1246,14 +1302,14 @@ class Link implements Carrier, EventTaker {
     this.#connection!.hasBegun = true;
     this.#transports.onEvent(this.#connection!.isPoll);
     this.#receipts.settle(this.#connection!.position);
-    clearInterval(this.#ticker);
-    this.#ticker = setInterval(() => this.#tick(), heartbeatInterval / TICKS);
+    this.#events.watch(heartbeatInterval);
     if (isOpening) this.#opened(terms.protocol);
     else this.#pauses.wake(); // the network is back
     this.uplink.begin(this.#connection!);
     const isBack = wasLost || this.#session.phase === "renewing";
     if (isBack && !isOpening) this.#host.onResume(); // which asks whether anything goes up
     this.uplink.confirm(received, handled);
+    this.slots.onBegin();
   }
 
   onNews(): void {
@@ -1271,25 +1327,10 @@ class Link implements Carrier, EventTaker {
     this.#pauses.wake(); // a poll may wait
   }
 
-  /** One ticker: streams that went quiet, and keep-alive of ours. */
-  #tick(): void {
-    const connection = this.current;
-    if (connection?.reader) {
-      this.#retries = 0;
-      // Not while the page is behind: then nothing is read.
-      const mayBeQuiet = ticksOfPatience(this.#session.terms!);
-      if (!this.#inbox.isBehind && ++connection.quietTicks > mayBeQuiet) this.hangUp();
-    }
-    if (++this.#ticks % 2) this.uplink.keepAlive();
-  }
-
   // Resuming
 
-  /**
-   * The next connection. "turn": the last one was a poll that has been answered; "held": a stream
-   * whose events did not come; "renewed": the old one goes on until this one is answered. None is a loss.
-   */
-  async #resume(why: "lost" | "held" | "turn" | "renewed"): Promise<Exchange> {
+  /** The next connection. */
+  async #resume(why: Reason): Promise<Exchange> {
     const { resumeTimeout, heartbeatInterval } = this.#session.terms ?? UNTOLD;
     if (why === "lost" || !this.#session.terms) this.#lose();
     else if (why === "turn") {
@@ -1298,6 +1339,7 @@ class Link implements Carrier, EventTaker {
       this.#transports.tryStream();
     }
     if (!this.#session.lostAt) this.#retries = 0;
+    if (why === "shared") this.#session.lostAt = clock();
     const isTrial = why === "turn" && !this.#transports.polls;
     const patience = Math.max(Math.min(resumeTimeout / 3, 2 * heartbeatInterval), 1000);
     const deadline = this.#session.lostAt ? this.#session.lostAt + resumeTimeout : Infinity;
@@ -1308,7 +1350,7 @@ class Link implements Carrier, EventTaker {
         ? heartbeatInterval + patience
         : isTrial
         ? TRIAL_TIMEOUT_MS
-        : Math.min(patience, ANSWER_TIMEOUT_MS);
+        : Math.min(patience, this.slots.isBlind ? patience : ANSWER_TIMEOUT_MS);
       const connection = await this.#connect(
         {
           [ATTEMPT_HEADER]: `${++this.#session.attempt}`,
@@ -1325,7 +1367,7 @@ class Link implements Carrier, EventTaker {
       const { isUnanswered } = connection; // before we end it, too
       connection.end();
       if (this.#session.isEnding) throw new Error("Closed");
-      if (isUnanswered) this.#transports.alternate();
+      if (isUnanswered && !this.slots.isBlind) this.#transports.alternate();
       if (!this.#session.lostAt) { // a turn or a renewal that failed
         if (!isTrial && !this.#host.onBreak()) throw new Error("Closed");
         return this.#resume(isTrial ? "held" : "lost");
@@ -1384,9 +1426,10 @@ interface EventTaker {
   /** Something does not fit. */
   distrust(): void;
   renew(): void;
+  hangUp(): void;
 }
 
-/** Takes each event of the streams for what it is, and tells the server what has come. */
+/** Takes each event of the streams for what it is, and their silence; and tells the server what has come. */
 class Events {
   readonly #session: Session;
   readonly #inbox: Inbox;
@@ -1396,6 +1439,8 @@ class Events {
   readonly #host: EventHost;
   /** When the server last heard of us that a message is coming. */
   #spokeAt = 0;
+  #ticker: ReturnType<typeof setInterval> | undefined;
+  #ticks = 0;
 
   constructor(
     { session, inbox, receipts }: Parts,
@@ -1453,9 +1498,7 @@ class Events {
       }
       case RENEW_EVENT:
         // "A client that is open connects anew, by a resumption, which is no drop."
-        return this.#session.phase === "open" && this.#session.terms!.resumeTimeout
-          ? this.#taker.renew()
-          : undefined;
+        return this.#session.mayRenew ? this.#taker.renew() : undefined;
       case CLOSE_EVENT: {
         const { code, reason, sent } = JSON.parse(data);
         if (!isCloseCode(code) || !isReason(reason)) return this.#taker.distrust();
@@ -1503,6 +1546,27 @@ class Events {
       if (this.#spokeAt) this.#uplink.acknowledge();
       this.#spokeAt = clock();
     } else if (isBehind) this.#uplink.acknowledgeLater();
+  }
+
+  watch(heartbeatInterval: number): void {
+    clearInterval(this.#ticker);
+    this.#ticker = setInterval(() => this.#tick(), heartbeatInterval / TICKS);
+  }
+
+  end(): void {
+    clearInterval(this.#ticker);
+  }
+
+  /** One ticker: streams that went quiet, and keep-alive of ours. */
+  #tick(): void {
+    const connection = this.#taker.current;
+    if (connection?.reader) {
+      this.#taker.onNews();
+      // Not while the page is behind: then nothing is read.
+      const mayBeQuiet = ticksOfPatience(this.#session.terms!);
+      if (!this.#inbox.isBehind && ++connection.quietTicks > mayBeQuiet) this.#taker.hangUp();
+    }
+    if (++this.#ticks % 2) this.#uplink.keepAlive();
   }
 }
 
@@ -1963,6 +2027,170 @@ class Uplink {
   }
 }
 
+// --- Slots: turns of the tabs, where all share few connections ---
+
+/** The link that has a slot. */
+interface Holder {
+  readonly current: Exchange | undefined;
+  giveWay(): boolean;
+}
+
+/**
+ * Over HTTP/1.1 a browser has 6 connections to an origin for all its tabs. Each event stream takes
+ * one of 5 locks, and gives it up for a while to who waits for it.
+ */
+class Slots {
+  readonly #session: Session;
+  readonly #requests: Requests;
+  readonly #transports: Transports;
+  readonly #keeper: Keeper;
+  readonly #holder: Holder;
+  /** Of the locks, without their numbers. */
+  readonly #name: string;
+  readonly #look = (): void => void this.#giveWayInTurn().catch(() => {});
+  /** Rung by who waits. */
+  #bell: BroadcastChannel | undefined;
+  /** Ends the wait for a slot. */
+  wait: AbortController | undefined;
+  #turn: ReturnType<typeof setTimeout> | undefined;
+  #hasWarned = false;
+
+  constructor({ session, requests, transports, keeper }: Parts, holder: Holder) {
+    this.#session = session;
+    this.#requests = requests;
+    this.#transports = transports;
+    this.#keeper = keeper;
+    this.#holder = holder;
+    this.#name = `duplex-sse ${requests.origin} `;
+    requests.onSilence = (isUplink) => {
+      if (isUplink || this.isBlind) this.#warn();
+      this.#bell?.postMessage(0); // it may wait for what the streams of all tabs take
+      if (isUplink && this.#bell) holder.giveWay();
+    };
+  }
+
+  /** There is no telling who waits: a request without an answer may stand in the browser's queue. */
+  get isBlind(): boolean {
+    return this.#isCrowded && !locks();
+  }
+
+  get #isCrowded(): boolean {
+    const { target } = this.#requests;
+    return this.#transports.current === "post" && !isRuntime() &&
+      (target.startsWith("http:") || protocolOf(target).startsWith("http/1"));
+  }
+
+  /**
+   * Waits for a slot, where they are few; undefined where not, and where the wait is ended. A
+   * connection that is renewed hands its own on: were each to have two, all might wait for another.
+   */
+  async take(old?: Exchange): Promise<Slot | undefined> {
+    let slot: Slot | undefined;
+    do {
+      await this.#keeper.untilAwake();
+      slot = old?.slot;
+      if (!slot && !this.#session.isEnding && this.#isCrowded) {
+        slot = await this.#takeInTurn().catch(() => undefined);
+      }
+    } while (this.#keeper.isAsleep);
+    if (old) old.slot = undefined;
+    if (this.#session.isEnding) slot?.free();
+    return slot;
+  }
+
+  /** The first events of a connection have come. Who waits may have rung before. */
+  onBegin(): void {
+    const slot = this.#holder.current?.slot;
+    if (!slot) return;
+    slot.since ||= clock();
+    if (!this.#session.terms!.resumeTimeout) slot.free(); // it cannot be given up for a while
+    else if (locks()) this.#look();
+  }
+
+  /** Until the next one is taken. */
+  end(): void {
+    clearTimeout(this.#turn);
+    this.wait?.abort();
+    this.#bell?.close();
+    this.#bell = undefined;
+  }
+
+  /** Asks for all that it may have; the first that is granted wins. */
+  async #takeInTurn(): Promise<Slot | undefined> {
+    const bell = this.#bell ??= new BroadcastChannel(this.#name);
+    bell.onmessage = this.#look;
+    // No secure context: all that can be done is to answer the bell.
+    if (!locks()) return { index: 1, free() {} };
+    const wait = this.wait = new AbortController();
+    const { signal } = wait;
+    return await new Promise((resolve) => {
+      const request = (index: number, options: object) => {
+        let slot: Slot | undefined;
+        locks()!.request(this.#name + index, options, () => {
+          if (signal.aborted) return;
+          return new Promise<void>((free) => {
+            resolve(slot = { index, free });
+            wait.abort(); // the other requests, of which some may be granted already
+          });
+        }).catch(() => {
+          if (slot) slot.isStolen = true; // else the wait has ended
+          this.#look();
+        });
+      };
+      const ask = async () => {
+        for (const index of isSeen() ? SEEN_SLOTS : HIDDEN_SLOTS) request(index, { signal });
+        await locks()!.query().catch(() => wait.abort()); // not allowed here
+        if (!signal.aborted) bell.postMessage(0); // the others see by now that we wait
+      };
+      const warning = setTimeout(() => this.#warn(), SILENCE_MS);
+      // Who has waited too long takes the last one from its holder, whoever is stuck.
+      const theft = setTimeout(
+        () => request(LAST_SLOT, { steal: true }),
+        (this.#session.terms ?? UNTOLD).resumeTimeout / 2,
+      );
+      signal.addEventListener("abort", () => {
+        clearTimeout(warning);
+        clearTimeout(theft);
+        this.wait = undefined;
+        resolve(undefined);
+      });
+      globalThis.addEventListener("visibilitychange", ask, { signal });
+      ask();
+    });
+  }
+
+  #warn(): void {
+    const { target } = this.#requests;
+    if (this.#hasWarned || this.#session.phase === "dropped" || speaksHTTP2(target)) return;
+    this.#hasWarned = true;
+    this.#requests.warn(KEEPS_WAITING);
+  }
+
+  /** Gives the stream up to who waits for it, once it has been held for long enough. */
+  async #giveWayInTurn(): Promise<void> {
+    const connection = this.#holder.current;
+    const slot = connection?.slot;
+    if (!slot?.since) return;
+    const { index } = slot;
+    const { pending } = await locks()?.query() ?? {};
+    // Whoever rings where there are no locks waits.
+    const waiting = pending?.filter(({ name }) => name === this.#name + index).length ?? 1;
+    const isKept = isSeen() && index !== LAST_SLOT || !waiting;
+    if (isKept && !slot.isStolen || connection !== this.#holder.current) return;
+    // A tab that is hidden has no use for the first.
+    const turn = index && Math.max(MIN_TURN_MS, ROUND_MS / (waiting + 1));
+    const left = slot.since + (this.#session.attempt ? turn : OPENING_TURN_MS) - clock();
+    if (left <= 0 && this.#holder.giveWay()) return;
+    clearTimeout(this.#turn);
+    this.#turn = setTimeout(this.#look, left > 0 ? left : MIN_TURN_MS);
+  }
+}
+
+/** A worker is not, whatever its page is. */
+function isSeen(): boolean {
+  return (globalThis as { document?: { hidden: boolean } }).document?.hidden === false;
+}
+
 // --- Transports: what streams here, and what was learned of it ---
 
 /** The choice of a transport for the uplink. */
@@ -2121,15 +2349,6 @@ class Transports {
 
 // --- Reloads: a session that one page leaves to the next ---
 
-/** What a page of a secure context has. */
-interface LockManager {
-  request(
-    name: string,
-    options: { signal: AbortSignal },
-    granted: () => Promise<void>,
-  ): Promise<unknown>;
-}
-
 const FRESH: KeptOutbox = { firstUnacked: 1, nextUnsent: 1, begun: 0, handled: 0, messages: [] };
 
 /** Keeps a session in `sessionStorage` while its page is left, and nothing while there is a page. */
@@ -2137,7 +2356,7 @@ class Keeper {
   readonly #session: Session;
   readonly #outbox: Outbox;
   readonly #receipts: Receipts;
-  readonly #locks: LockManager | undefined;
+  readonly #locks: Locks | undefined;
   /** Where it is kept. */
   readonly #key: string;
   /** A tab that was duplicated has a copy of what is kept. The lock of this name tells whose it is. */
@@ -2158,8 +2377,7 @@ class Keeper {
     this.#outbox = outbox;
     this.#receipts = receipts;
     this.#key = `duplex-sse ${persist === true ? target : persist}`;
-    const { navigator } = globalThis as { navigator?: { locks?: LockManager } };
-    if (persist && "document" in globalThis) this.#locks = navigator?.locks;
+    if (persist && "document" in globalThis) this.#locks = locks();
   }
 
   get isAsleep(): boolean {
@@ -2211,7 +2429,7 @@ class Keeper {
       this.#locks!.request(`duplex-sse session ${id}`, { signal: request.signal }, () => {
         clearTimeout(timer);
         resolve(true);
-        return new Promise((free) => this.#free = free);
+        return new Promise<void>((free) => this.#free = free);
       }).catch(() => resolve(false));
     });
   }
@@ -2566,6 +2784,8 @@ class Requests {
   readonly #session: Session;
   readonly #host: string;
   #type: string;
+  /** A request waits for its answer. */
+  onSilence: ((isUplink: boolean) => void) | undefined;
   /** Answers of 401 in a row. */
   #denials = 0;
 
@@ -2590,8 +2810,9 @@ class Requests {
     const { credentials, fetch: send = fetch } = this.#options;
     const { signal } = exchange.abort;
     const body = exchange.body?.stream ?? bytes;
-    const warning = "document" in globalThis &&
-      setTimeout(() => this.#warnOfSilence(), WARN_AFTER_MS);
+    // A poll waits for news, once there is a session; and as for a timeout, 8 KiB may take 1 s.
+    const silence = "document" in globalThis && !(exchange.isPoll && this.#session.terms) &&
+      setTimeout(() => this.onSilence?.(!!body), SILENCE_MS + (bytes?.length ?? 0) / 8);
     // What the options give need not settle.
     const end = new Promise<undefined>((resolve) =>
       signal.addEventListener("abort", () => resolve(undefined))
@@ -2610,6 +2831,8 @@ class Requests {
         referrerPolicy: "no-referrer",
         ...credentials && { credentials },
         keepalive,
+        // What goes up must not wait behind streams of other tabs.
+        priority: exchange.slot && "low",
         body,
         duplex: "half",
       } as RequestInit);
@@ -2621,7 +2844,7 @@ class Requests {
     } catch {
       // as good as an answer that says nothing
     } finally {
-      clearTimeout(warning || undefined);
+      clearTimeout(silence || undefined);
     }
   }
 
@@ -2662,12 +2885,7 @@ class Requests {
   }
 
   warn(text: string): void {
-    console.warn(`${new URL(this.target).host} ${text}`);
-  }
-
-  /** Six event streams take all that a browser has for an origin; whatever comes then waits. */
-  #warnOfSilence(): void {
-    if (this.#session.phase !== "dropped" && !speaksHTTP2(this.target)) this.warn(DOES_NOT_ANSWER);
+    console.warn(`${this.#host} ${text}`);
   }
 }
 
@@ -2686,8 +2904,11 @@ class Exchange {
   position = 0;
   /** The server has said its terms. */
   hasBegun = false;
-  /** It was answered by a stream without an event. */
-  isHeld = false;
+  /** Why we ended it: it was a stream without an event, or another tab waits. */
+  ended: "held" | "shared" | undefined;
+  /** A message is under way, and is the first: if it is cut, it begins again. */
+  isMidway = false;
+  slot: Slot | undefined;
   response: Response | undefined;
   /** Of the event stream. */
   reader: Reader | undefined;
@@ -2767,6 +2988,7 @@ class Exchange {
     this.body?.abandon();
     this.reader?.cancel().catch(() => {});
     this.abort.abort();
+    this.slot?.free();
   }
 }
 
@@ -2956,6 +3178,11 @@ class Session {
   /** Another page can go on with it. */
   get isKeepable(): boolean {
     return !!this.terms?.resumeTimeout && this.#phase !== "leaving" && !this.isEnding;
+  }
+
+  /** The connection may be replaced. */
+  get mayRenew(): boolean {
+    return this.#phase === "open" && !!this.terms?.resumeTimeout;
   }
 
   /** Messages go up. */
@@ -3173,8 +3400,9 @@ function frame(type: string, payload: Bytes): Bytes {
 function defineMembers(socket: { prototype: object }): void {
   const { prototype } = socket;
   for (const [name, value] of Object.entries({ CONNECTING, OPEN, CLOSING, CLOSED })) {
-    Object.defineProperty(socket, name, { value, enumerable: true });
-    Object.defineProperty(prototype, name, { value, enumerable: true });
+    for (const object of [socket, prototype]) {
+      Object.defineProperty(object, name, { value, enumerable: true });
+    }
   }
   const members =
     "url readyState bufferedAmount extensions protocol binaryType send close onopen onmessage onerror onclose";
@@ -3279,13 +3507,24 @@ function isRuntime(): boolean {
   return !!process?.versions?.node && !document;
 }
 
-/** Whether anything this page has of the origin came over HTTP/2 or 3. */
-function speaksHTTP2(target: string): boolean {
+/** How something of the origin came to this page last; "" where that is not known. */
+function protocolOf(target: string): string {
+  let protocol = "";
   const { origin } = new URL(target);
-  return performance.getEntries().some((entry) =>
-    entry.name.startsWith(origin) &&
-    /^h[23]/.test((entry as { nextHopProtocol?: string }).nextHopProtocol ?? "")
-  );
+  for (
+    const entry of performance.getEntries() as (PerformanceEntry & { nextHopProtocol?: string })[]
+  ) {
+    if (entry.name.startsWith(origin)) protocol = entry.nextHopProtocol || protocol;
+  }
+  return protocol;
+}
+
+function speaksHTTP2(target: string): boolean {
+  return /^h[23]/.test(protocolOf(target));
+}
+
+function locks(): Locks | undefined {
+  return (globalThis as { navigator?: { locks?: Locks } }).navigator?.locks;
 }
 
 /** 32 hexadecimal digits. (Only secure contexts have `randomUUID`.) */
@@ -3329,9 +3568,7 @@ function nextTask(task: () => void): void {
 }
 
 function concat(parts: Bytes[]): Bytes {
-  let length = 0;
-  for (const part of parts) length += part.length;
-  const whole = new Uint8Array(length);
+  const whole = new Uint8Array(parts.reduce((sum, { length }) => sum + length, 0));
   let at = 0;
   for (const part of parts) {
     whole.set(part, at);

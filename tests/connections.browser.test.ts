@@ -2,7 +2,7 @@
 import type { Page } from "playwright-core";
 import type { WebSocketSSEOptions } from "../client.ts";
 import { startChromium } from "./chromium.ts";
-import { assert, assertEquals, assertLess, assertMatch, needs, test } from "./harness.ts";
+import { assert, assertEquals, assertLess, assertMatch, needs, test, until } from "./harness.ts";
 import { site, type TestPage } from "./page.ts";
 import { type Configuration, proxy, type ProxyName } from "./proxies.ts";
 
@@ -54,10 +54,10 @@ test("Chromium over HTTP/2: 20 sockets of one page send and receive at once", as
 }, { timeout, skip });
 
 test(
-  "Chromium over HTTP/1.1: the seventh socket says why it waits, and opens when it can",
+  "Chromium over HTTP/1.1: where nothing can be shared the seventh socket says why it waits, and opens when it can",
   async (t) => {
-    t.expect("does not answer");
-    const { url } = await site(t);
+    t.expect("keeps us waiting");
+    const { url } = await site(t, { resumeTimeout: 0 }); // a stream cannot be given up for a while
     const context = await browser.windows(t);
     const first = await goto(await context.newPage(), url);
     const second = await goto(await context.newPage(), url); // all tabs have six together
@@ -68,13 +68,83 @@ test(
       warnings: globalThis.warnings,
       readyState: globalThis.socket.readyState,
     }));
-    assertMatch(warnings.join(), /^127\.0\.0\.1:\d+ does not answer\. .*6 connections.*HTTP\/2/);
+    assertMatch(warnings.join(), /^127\.0\.0\.1:\d+ keeps us waiting\. .*6 connections.*HTTP\/2/);
     assertEquals(readyState, 0);
     await first.close();
     await second.waitForFunction(() => globalThis.socket.readyState === 1);
     await second.evaluate(() => globalThis.socket.send("hello"));
     await second.waitForFunction(() => globalThis.log.includes("hello"));
     assertEquals(await second.evaluate(() => globalThis.warnings.length), 1);
+  },
+  { timeout, skip },
+);
+
+test(
+  "Chromium over HTTP/1.1: five sockets share nothing, a sixth says that it waits, and takes turns",
+  async (t) => {
+    t.expect("keeps us waiting");
+    const { url, peers } = await site(t);
+    const page = await goto(await (await browser.windows(t)).newPage(), url);
+    await connect(page, 5);
+    const held = async () => (await page.evaluate(() => navigator.locks.query())).held!.length;
+    assertEquals(await held(), 5);
+    const streams = () => page.evaluate(() => globalThis.sockets.map(({ isWaiting }) => isWaiting));
+    assertEquals(await streams(), Array(5).fill(false));
+    await page.evaluate(() => {
+      const waited: boolean[] = [];
+      Object.assign(globalThis, { waited });
+      setInterval(() => waited.push(globalThis.sockets.some(({ isWaiting }) => isWaiting)), 50);
+      globalThis.connect("/ws");
+    });
+    await until(() => peers.all.length === 6, { timeout: 20_000 });
+    const answers = await page.evaluate(() =>
+      Promise.all(globalThis.sockets.map((socket, index) => {
+        const answer = new Promise((resolve) => {
+          socket.addEventListener("message", ({ data }) => resolve(data), { once: true });
+        });
+        if (socket.readyState === 1) socket.send(`socket ${index}`);
+        else socket.addEventListener("open", () => socket.send(`socket ${index}`));
+        return answer;
+      }))
+    );
+    assertEquals(answers, Array.from({ length: 6 }, (_, index) => `socket ${index}`));
+    const { warnings, waited } = await page.evaluate(() => ({
+      warnings: globalThis.warnings,
+      waited: (globalThis as unknown as { waited: boolean[] }).waited.includes(true),
+    }));
+    assert(waited);
+    for (const warning of warnings) {
+      assertMatch(warning, /keeps us waiting.*serve HTTP\/2/);
+    }
+    assertEquals(await page.evaluate(() => globalThis.log), ["open", "socket 5"], "no drop");
+  },
+  { timeout, skip },
+);
+
+test(
+  "Chromium over HTTP/2: no lock is taken, no channel is opened, a session has one GET",
+  async (t) => {
+    const { url, requests } = await site(t, { tls: true, http2: true });
+    const page = await (await browser.windows(t)).newPage();
+    await page.addInitScript(() => {
+      Object.assign(globalThis, { channels: 0 });
+      const { BroadcastChannel } = globalThis;
+      globalThis.BroadcastChannel = class extends BroadcastChannel {
+        constructor(name: string) {
+          super(name);
+          (globalThis as unknown as { channels: number }).channels++;
+        }
+      };
+    });
+    await goto(page, url);
+    await connect(page, 8);
+    const { held, pending } = await page.evaluate(() => navigator.locks.query());
+    assertEquals([held, pending], [[], []]);
+    assertEquals(
+      await page.evaluate(() => (globalThis as unknown as { channels: number }).channels),
+      0,
+    );
+    assertEquals(requests.filter((each) => each.startsWith("GET")).length, 8);
   },
   { timeout, skip },
 );

@@ -78,9 +78,11 @@ export interface Site {
 /** A server with a page, our client and a socket at /ws that answers by `message`, or echoes. */
 export async function site(
   t: TestContext,
-  { tls = false, http2 = false, message, program, ...options }: SSEOptions & {
+  { tls = false, http2 = false, message, program, watch, ...options }: SSEOptions & {
     tls?: boolean;
     http2?: boolean;
+    /** Sees each answer for the socket, and may put another in its place. */
+    watch?: (request: Request, response: Response) => Response;
     /** Runs as the page's module, in the place of ours, at /program. */
     program?: () => void;
     message?: (peer: Peer, message: Message) => void;
@@ -102,7 +104,7 @@ export async function site(
     const { pathname } = new URL(request.url);
     if (pathname === "/ws") {
       requests.push(`${request.method}${request.headers.has("content-length") ? "" : " streamed"}`);
-      return next(request);
+      return watch ? next(request).then((response) => watch(request, response)) : next(request);
     }
     const type = pathname === "/client.js" ? "text/javascript" : "text/html";
     const page = pathname === "/program" ? ownPage(program!) : html;

@@ -115,14 +115,14 @@ export const BUGS: readonly Bug[] = [
   client(
     "nobody notices silence",
     196,
-    "++connection.quietTicks > mayBeQuiet) this.hangUp();",
-    "++connection.quietTicks > mayBeQuiet * 1e6) this.hangUp();",
+    "++connection.quietTicks > mayBeQuiet) this.#taker.hangUp();",
+    "++connection.quietTicks > mayBeQuiet * 1e6) this.#taker.hangUp();",
   ),
   client(
     "a stream without a first event is waited for",
     1557,
-    "if (connection !== this.#connection) return;\n      connection.isHeld",
-    "return;\n      connection.isHeld",
+    "if (connection !== this.#connection) return;\n      connection.ended =",
+    "return;\n      connection.ended =",
   ),
   client(
     "a CLOSE that answers is sent once",
