@@ -254,7 +254,7 @@ test("a hidden tab gets a message that takes longer than its turn", async (t) =>
   const there = await crowd(t, { resumeTimeout: 60_000 });
   const PART = 20_000;
   /** A network that takes 3 s for what is long. */
-  const slow: typeof fetch = async (input, init) => {
+  const slow = async (input: string, init?: RequestInit) => {
     const response = await fetch(input, init);
     if (init?.method !== "GET" || !response.body) return response;
     const throttle = new TransformStream<Uint8Array, Uint8Array>({
@@ -267,7 +267,7 @@ test("a hidden tab gets a message that takes longer than its turn", async (t) =>
     });
     return new Response(response.body.pipeThrough(throttle), response);
   };
-  const first = connect(t, there.url, { fetch: slow as never });
+  const first = connect(t, there.url, { fetch: slow });
   await first.opened;
   const others = Array.from({ length: 8 }, () => connect(t, there.url));
   await Promise.all(others.map(({ opened }) => opened));
@@ -308,14 +308,14 @@ test("a request without an answer takes the place of the tab's own stream, and a
   let posts = 0;
   const pool = Promise.withResolvers<void>();
   // Other event streams fill the pool: a request gets through when this one's stream ends.
-  const full: typeof fetch = async (input, init) => {
+  const full = async (input: string, init?: RequestInit) => {
     if (init!.method === "POST" && !posts++) await pool.promise;
     if (init!.method === "GET" && !streams++) {
       init!.signal!.addEventListener("abort", () => pool.resolve());
     }
     return fetch(input, init);
   };
-  const { socket, opened, events, messages } = connect(t, there.url, { fetch: full as never });
+  const { socket, opened, events, messages } = connect(t, there.url, { fetch: full });
   await opened;
   socket.send("gets through");
   await until(() => [...there.received.values()][0]!.length > 0);

@@ -23,7 +23,7 @@ import { Queue } from "./pair.ts";
 import type { Browser, Tab } from "./webdriver.ts";
 
 const soak = !!process.env.DUPLEX_SOAK;
-const SECONDS = soak ? 60 : 8;
+const SECONDS = soak ? 60 : 4;
 
 export interface TabState {
   /** Numbers that came, and how long each took, in ms. */
