@@ -96,6 +96,26 @@ test("a tool asks first, is allowed or denied, and an answer is made anew", asyn
   assertEquals((await said(page)).match(/You said: Hello/g)?.length, 1);
 }, options);
 
+test("who is at a button by keyboard stays there, whatever comes meanwhile", async (t) => {
+  const url = await start(t);
+  const page = await (await browser.windows(t)).newPage();
+  let answer = () => {};
+  await page.route("**/messages?*", async (route) => {
+    await new Promise<void>((resolve) => answer = resolve);
+    await route.continue();
+  });
+  const asked = page.waitForRequest("**/messages?*");
+  await page.goto(url);
+  await asked;
+  const story = page.getByRole("button", { name: "Tell me a story" });
+  await story.focus();
+  const shown = await story.elementHandle();
+  answer();
+  await page.waitForFunction((button) => !button!.isConnected, shown); // it is another one now
+  const at = await page.evaluate(() => document.activeElement?.textContent);
+  assertEquals(at, "Tell me a story");
+}, options);
+
 for (const colorScheme of ["light", "dark"] as const) {
   test(
     `on a phone nothing is cut off, and the keyboard reaches all of it (${colorScheme})`,
