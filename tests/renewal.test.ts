@@ -155,7 +155,7 @@ test("a connection that cannot be resumed is not put at risk by a long body", as
     assertGreater(sizes[0]!, 2 ** 18);
     assertEquals(events, ["open"]);
   }
-  assertGreater(sizes[1]!, 2 ** 19); // of a stream beside it
+  assertGreater(Math.max(...sizes.slice(1)), 2 ** 19); // of the streams beside it
 });
 
 test("a message over 512 KiB goes alone, in a request that is renewed once for it", async (t) => {
