@@ -180,7 +180,9 @@ for (
     const peer = await within(opened.promise, 5_000);
     assertEquals(peer.websocket.protocol, text === "Authorized" ? "" : "chat.v2");
     await until(() => socket.readyState === 1); // later than at the server
-    const closed = once(socket, "close");
+    // Theirs does not wait for the socket below it.
+    const below = (socket as { _ws?: WebSocket })._ws ?? socket;
+    const closed = Promise.all([once(socket, "close"), once(below, "close")]);
     socket.close();
     await closed;
     assertEquals(seen[0], "Bearer token-1");
