@@ -377,8 +377,7 @@ class Router implements RoutingDriver {
     const adopting = this.#migration.adopt(token, session, owner, claim, take);
     const id = this.#migration.moves.asking(session);
     const heard = id !== undefined && this.#searches.begin(id, session, await keyOf(token));
-    await adopting;
-    if (heard) heard();
+    await adopting.finally(() => heard && heard());
   }
 
   async settled(token: string): Promise<void> {
@@ -501,7 +500,7 @@ class Router implements RoutingDriver {
       ...isPost && { "content-length": `${body.length}` },
     };
     const init = { method: head.method, headers, ...isPost && { body } };
-    return await this.#host.fetch(new Request("http://cluster.invalid/", init), head.namespace);
+    return await this.#host.fetch(new Request("http://relayed.invalid/", init), head.namespace);
   }
 
   async #answer(

@@ -18,6 +18,7 @@ import {
   root,
   test,
   type TestContext,
+  testOnce,
   until,
 } from "./harness.ts";
 
@@ -289,7 +290,7 @@ function measure() {
   };
 }
 
-test("the pictures in the documents are made by scripts/screenshots.mjs", async (t) => {
+testOnce("the pictures in the documents are made by scripts/screenshots.mjs", async (t) => {
   const folder = await mkdtemp(join(tmpdir(), "duplex-pictures-"));
   t.defer(() => rm(folder, { recursive: true }));
   await promisify(execFile)(binary("node")!, ["scripts/screenshots.mjs", folder], {

@@ -14,6 +14,7 @@ import { esbuild } from "./bundle.ts";
 import {
   assert,
   assertEquals,
+  assertGreater,
   assertMatch,
   binary,
   freePort,
@@ -196,8 +197,11 @@ test("README.md tells the sizes as they are", async () => {
   for (const file of ["client", "server"]) {
     const minified = await esbuild([`${file}.ts`, "--bundle", "--minify", "--format=esm"]);
     const size = gzipSync(minified, { level: 9 }).length / 1000;
-    const told = Number(new RegExp(`\\b${file} (?:is )?([\\d.]+) kB`).exec(readme)?.[1]);
-    assert(Math.abs(told - size) <= 0.1, `${file}: ${size} kB`); // zlibs differ a little
+    const told = [...readme.matchAll(new RegExp(`\\b${file} (?:is )?([\\d.]+) kB`, "g"))];
+    assertGreater(told.length, 0);
+    for (const [text, number] of told) { // zlibs differ a little
+      assert(Math.abs(Number(number) - size) <= 0.1, `${text}: ${size} kB`);
+    }
   }
 });
 

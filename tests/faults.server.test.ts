@@ -1,6 +1,6 @@
 /** Faults of the server that were found by use: what it answers, whom it lets in, what it says to whom. */
 import { type Cors, type ErrorContext, type Peer, sseAdapter, type SSEOptions } from "../server.ts";
-import { assert, assertEquals, assertMatch, assertThrows, test, until } from "./harness.ts";
+import { assert, assertEquals, assertMatch, assertThrows, sleep, test, until } from "./harness.ts";
 import { adapter, listen } from "./pair.ts";
 import { frame, from, FULL, post, quiet, streamOf, UPLINK } from "./wire.ts";
 
@@ -411,3 +411,51 @@ test("no parser sees an event that is none: comments and ids make no empty ones"
   assertEquals(text.includes("\n\n"), false, JSON.stringify(text));
   await reader.cancel();
 });
+
+for (
+  const [what, headers, act, word] of [
+    ["a close", {}, (peer) => peer.close(4000), "duplex-close"],
+    ["the answer of a poll", { "x-duplex-poll": "1" }, (peer) => peer.send("news"), "data: news"],
+  ] as [string, Record<string, string>, (peer: Peer) => void, string][]
+) {
+  test(`a connection whose loss is told while ${what} is written to it is lost once`, async (t) => {
+    const peers: Peer[] = [];
+    const ws = adapter(t, { hooks: { open: (peer) => void peers.push(peer) } });
+    const opened = await ws.fetch(open());
+    const token = { ...FULL, "x-crossws-id": tokenOf(opened), "last-event-id": "0" };
+    const resume = async (attempt: number, more: Record<string, string> = {}) => {
+      const request = open({ ...token, "x-duplex-attempt": `${attempt}`, ...more });
+      return (await ws.fetch(request)).body!.getReader();
+    };
+    const second = await resume(1, headers);
+    await second.read();
+    const next = second.read();
+    await sleep(10); // the runtime asks for bytes
+
+    // As Deno does: the runtime tells of a write that fails from inside of `enqueue`.
+    const { prototype } = ReadableStreamDefaultController;
+    const { enqueue } = prototype;
+    let isCut = false;
+    prototype.enqueue = function (chunk) {
+      enqueue.call(this, chunk);
+      if (isCut) return;
+      isCut = true;
+      second.cancel();
+    };
+    t.defer(() => void (prototype.enqueue = enqueue));
+    act(peers[0]!);
+    await next;
+    prototype.enqueue = enqueue;
+    assert(isCut);
+
+    const third = await resume(2);
+    let text = "";
+    while (!text.includes(word)) {
+      const { done, value } = await third.read();
+      assert(!done, text);
+      text += new TextDecoder().decode(value);
+    }
+    assertEquals(peers.length, 1);
+    await third.cancel();
+  });
+}

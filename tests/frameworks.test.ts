@@ -26,6 +26,7 @@ import {
   root,
   test,
   type TestContext,
+  testOnce,
   until,
   within,
 } from "./harness.ts";
@@ -141,7 +142,7 @@ for (
   }, { timeout: 40_000 });
 }
 
-test("in Nitro, built for Node", async (t) => {
+testOnce("in Nitro, built for Node", async (t) => {
   const folder = await mkdtemp(join(tmpdir(), "duplex-nitro-"));
   t.defer(() => rm(folder, { recursive: true }));
   const recipe = (await recipes("Nitro"))[0]!;

@@ -174,6 +174,11 @@ export function test(
   declare(name, () => run(name, body, timeout), timeout + 15_000, false);
 }
 
+/** A test of programs that it starts itself, each on a runtime of its own: by Deno's run alone. */
+export const testOnce: typeof test = (...args) => {
+  if (runtime === "deno") test(...args);
+};
+
 const noop = () => Promise.resolve();
 
 /** Runs a test's body as `test` does: time limit, clean-up, notes. */

@@ -20,8 +20,8 @@ import {
   needs,
   once,
   root,
-  test,
   type TestContext,
+  testOnce as test,
   until,
 } from "./harness.ts";
 import { connect, shutDown } from "./pair.ts";

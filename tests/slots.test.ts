@@ -13,6 +13,7 @@ import {
   until,
 } from "./harness.ts";
 import { connect, type Connected, listen, Queue } from "./pair.ts";
+import { StreamCount } from "./streams.ts";
 import type { Peer, SSEOptions } from "../server.ts";
 
 type Granted = () => unknown;
@@ -110,8 +111,7 @@ interface Crowd {
   closes: Queue<unknown>;
   /** What the server was sent, by peer. */
   received: Map<string, string[]>;
-  /** GET requests, and the event streams there are, and were at most at once. */
-  streams: { gets: number; now: number; most: number };
+  streams: StreamCount;
 }
 
 /** A server that counts event streams. */
@@ -119,7 +119,7 @@ async function crowd(t: TestContext, options: SSEOptions = {}): Promise<Crowd> {
   const peers = new Queue<Peer>();
   const closes = new Queue<unknown>();
   const received = new Map<string, string[]>();
-  const streams = { gets: 0, now: 0, most: 0 };
+  const streams = new StreamCount();
   const { url } = await listen(t, {
     ...options,
     hooks: {
@@ -130,31 +130,7 @@ async function crowd(t: TestContext, options: SSEOptions = {}): Promise<Crowd> {
       message: (peer, message) => void received.get(peer.id)!.push(message.text()),
       close: (_, details) => closes.push(details),
     },
-  }, async (request, next) => {
-    const response = await next(request);
-    if (request.method !== "GET" || !response.body) return response;
-    streams.gets++;
-    streams.most = Math.max(streams.most, ++streams.now);
-    const reader = response.body.getReader();
-    let isOver = false;
-    const end = () => { // a reading that is cancelled comes to its end as well
-      if (!isOver) streams.now--;
-      isOver = true;
-    };
-    const body = new ReadableStream<Uint8Array>({
-      async pull(controller) {
-        const { done, value } = await reader.read();
-        if (!done) return controller.enqueue(value);
-        end();
-        controller.close();
-      },
-      cancel(reason) {
-        end();
-        return reader.cancel(reason);
-      },
-    }, { highWaterMark: 0 });
-    return new Response(body, response);
-  });
+  }, async (request, next) => streams.watch(request, await next(request)));
   return { url, peers, closes, received, streams };
 }
 

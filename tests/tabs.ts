@@ -20,6 +20,7 @@ import {
 } from "./harness.ts";
 import { site } from "./page.ts";
 import { Queue } from "./pair.ts";
+import { StreamCount } from "./streams.ts";
 import type { Browser, Tab } from "./webdriver.ts";
 
 const soak = !!process.env.DUPLEX_SOAK;
@@ -100,8 +101,7 @@ async function talk(t: TestContext, open: Browser, tabs: number, query = ""): Pr
   const sent = new Map<string, number>();
   const received = new Map<string, number[]>();
   const up: number[] = [];
-  let streams = 0;
-  let most = 0;
+  const streams = new StreamCount();
   let stopped = false;
   const { url, closes } = await site(t, {
     program,
@@ -110,29 +110,7 @@ async function talk(t: TestContext, open: Browser, tabs: number, query = ""): Pr
       received.get(peer.id)!.push(number);
       up.push(Date.now() - at);
     },
-    watch(request, response) {
-      if (request.method !== "GET" || !response.body) return response;
-      most = Math.max(most, ++streams);
-      const reader = response.body.getReader();
-      let isOver = false;
-      const end = () => { // a reading that is cancelled comes to its end as well
-        if (!isOver) streams--;
-        isOver = true;
-      };
-      const body = new ReadableStream<Uint8Array>({
-        async pull(controller) {
-          const { done, value } = await reader.read();
-          if (!done) return controller.enqueue(value);
-          end();
-          controller.close();
-        },
-        cancel(reason) {
-          end();
-          return reader.cancel(reason);
-        },
-      }, { highWaterMark: 0 });
-      return new Response(body, response);
-    },
+    watch: (request, response) => streams.watch(request, response),
     hooks: {
       open(peer) {
         peers.push(peer);
@@ -164,7 +142,7 @@ async function talk(t: TestContext, open: Browser, tabs: number, query = ""): Pr
   }
   for (const list of received.values()) assertEquals(list, numbers(list.length));
   assertEquals([peers.all.length, closes.all.length], [tabs, 0]);
-  return { states, streams: most, up };
+  return { states, streams: streams.most, up };
 }
 
 function report(name: string, { states, streams, up }: Run): void {
