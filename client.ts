@@ -538,16 +538,14 @@ export class WebSocketSSE extends EventTarget {
       throw new DOMException(sends ? "Still connecting" : "bidir is false", "InvalidStateError");
     }
     const { level } = this.#session;
-    const [frame, size] = message instanceof Blob
-      ? [undefined, message.size]
-      : level.encode(message);
+    const [frame, size] = isBlob(message) ? [undefined, message.size] : level.encode(message);
     this.#bufferedAmount += size;
     if (this.#readyState !== OPEN) return;
     this.#counts.sent++;
     const entry = this.#parts.outbox.add(frame, size);
     const { link } = this.#course;
     link.uplink.pumpSoon();
-    if (!(message instanceof Blob)) return;
+    if (!isBlob(message)) return;
     message.arrayBuffer().then((buffer) => {
       [entry.frame] = level.encode(new Uint8Array(buffer));
       link.uplink.pump();
@@ -3414,15 +3412,23 @@ function defineMembers(socket: { prototype: object }): void {
 
 /** What `send` takes; whatever is no bytes is a string. */
 function toMessage(data: unknown): string | Bytes | Blob {
-  if (data instanceof Blob) return data;
+  if (isBlob(data)) return data;
   if (ArrayBuffer.isView(data)) {
     if (!data.byteLength) return EMPTY; // the buffer may have gone elsewhere, which is no error
     return new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
   }
-  // Shared ones are not everywhere, and those of another realm are of another class.
-  const isBuffer = Object.prototype.toString.call(data).endsWith("ArrayBuffer]");
-  if (!isBuffer) return `${data}`;
+  // Shared ones are not everywhere.
+  if (!tagOf(data).endsWith("ArrayBuffer]")) return `${data}`;
   return (data as ArrayBuffer).byteLength ? new Uint8Array(data as ArrayBuffer) : EMPTY;
+}
+
+/** Those of another realm, as of a frame, are of another class. */
+function tagOf(value: unknown): string {
+  return Object.prototype.toString.call(value);
+}
+
+function isBlob(value: unknown): value is Blob {
+  return /t (Blob|File)]$/.test(tagOf(value));
 }
 
 /** The standard's steps: whatever the scheme that is given, that of a WebSocket comes out. */

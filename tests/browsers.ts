@@ -97,6 +97,8 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
       const result = await tab.run(async (size) => {
         const { socket } = globalThis;
         const echoes: unknown[] = [];
+        const frame = document.body.appendChild(document.createElement("iframe"));
+        const realm = frame.contentWindow as unknown as typeof globalThis;
         const sent = [
           "text",
           "",
@@ -104,6 +106,9 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
           new Uint8Array([0, 255, 10]),
           new Uint8Array(),
           new Blob(["blob"]),
+          new realm.Blob(["of a frame"]),
+          new realm.File(["of a frame"], "file"),
+          new realm.Uint8Array([1, 2]).buffer,
           "x".repeat(size),
           new Uint8Array(size).map((_, index) => index * 31 + (index >> 8)),
         ];

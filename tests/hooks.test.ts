@@ -2,6 +2,7 @@
  * The server's surface as hooks see it: everything that crossws 0.4.17 gives
  * them, and what it leaves undone.
  */
+import { runInNewContext } from "node:vm";
 import { inspect } from "node:util";
 import { broadcastChannel } from "crossws/sync";
 import { type Hooks, type Message, type Peer, sseAdapter } from "../mod.ts";
@@ -693,6 +694,7 @@ const sendable: [string, unknown, string | number[]][] = [
   ["a Uint8Array", bytes(1, 2), [1, 2]],
   ["an empty Uint8Array", bytes(), []],
   ["an ArrayBuffer", bytes(3, 4).buffer, [3, 4]],
+  ["an ArrayBuffer of another realm", runInNewContext("new Uint8Array([5, 6]).buffer"), [5, 6]],
   ["a SharedArrayBuffer", new SharedArrayBuffer(2), [0, 0]],
   ["a view with an offset", bytes(1, 2, 3, 4).subarray(1, 3), [2, 3]],
   ["a DataView", new DataView(bytes(1, 2, 3).buffer, 2), [3]],
@@ -722,7 +724,9 @@ test("send of a Blob throws and says what to do, since a Blob cannot be read at 
   const { url } = await listen(t, { hooks: { open: (peer) => peers.push(peer) } });
   connect(t, url);
   const peer = await peers.next();
-  assertThrows(() => peer.send(new Blob(["x"])), TypeError, "arrayBuffer");
+  for (const blob of [new Blob(["x"]), new File(["x"], "x")]) {
+    assertThrows(() => peer.send(blob), TypeError, "arrayBuffer");
+  }
 });
 
 test("bytes may be changed after they were sent or published", async (t) => {

@@ -1,4 +1,5 @@
 /** `send`, `bufferedAmount`, and the messages that come of it. */
+import { runInNewContext } from "node:vm";
 import type { WebSocketSSE } from "../client.ts";
 import { connect, contract, echo, messages, open, ours, serveSSE } from "./contract.ts";
 import {
@@ -174,6 +175,22 @@ contract("a Blob keeps its place between the messages around it", async (t, targ
   );
   assertEquals(got, ["before", large, "between", "sma", "", "\u0001"]);
 });
+
+for (const target of ours) {
+  test(`${target.name}: bytes of another realm, as frames and test runners have, are bytes`, async (t) => {
+    const socket = await open(t, target, {
+      message: (peer, message) => void peer.send(message.uint8Array()),
+    });
+    socket.binaryType = "arraybuffer";
+    const echoes = messages(socket, 2);
+    for (const bytes of ["new Uint8Array([1, 2])", "new Uint8Array([1, 2]).buffer"]) {
+      socket.send(runInNewContext(bytes));
+    }
+    for (const echo of await echoes) {
+      assertEquals([...new Uint8Array(echo as ArrayBuffer)], [1, 2]);
+    }
+  });
+}
 
 contract("a Blob sent before close arrives before it", async (t, target) => {
   const got = deferred<string>();

@@ -140,8 +140,9 @@ async function fileOf(
     const text = /\.(any|window|worker)\.html$/.test(pathname)
       ? await pageAround(folder, source)
       : await textOf(folder, pathname, addresses);
+    const ours = '<script src="/duplex.js"></script>';
     const first = type === "text/html"
-      ? text.replace("<script", '<script src="/duplex.js"></script><script')
+      ? text.includes("<script") ? text.replace("<script", `${ours}<script`) : text + ours
       : pathname.endsWith(".worker.js")
       ? `importScripts("/duplex.js");${text}`
       : text;
