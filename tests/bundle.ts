@@ -1,16 +1,59 @@
 /**
- * esbuild, by its command: its API leaves a service or a worker running, which
- * Deno's sanitizers take for a leak.
+ * Compilers, by their commands: esbuild's API leaves a service or a worker running, which Deno's
+ * sanitizers take for a leak.
  *
  * @module
  */
 import { spawn } from "node:child_process";
+import { mkdir, mkdtemp, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import process from "node:process";
 import { root } from "./harness.ts";
 
 /** Runs esbuild in a folder; what it wrote to its output. */
 export function esbuild(args: string[], { input = "", cwd = root } = {}): Promise<string> {
-  const child = spawn(join(root, "node_modules", ".bin", "esbuild"), args, { cwd });
+  return compile("esbuild", args, { input, cwd });
+}
+
+/** The global that tells the route of Next's application whose handler is asked. */
+export const NEXT_HANDLER = "duplexHandlerInNext";
+
+/**
+ * An application of Next.js, with its own compiler: whatever is asked for goes to one route handler.
+ * It lies in the project, since the compiler looks for its modules nowhere else.
+ */
+export async function buildNext(t: { defer(undo: () => unknown): void }): Promise<string> {
+  const folder = await mkdtemp(join(root, "node_modules", ".duplex-next-"));
+  t.defer(() => rm(folder, { recursive: true }));
+  const route = join(folder, "app", "[[...path]]");
+  await mkdir(route, { recursive: true });
+  const methods = ["DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"];
+  await writeFile(
+    join(route, "route.js"),
+    [
+      'export const dynamic = "force-dynamic";',
+      `const serve = (request) => globalThis.${NEXT_HANDLER}.getStore()(request);`,
+      `export { ${methods.map((method) => `serve as ${method}`).join(", ")} };`,
+    ].join("\n"),
+  );
+  await writeFile(join(folder, "package.json"), '{ "private": true, "type": "module" }');
+  await writeFile(
+    join(folder, "next.config.js"),
+    `export default { turbopack: { root: ${JSON.stringify(root)} } };`,
+  );
+  await compile("next", ["build"], { cwd: folder, env: { NEXT_TELEMETRY_DISABLED: "1" } });
+  return folder;
+}
+
+function compile(
+  command: string,
+  args: string[],
+  { input = "", cwd, env = {} }: { input?: string; cwd: string; env?: Record<string, string> },
+): Promise<string> {
+  const child = spawn(join(root, "node_modules", ".bin", command), args, {
+    cwd,
+    env: { ...process.env, ...env },
+  });
   let out = "";
   let errors = "";
   child.stdout.setEncoding("utf8").on("data", (text: string) => out += text);
@@ -18,6 +61,6 @@ export function esbuild(args: string[], { input = "", cwd = root } = {}): Promis
   child.stdin.end(input);
   return new Promise((resolve, reject) => {
     child.on("error", reject);
-    child.on("close", (code) => code === 0 ? resolve(out) : reject(new Error(errors)));
+    child.on("close", (code) => code === 0 ? resolve(out) : reject(new Error(errors || out)));
   });
 }

@@ -8,11 +8,15 @@ import { serve as serveHono } from "@hono/node-server";
 import express from "express";
 import fastify from "fastify";
 import Koa from "koa";
+import { AsyncLocalStorage } from "node:async_hooks";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import { createSecureServer } from "node:http2";
+import { createRequire } from "node:module";
 import type { AddressInfo, Socket } from "node:net";
+import process from "node:process";
 import { serve as serveSrvx } from "srvx";
 import { toNodeHandler } from "../node.ts";
+import { NEXT_HANDLER } from "./bundle.ts";
 import type { Handler, Listening, NodeHost } from "./harness.ts";
 
 type Where = Parameters<NodeHost["serve"]>[1];
@@ -108,6 +112,17 @@ export const hosts: Record<string, NodeHost> = {
     },
   },
 
+  /** A route handler, as Next.js has compiled it. */
+  next: {
+    async serve(fetch, where) {
+      const { asked, handle } = await (next ??= startNext());
+      return listening(
+        createServer((incoming, outgoing) => void asked.run(fetch, handle, incoming, outgoing)),
+        where,
+      );
+    },
+  },
+
   /** What Next.js makes of a request and of a route handler's answer, and SvelteKit in its way. */
   "like Next.js": {
     serve: (fetch, where) =>
@@ -117,6 +132,21 @@ export const hosts: Record<string, NodeHost> = {
       ),
   },
 };
+
+/** One application for all servers of the process. */
+let next: ReturnType<typeof startNext> | undefined;
+
+async function startNext() {
+  const asked = new AsyncLocalStorage<Handler>();
+  Object.assign(globalThis, { [NEXT_HANDLER]: asked });
+  // It would replace the fetch of the tests' clients by one that keeps a copy of every body.
+  const { fetch } = globalThis;
+  Object.defineProperty(globalThis, "fetch", { get: () => fetch, set() {} });
+  const createNext = createRequire(import.meta.url)("next") as typeof import("next").default;
+  const app = createNext({ dir: process.env.DUPLEX_NEXT, dev: false });
+  await app.prepare();
+  return { asked, handle: app.getRequestHandler() };
+}
 
 /** The body is pushed into the stream as it comes: whoever cancels it makes that throw. */
 async function inNext(
