@@ -1,15 +1,17 @@
 /**
  * Runs the suite under Deno and under Bun: `node tests/run.mjs`, which is what
- * `npm test` does. Arguments: `--only deno|bun` (or DUPLEX_ONLY in the
- * environment), and files or parts of their names. With CI=true a test may be
- * skipped only because it needs JSR. At the end it names the tests that took longest.
+ * `npm test` does. Both run at once, since tests wait more than they work; what Bun says comes when
+ * Deno is done. Arguments: `--only deno|bun` (or DUPLEX_ONLY in the environment), `--in-turn` for
+ * one after the other, and files or parts of their names. With CI=true a test may be skipped only
+ * because it needs JSR. At the end it names the tests that took longest.
  *
- * With CI=true, the few that failed are run once more, when all others are done: a machine that
- * others use, too, stands still for seconds, and then whatever has a limit fails. What passes then
- * is counted as passed, and named as unsteady. More than a few are no accident.
+ * Of the whole suite, the few tests that failed are run once more, alone: a machine that others use,
+ * too, stands still for seconds, and then whatever has a limit fails. What passes then is counted as
+ * passed, and named as unsteady. More than a few are no accident.
  */
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { closeSync, existsSync, mkdtempSync, openSync } from "node:fs";
+import { readdirSync, readFileSync, rmSync } from "node:fs";
+import { availableParallelism, tmpdir } from "node:os";
 import { join, relative, resolve } from "node:path";
 import { binary, count, root, run } from "./tools.mjs";
 
@@ -30,10 +32,12 @@ const runners = {
 /** So many failures may be the machine's. */
 const FEW = 8;
 
-const { only, files } = parse(process.argv.slice(2));
+const { only, inTurn, files, isWhole } = parse(process.argv.slice(2));
 const names = only ? [only] : Object.keys(runners);
 const results = [];
-for (const name of names) results.push(await lookTwice(await test(name)));
+for (const first of inTurn ? await each(names, test) : await atOnce(names)) {
+  results.push(await lookTwice(first));
+}
 
 for (const { name, slowest } of results) {
   console.log(`\nslowest (${name}):`);
@@ -58,16 +62,24 @@ console.log(`\n${count(total)}`);
 process.exitCode = total.passed > 0 && total.failed === 0 ? 0 : 1;
 
 function parse(args) {
-  const parsed = { only: process.env.DUPLEX_ONLY || undefined, files: [] };
+  const parsed = {
+    only: process.env.DUPLEX_ONLY || undefined,
+    inTurn: availableParallelism() < 2,
+    isWhole: false,
+    files: [],
+  };
   for (let arg; (arg = args.shift()) !== undefined;) {
     if (arg === "--only") parsed.only = args.shift();
+    else if (arg === "--in-turn") parsed.inTurn = true;
     else parsed.files.push(...find(arg));
   }
   if (parsed.only && !runners[parsed.only]) {
     fail(`not a runner: ${parsed.only}`);
   }
-  // Bun takes a path for a filter unless it begins with a dot.
-  if (parsed.files.length === 0) parsed.files.push("./tests/");
+  if (parsed.files.length === 0) {
+    parsed.isWhole = true;
+    parsed.files.push("./tests/"); // Bun takes a path for a filter unless it begins with a dot.
+  }
   return parsed;
 }
 
@@ -85,13 +97,40 @@ function fail(message) {
   process.exit(2);
 }
 
+async function each(names, run) {
+  const results = [];
+  for (const name of names) results.push(await run(name));
+  return results;
+}
+
+/** Runs all at once: the first says what it says at once, the others when those before are done. */
+async function atOnce([first, ...others]) {
+  const folder = mkdtempSync(join(tmpdir(), "duplex-test-"));
+  try {
+    const log = (name) => join(folder, `${name}.log`);
+    const running = others.map((name) => {
+      const output = openSync(log(name), "w");
+      return test(name, { output }).finally(() => closeSync(output));
+    });
+    const results = [await test(first)];
+    for (const name of others) {
+      results.push(await running.shift());
+      console.log(`\n${name} test`);
+      process.stdout.write(readFileSync(log(name)));
+    }
+    return results;
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
+}
+
 /** Runs what failed once more, if that may have been the machine. */
 async function lookTwice(first) {
   const again = first.failed.filter((test) => first.ran.has(test));
   const isFew = again.length > 0 && first.failed.length <= FEW;
-  if (process.env.CI !== "true" || !isFew) return { ...first, unsteady: [] };
+  if (!(isWhole || process.env.CI === "true") || !isFew) return { ...first, unsteady: [] };
   const pattern = `^(${again.map(literal).join("|")})$`;
-  const second = await test(first.name, pattern);
+  const second = await test(first.name, { pattern });
   const unsteady = again.filter((test) => second.ran.has(test) && !second.failed.includes(test));
   // A crash or a leak that belongs to no test excuses none.
   if (second.failed.some((test) => !second.ran.has(test))) return { ...first, unsteady: [] };
@@ -104,12 +143,12 @@ function literal(text) {
 }
 
 /** Runs one runner and reads the counts from the report it writes. */
-async function test(name, pattern) {
-  console.log(`\n${name} test${pattern ? ", once more" : ""}`);
+async function test(name, { pattern, output } = {}) {
+  if (!output) console.log(`\n${name} test${pattern ? ", once more" : ""}`);
   const folder = mkdtempSync(join(tmpdir(), "duplex-test-"));
   const report = join(folder, "report.xml");
   try {
-    const code = await run(binary(name), runners[name](report, files, pattern));
+    const code = await run(binary(name), runners[name](report, files, pattern), { output });
     const result = read(name, existsSync(report) ? readFileSync(report) : "", pattern);
     // A file that could not be loaded, a crash or a leak shows only here.
     if (code !== 0 && result.failed.length === 0) {

@@ -20,12 +20,12 @@ export function binary(name) {
   return places.find((place) => existsSync(place)) ?? name;
 }
 
-/** Runs a command with our output as its own; "code", or why it has none. */
-export function run(command, args, { minutes = 40 } = {}) {
+/** Runs a command whose output is ours, or goes to a file; "code", or why it has none. */
+export function run(command, args, { minutes = 60, output = "inherit" } = {}) {
   return new Promise((done) => {
     const child = spawn(command, args, {
       cwd: root,
-      stdio: ["ignore", "inherit", "inherit"],
+      stdio: ["ignore", output, output],
     });
     const limit = setTimeout(() => child.kill("SIGKILL"), minutes * 60_000);
     child.on("error", (error) => {
