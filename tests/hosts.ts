@@ -136,13 +136,19 @@ export const hosts: Record<string, NodeHost> = {
 /** One application for all servers of the process. */
 let next: ReturnType<typeof startNext> | undefined;
 
+/** Next's own types would change those of the environment everywhere. */
+type CreateNext = (options: { dir?: string; dev: boolean }) => {
+  prepare(): Promise<void>;
+  getRequestHandler(): (incoming: IncomingMessage, outgoing: ServerResponse) => Promise<void>;
+};
+
 async function startNext() {
   const asked = new AsyncLocalStorage<Handler>();
   Object.assign(globalThis, { [NEXT_HANDLER]: asked });
   // It would replace the fetch of the tests' clients by one that keeps a copy of every body.
   const { fetch } = globalThis;
   Object.defineProperty(globalThis, "fetch", { get: () => fetch, set() {} });
-  const createNext = createRequire(import.meta.url)("next") as typeof import("next").default;
+  const createNext = createRequire(import.meta.url)("next") as CreateNext;
   const app = createNext({ dir: process.env.DUPLEX_NEXT, dev: false });
   await app.prepare();
   return { asked, handle: app.getRequestHandler() };
