@@ -126,6 +126,8 @@ const MAX_FAILURES = 5;
 /** Drops after which a streaming transport that has never worked is left. */
 const MAX_UNPROVEN_DROPS = 3;
 const MAX_RETRY_DELAY_MS = 2_000;
+/** The pause does not grow beyond that of so many, where the page waits for its close. */
+const MAX_LAST_RETRIES = 3;
 const MAX_LEARNED = 100;
 /** It may have been the network, and not something in front of the server. */
 const LEARNED_FOR_MS = 600_000;
@@ -772,7 +774,7 @@ class Course implements LinkHost {
 
   onBreak(): boolean {
     const { phase, terms } = this.#session;
-    if (phase === "leaving") this.#awaitReceipt();
+    if (phase === "leaving") this.#awaitReceipt(true);
     else if (phase === "open" && terms) this.#drop();
     else if (phase === "open" || phase === "opening") this.onFail();
     return ["dropped", "renewing", "leaving"].includes(this.#session.phase);
@@ -859,11 +861,12 @@ class Course implements LinkHost {
   }
 
   /** A server that takes nothing must not hold us; one that takes messages has its time. */
-  #awaitReceipt(): void {
+  #awaitReceipt(isAway: boolean = !this.#uplink.isLinked): void {
     if (this.#outbox.isEmpty) return;
-    const isAway = !this.#uplink.isLinked && this.#outbox.isOnlyClose;
-    const patience = this.#session.terms!.resumeTimeout || OPEN_TIMEOUT_MS;
-    this.#after(isAway ? CLOSE_TIMEOUT_MS : patience, () => this.onFail());
+    const patience = isAway && this.#outbox.isOnlyClose
+      ? CLOSE_TIMEOUT_MS
+      : this.#session.terms!.resumeTimeout || OPEN_TIMEOUT_MS;
+    this.#after(patience, () => this.onFail());
   }
 
   /** The server has our close. If its answer is late, a new connection may bring it; else ours stands. */
@@ -1336,7 +1339,8 @@ class Link implements Carrier, EventTaker, Holder {
       if (this.#inbox.isPaused) await this.#pauses.wait(1, Infinity, (resumeTimeout || 5000) / 2);
       this.#transports.tryStream();
     }
-    if (!this.#session.lostAt) this.#retries = 0;
+    // A poll without any news is not followed at once: something may repeat each request.
+    if (!this.#session.lostAt && why !== "turn") this.#retries = 0;
     if (why === "shared") this.#session.lostAt = clock();
     const isTrial = why === "turn" && !this.#transports.polls;
     const patience = Math.max(Math.min(resumeTimeout / 3, 2 * heartbeatInterval), 1000);
@@ -1415,7 +1419,7 @@ interface EventTaker {
   /** The connection whose words they are. */
   readonly current: Exchange | undefined;
   onTerms(terms: Terms): void;
-  /** A message, or an acknowledgement. */
+  /** A message, an acknowledgement, or a question. */
   onNews(): void;
   /** An answer is to be sent. */
   onPing(): void;
@@ -1491,6 +1495,7 @@ class Events {
         const [sent, payload] = data.split(" ");
         // "The number of a duplex-ping, that does not fit the client's own count means damage."
         if (Number(sent) !== this.#taker.current!.position) return this.#taker.distrust();
+        this.#taker.onNews();
         this.#receipts.pong(fromBase64(payload ?? ""));
         return this.#taker.onPing();
       }
@@ -1970,12 +1975,15 @@ class Uplink {
   async #mayRetry(batch: Exchange, retries: number, since: number): Promise<boolean> {
     const { terms } = this.#session;
     const patience = terms?.resumeTimeout || OPEN_TIMEOUT_MS;
+    // "Where nothing but its CLOSE is left, it tries again within 0.4 s each time."
+    const isLast = this.#session.phase === "leaving" && this.#outbox.isOnlyClose;
+    const pauses = isLast ? Math.min(retries, MAX_LAST_RETRIES) : retries;
     // Whoever says 413, a proxy, too: a message that is too large alone is "also 413".
     if (batch.rawStatus === 413) {
       this.#host.onTooLarge();
     } else if (
       !terms || this.#requests.isFinal(batch) ||
-      !await this.#pauses.wait(retries, since + patience, batch.retryAfter)
+      !await this.#pauses.wait(pauses, since + patience, batch.retryAfter)
     ) this.#host.onFail();
     else return true;
     return false;

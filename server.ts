@@ -107,7 +107,7 @@ const NUMBERS = {
 } as const;
 /** Bun cuts a connection that is quiet for 10 s, unless told otherwise through `fetch`'s second argument. */
 const UNATTENDED_HEARTBEAT_INTERVAL = 5_000;
-/** How long a client has to answer a close where `resumeTimeout` is 0. */
+/** How long a client has to answer a close, or to hear of it, where `resumeTimeout` is 0. */
 const CLOSE_TIMEOUT = 5_000;
 /** How long a session waits for the page that takes it over from one that was left. */
 const LEAVE_PATIENCE = 4_500;
@@ -1545,7 +1545,7 @@ class Registry implements Host {
     if (phase === "lingering") {
       this.#lingering.add(session);
       this.#startTimer();
-    } else if (phase === "gone") this.#lingering.delete(session);
+    } else if (phase === "gone" && this.#lingering.delete(session)) this.#tellIfEmpty();
   }
 
   /** Forgets a session that has ended; its tombstone tells those who missed the end. */
@@ -1554,13 +1554,13 @@ class Registry implements Host {
     count(this.tally.closed, ending?.code ?? LOST.code);
     const key = session instanceof PlainSession ? session.key : "";
     this.#keys.delete(key);
-    const { resumeTimeout, maxPeers } = this.settings;
-    if (ending && resumeTimeout > 0) {
+    const { closeTimeout, maxPeers } = this.settings;
+    if (ending) {
       for (const [oldest, tombstone] of this.#tombstones) {
         if (this.#tombstones.size < maxPeers) break;
         this.#remove(oldest, tombstone);
       }
-      const tombstone = new Tombstone(session, ending, resumeTimeout, () => this.told(ending));
+      const tombstone = new Tombstone(session, ending, closeTimeout, () => this.told(ending));
       this.#tombstones.set(key || secretOf(session.token), tombstone);
       if (ending.isSudden) this.#untold.add(ending);
       this.#startTimer();
@@ -1584,7 +1584,7 @@ class Registry implements Host {
 
   /** Nobody is waited for. */
   get #isEmpty(): boolean {
-    return !this.#sessions.size && !this.#untold.size;
+    return !this.#sessions.size && !this.#untold.size && !this.#lingering.size;
   }
 
   #tellIfEmpty(): void {
@@ -1714,11 +1714,11 @@ class Registry implements Host {
 
   /** Fine enough for the shortest of the deadlines; one timer for all sessions. */
   get #period(): number {
-    const { resumeTimeout, idleTimeout, unattendedHeartbeat, maxConnectionAge } = this.settings;
+    const { closeTimeout, idleTimeout, unattendedHeartbeat, maxConnectionAge } = this.settings;
     const shortest = Math.min(
       unattendedHeartbeat / 2,
       maxConnectionAge / 20,
-      resumeTimeout / 4 || Infinity,
+      closeTimeout / 4,
       idleTimeout / 4 || Infinity,
     );
     return Math.max(5, shortest);
@@ -1776,6 +1776,7 @@ class Registry implements Host {
     for (const session of this.#sessions.values()) session.close(code, reason, true);
     const hurry = () => {
       for (const session of this.#sessions.values()) session.terminate();
+      for (const session of this.#lingering) session.release();
       for (const ending of this.#untold) this.told(ending);
     };
     if (signal?.aborted) {
@@ -1783,13 +1784,12 @@ class Registry implements Host {
       hurry();
     }
     signal?.addEventListener("abort", hurry);
-    // Who was closed without being asked comes back for the last word, too.
+    // Who was closed without being asked comes back for the last word, too; and who reads slowly has
+    // it still to come.
     if (!this.#isEmpty) await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
     signal?.removeEventListener("abort", hurry);
-    for (const session of this.#lingering) session.flush();
     await new Promise((resolve) => setTimeout(resolve)); // the runtime takes what is left
     this.#callAll();
-    for (const session of this.#lingering) session.release();
     for (const [name, tombstone] of this.#tombstones) this.#remove(name, tombstone);
     this.flusher.stop();
     clearTimeout(this.#sweepTimer);
@@ -2955,7 +2955,7 @@ class PlainSession extends Session {
     try {
       checkSize(Number(length), maxMessageSize);
       if (request.body && length === null) return await this.#readChunks(request.body);
-      const payload = request.body ? await this.#readWhole(request.body) : EMPTY;
+      const payload = request.body ? await this.#readWhole(request.body, Number(length)) : EMPTY;
       if (!payload) return; // the connection's end, or the session's
       if (payload.length < Number(length)) throw notArrived();
       await this.#receive(plainMessage(payload, mediaType(request.headers)));
@@ -2966,15 +2966,17 @@ class PlainSession extends Session {
     }
   }
 
-  async #readWhole(body: ReadableStream<Uint8Array>): Promise<Bytes | undefined> {
-    const parts: Bytes[] = [];
-    let size = 0;
+  async #readWhole(
+    body: ReadableStream<Uint8Array>,
+    length: number,
+  ): Promise<Bytes | undefined> {
+    const whole = new Gathering();
     const { complete, error } = await readBody(readerOf(body), this, MAX_PLAIN_BODIES, (chunk) => {
-      checkSize(size += chunk.length, this.host.settings.maxMessageSize);
-      parts.push(chunk.slice());
+      checkSize(whole.size + chunk.length, this.host.settings.maxMessageSize);
+      whole.add(chunk, length);
     });
     throwRefusal(error);
-    return complete ? concat(parts) : undefined;
+    return complete ? whole.bytes.slice() : undefined;
   }
 
   async #readChunks(body: ReadableStream<Uint8Array>): Promise<void> {
@@ -3021,8 +3023,8 @@ interface Waiter {
 }
 
 /**
- * "A closed session leaves a tombstone for the resume timeout: it replays duplex-close to a
- * resumption and answers a repeated CLOSE with 204."
+ * "A closed session leaves a tombstone for the resume timeout (5 s where that is 0): it replays
+ * duplex-close to a resumption and answers a repeated CLOSE with 204."
  */
 class Tombstone implements Receiver {
   /** Its digest, if it is long: thousands of these may be left of one client. */
@@ -3033,11 +3035,11 @@ class Tombstone implements Receiver {
   readonly takesGaps = true;
   readonly #onAnswer: () => void;
 
-  constructor(session: Session, ending: Ending, resumeTimeout: number, onAnswer: () => void) {
+  constructor(session: Session, ending: Ending, lasts: number, onAnswer: () => void) {
     this.#onAnswer = onAnswer;
     this.namespace = digest(session.namespace);
     this.ending = ending;
-    this.expires = clock() + resumeTimeout;
+    this.expires = clock() + lasts;
     this.uplink = session.uplink;
   }
 
@@ -3796,13 +3798,37 @@ function readerOf(body: ReadableStream<Uint8Array>): Reader {
   };
 }
 
+/**
+ * Bytes that come in chunks, in one copy that grows: to keep chunks of a byte would cost a hundred
+ * times as much.
+ */
+class Gathering {
+  #buffer: Bytes = EMPTY;
+  size = 0;
+
+  get bytes(): Bytes {
+    return this.#buffer.subarray(0, this.size);
+  }
+
+  /** Makes room for what comes, not for what is announced. */
+  add(chunk: Bytes, expected = 0): void {
+    const size = this.size + chunk.length;
+    if (size > this.#buffer.length) {
+      const grown = new Uint8Array(Math.max(size, Math.min(expected, 2 * this.#buffer.length)));
+      grown.set(this.bytes);
+      this.#buffer = grown;
+    }
+    this.#buffer.set(chunk, this.size);
+    this.size = size;
+  }
+}
+
 /** An incremental parser: frames may be split anywhere. Between chunks it holds one frame at most. */
 class UplinkParser {
   readonly #max: number;
   readonly #onFrame: (type: string, payload: Bytes, size: number) => void;
-  /** The beginning of a frame: one copy that grows, since to keep chunks of a byte would cost a hundred times as much. */
-  #buffer: Bytes = EMPTY;
-  #filled = 0;
+  /** The beginning of a frame. */
+  #held: Gathering = new Gathering();
   /** How long that frame will be, once its header tells. */
   #expected = 0;
 
@@ -3812,7 +3838,9 @@ class UplinkParser {
   }
 
   push(chunk: Bytes): void {
-    const bytes = this.#filled ? this.#append(chunk) : chunk;
+    const held = this.#held.size;
+    if (held) this.#held.add(chunk, this.#expected);
+    const bytes = held ? this.#held.bytes : chunk;
     if (bytes.length < this.#expected) return;
     this.#expected = 0;
     let at = 0;
@@ -3821,25 +3849,9 @@ class UplinkParser {
       if (!end) break;
       at = end;
     }
-    const rest = bytes.length - at;
-    if (rest === this.#filled) return; // nothing is left, or nothing was complete
-    this.#buffer = bytes.slice(at);
-    this.#filled = rest;
-  }
-
-  /** Gives the beginning of the frame with the chunk behind it. */
-  #append(chunk: Bytes): Bytes {
-    const filled = this.#filled + chunk.length;
-    if (filled > this.#buffer.length) {
-      // Room for what comes, not for what the header announces.
-      const size = Math.max(filled, Math.min(this.#expected, 2 * this.#buffer.length));
-      const grown = new Uint8Array(size);
-      grown.set(this.#buffer.subarray(0, this.#filled));
-      this.#buffer = grown;
-    }
-    this.#buffer.set(chunk, this.#filled);
-    this.#filled = filled;
-    return this.#buffer.subarray(0, filled);
+    if (bytes.length - at === this.#held.size) return; // nothing is left, or nothing was complete
+    this.#held = new Gathering();
+    if (at < bytes.length) this.#held.add(bytes.subarray(at));
   }
 
   /**

@@ -413,6 +413,62 @@ test("close() while the connection is away takes no longer than the handshake", 
   assertEquals(events, ["open", "drop", "error", 'close 1006 "" unclean']);
 });
 
+test("nor does close() whose connection is lost right after it", async (t) => {
+  const { server, socket, stream, events, closed } = await scripted(t, { resumeTimeout: 30_000 });
+  const at = performance.now();
+  socket.close();
+  (await server.next()).fail();
+  stream.end();
+  await Promise.race([
+    closed,
+    (async () => {
+      for (;;) (await server.next()).fail();
+    })(),
+  ]);
+  assertLess(performance.now() - at, 4_500);
+  assertEquals(events, ["open", "error", 'close 1006 "" unclean']);
+});
+
+test("a CLOSE for which the page waits is tried at short intervals to the end", async (t) => {
+  const { server, socket, stream, closed } = await scripted(t, { resumeTimeout: 30_000 });
+  stream.end();
+  (await server.next()).fail();
+  await once(socket, "drop");
+  socket.close();
+  let tries = 0;
+  await Promise.race([
+    closed,
+    (async () => {
+      for (;;) {
+        const asked = await server.next();
+        if (asked.method === "POST") tries++;
+        asked.fail();
+      }
+    })(),
+  ]);
+  assertGreaterOrEqual(tries, 9, "with pauses that grow to 2 s there are 7 at most");
+});
+
+test("polls that are answered at once, with nothing new, are no storm of requests", async (t) => {
+  const server = new ScriptedServer();
+  const socket = new WebSocketSSE("http://scripted.test/", {
+    transport: "poll",
+    fetch: server.fetch,
+    signal: t.signal,
+  });
+  const opened = once(socket, "open");
+  const answer = async () => (await server.next()).stream().end();
+  await answer();
+  await opened;
+  let polls = 0;
+  const answering = (async () => {
+    for (;; polls++) await answer();
+  })();
+  await Promise.race([answering, sleep(1000, t.signal)]);
+  assertGreater(polls, 2);
+  assertLess(polls, 20);
+});
+
 for (const transport of ["duplex", "stream", "post"] as const) {
   test(`close() while CONNECTING leaves no peer behind (${transport})`, async (t) => {
     const closes = new Queue<unknown>();

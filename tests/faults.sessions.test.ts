@@ -60,6 +60,7 @@ test("at a shutdown what is acknowledged has been given to a hook; after peer.cl
     const closing = how === "ws" ? ws.close(1012) : peers[0]!.close(1012);
     assertEquals(await client.send("late"), 204);
     assertEquals(await client.close(1012), 204);
+    assertEquals(await client.closed(), 1012);
     await closing;
     assertEquals([how, got], [how, expected]);
   }
@@ -101,6 +102,68 @@ test("a client that reads nothing is given up after the close's time", async (t)
   });
   await ws.fetch(new Request(HOME, { headers: FULL }));
   peers[0]!.close(1000);
+  assertEquals((await closes.next()).code, 1006);
+});
+
+for (const resumeTimeout of [0, 1000]) {
+  test(`a CLOSE whose answer was lost is answered again (resumeTimeout ${resumeTimeout})`, async (t) => {
+    const ws = adapter(t, { resumeTimeout });
+    const client = t.use(await WireClient.open(ws.fetch, HOME));
+    const body = frame("CLOSE", closePayload(3001, "bye"));
+    assertEquals(await client.post(body).then((r) => r.status), 204);
+    const headers = { ...UPLINK, "x-crossws-id": client.token };
+    const again = await ws.fetch(post(HOME, headers, from(1, body)));
+    assertEquals([again.status, again.headers.get("x-duplex-close")], [204, "3001 bye"]);
+  });
+}
+
+test("a shutdown waits until who has closed, and reads slowly, has heard the end", async (t) => {
+  const ws = adapter(t, {});
+  const opened = await ws.fetch(new Request(HOME, { headers: FULL }));
+  const headers = { ...UPLINK, "x-crossws-id": opened.headers.get("x-crossws-id")! };
+  const answer = await ws.fetch(post(HOME, headers, from(1, frame("CLOSE"))));
+  assertEquals(answer.status, 204);
+  let isDown = false;
+  const down = ws.close(1012).then(() => isDown = true);
+  await new Promise((resolve) => setTimeout(resolve, 50));
+  assert(!isDown);
+  assert(
+    (await opened.text()).endsWith(`duplex-close\ndata: {"code":1005,"reason":"","sent":0}\n\n`),
+  );
+  await down;
+});
+
+test("nor longer than a close may take, and not at all once its signal aborts", async (t) => {
+  for (const signal of [undefined, AbortSignal.timeout(100)]) {
+    const ws = adapter(t, { resumeTimeout: signal ? 30_000 : 300 });
+    const opened = await ws.fetch(new Request(HOME, { headers: FULL }));
+    const headers = { ...UPLINK, "x-crossws-id": opened.headers.get("x-crossws-id")! };
+    await ws.fetch(post(HOME, headers, from(1, frame("CLOSE"))));
+    const at = performance.now();
+    await ws.close(1012, "", signal && { signal });
+    assertLess(performance.now() - at, 5_000);
+  }
+});
+
+test("a close has its deadline without resumption, however rare heartbeats are", async (t) => {
+  const closes = new Queue<{ code?: number }>();
+  const peers: Peer[] = [];
+  const now = performance.now.bind(performance);
+  let ahead = 0;
+  performance.now = () => now() + ahead;
+  t.defer(() => performance.now = now);
+  const ws = adapter(t, {
+    resumeTimeout: 0,
+    heartbeatInterval: 60_000,
+    hooks: {
+      open: (peer) => void peers.push(peer),
+      close: (_, details) => closes.push(details),
+    },
+  });
+  await ws.fetch(new Request(HOME, { headers: FULL }));
+  peers[0]!.close(1000);
+  ahead = 6_500; // 5 s, and a look at the clock
+  await ws.fetch(new Request(HOME, { method: "PUT" }));
   assertEquals((await closes.next()).code, 1006);
 });
 

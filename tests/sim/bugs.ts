@@ -67,8 +67,8 @@ export const BUGS: readonly Bug[] = [
   server(
     "who missed the end is not told",
     147,
-    "if (ending && resumeTimeout > 0) {",
-    "if (ending && resumeTimeout < 0) {",
+    "    if (ending) {\n      for (const [oldest",
+    "    if (false as boolean && ending) {\n      for (const [oldest",
   ),
   server(
     "a shutdown drops what it has acknowledged",

@@ -24,10 +24,12 @@ export function unfinished(world: World, client: Client): string | undefined {
     if (client.ending.code === 1006) return; // how should the server know?
     return `${session} has not ended, though its client has`;
   }
-  if (client.closing) return `${client} has not closed`;
+  const isDark = world.servers.every(({ down }) => down); // by whom should it hear?
+  // "What was sent before it has the resume timeout to get through."
+  if (client.closing) return isDark && client.sent.length ? undefined : `${client} has not closed`;
   if (!client.counts.open && world.network.wasHit(client.number)) return; // it has half a minute
   if (!session) return client.counts.open ? `${client} has no session` : `${client} has not opened`;
-  if (session.ending && world.servers.every(({ down }) => down)) return; // by whom should it hear?
+  if (isDark && (session.ending || session.server.killed)) return;
   if (session.closing || session.ending) return `${client} has not heard of the end`;
   const up = client.sent.length - session.received.length;
   if (up) return `${up} messages of ${client} have not arrived`;
@@ -254,11 +256,21 @@ const EXCUSES: Record<string, Excuse> = {
   "no time to notice": ({ scenario: { server, faults } }) =>
     server.resumeTimeout < 1.5 * server.heartbeatInterval &&
     faults.some((fault) => !!unnoticed(fault)),
+  /** "But for one that closes at that moment, and whose connection breaks before it is told." */
+  "shut down while closing": ({ network }, { closing, number, ending }, session) =>
+    !!closing && network.wasHit(number) && !!session?.shutDown &&
+    session.server.shutdown!.done! < ending!.at,
+  /** "Of whom nothing was heard for 12 s, by ticks of one's own clock, is gone." */
+  "frozen for too long": ({ scenario: { instances, faults } }, _, session) =>
+    instances > 1 && !!session &&
+    longest(
+        faults.filter((fault) => fault.kind === "freeze" && fault.whose === session.server.owner),
+      ) >= FROZEN,
   /** Nobody waits for a client that was lost. */
   "no resumption": ({ scenario, network }, client) =>
     scenario.server.resumeTimeout === 0 && network.wasHit(client.number),
   /** "Until the resume timeout is over." */
-  "away too long": (world) => longestBad(world) >= patienceOf(world),
+  "away too long": (world) => longest(world.scenario.faults) >= patienceOf(world),
 };
 
 /** Counts the excuse that holds, if any does. */
@@ -268,8 +280,8 @@ function excuse(world: World, client: Client, session: Session | undefined): boo
   return !!found;
 }
 
-/** The longest time during which something was wrong with the network, in ms. */
-function longestBad({ scenario: { faults } }: World): number {
+/** The longest time without a pause of these, in ms. */
+function longest(faults: readonly Fault[]): number {
   let longest = 0;
   let [from, until] = [0, 0];
   for (const fault of [...faults].sort((a, b) => a.at - b.at)) {
@@ -280,8 +292,14 @@ function longestBad({ scenario: { faults } }: World): number {
   return longest;
 }
 
-/** A page is not kept waiting for longer than this by its own close, in ms. */
-const CLOSE_PATIENCE = 2_900;
+/** "3 s at most"; the last of the requests that come "within 0.4 s each time" needs its answer, too. */
+const CLOSE_PATIENCE = 2_400;
+
+/** A request that is given up only with the socket, or not before. */
+const UNANSWERED = 2_900;
+
+/** Of an instance in a cluster, in ms: it may have spoken a while before. */
+const FROZEN = 7_000;
 
 /** How long an instance waits for the answer of another, which was lost between them, in ms. */
 const BACKPLANE_PATIENCE = 5_000;
@@ -290,7 +308,12 @@ const BACKPLANE_PATIENCE = 5_000;
 function unnoticed(fault: Fault): number {
   const silent = fault.kind === "silence" || fault.kind === "stall" || fault.kind === "half-open" ||
     fault.kind === "lose answer" && fault.silent;
-  return silent ? CLOSE_PATIENCE : 0;
+  return silent ? UNANSWERED : 0;
+}
+
+/** How long after its end a fault keeps the answer to a request from coming. */
+function unanswered(fault: Fault): number {
+  return fault.kind === "slow" ? 2 * fault.by : unnoticed(fault);
 }
 
 /** Whether something was wrong all this time. */
@@ -302,7 +325,7 @@ function isBadFrom(
   let until = from - start;
   if (backplane.loss && until < backplane.until) until = backplane.until + BACKPLANE_PATIENCE;
   for (const fault of [...faults].sort((a, b) => a.at - b.at)) {
-    if (fault.at <= until) until = Math.max(until, endOf(fault) + unnoticed(fault));
+    if (fault.at <= until) until = Math.max(until, endOf(fault) + unanswered(fault));
   }
   return until - (from - start) >= ms;
 }

@@ -63,6 +63,8 @@ export class Network {
   readonly counts = { requests: 0, hits: new Map<string, number>() };
   /** Bytes of the largest body that has its length. */
   largestBody = 0;
+  /** When something that is held came through for the last time: what follows may be held. */
+  lastRelease = 0;
   /** The most requests that a client had under way. */
   readonly most: Map<number, number> = new Map();
   /** What the answers that each client was given name its session, the latest first. */
@@ -401,6 +403,7 @@ export class Trip {
         // The answer that nobody is given ends nothing.
         onCancel: () => void (side === this.#side && this.#cancel()),
         onEnd: () => void (side === this.#side && this.#end()),
+        onRelease: () => this.#network.lastRelease = this.#clock.now,
       }),
     };
     return side;
@@ -448,6 +451,7 @@ export class Trip {
     if (!wanted || this.clientDone) return this.#discard(side, response, repeat?.reads ?? 0);
     side.down.feed(response.body as ReadableStream<Uint8Array> | null);
     if (this.#dead) return;
+    if (this.#fate.stalls && !this.#network.traits.plain) side.down.die(); // before anything comes
     if (loseAnswer) return this.#lose(loseAnswer);
     const { fullDuplex } = this.#network.traits;
     const give = () => this.#set(() => this.#give(side, response));
@@ -475,7 +479,6 @@ export class Trip {
     this.#side = side;
     this.#streams = isStream(response);
     const hasBody = ![204, 304].includes(status);
-    if (this.#fate.stalls && !this.#network.traits.plain) side.down.die();
     this.#resolve(new Response(hasBody ? side.down.stream : null, { status, headers }));
     if (hasBody) return;
     side.down.sinkDone = true;

@@ -29,6 +29,8 @@ export interface PipeOptions {
   onEnd: () => void;
   /** The last byte has been sent. */
   onSent?: () => void;
+  /** So much has been held that it is let through. */
+  onRelease?: () => void;
 }
 
 /** What a pipe reads from. */
@@ -184,6 +186,7 @@ export class Pipe {
       this.#held.push(chunk);
       this.#heldSize += chunk.length;
       if (this.#heldSize < hold) return;
+      this.#options.onRelease?.();
       return this.#release();
     }
     let at = 0;

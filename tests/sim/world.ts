@@ -41,8 +41,12 @@ export interface Outcome {
 export const LIVENESS = 10_000;
 /** How long a shutdown may take beyond that. */
 const QUIET = 5_000;
-/** After so long a cluster misses an instance that was killed, whose sessions it holds until then. */
-const GONE = 12_000;
+/**
+ * "Of whom nothing was heard for 12 s, by ticks of one's own clock, is gone", which an idle instance
+ * begins to count with the first request for it. One that waits for its answer meanwhile takes 5 s, and
+ * the next one 1 s more.
+ */
+const GONE = 18_000;
 /** A cluster knows the requests that it served for a minute. */
 const FORGOTTEN = 62_000;
 
@@ -196,15 +200,15 @@ export class World implements Stage {
 
   #deadline(): number {
     const { faults, server, traits, instances } = this.scenario;
-    let from = this.well;
+    // As of one that is half-open: a stream of which something has come, and the rest is held.
+    let from = Math.max(this.well, this.network.lastRelease + 2.5 * server.heartbeatInterval);
     for (const fault of faults) {
       // "The client takes two intervals without a byte for a drop."
       const unnoticed = fault.kind === "half-open" || fault.kind === "lose answer" && fault.silent
         ? 2.5 * server.heartbeatInterval
-        : fault.kind === "kill" && instances > 1
-        ? GONE
         : 0;
       from = Math.max(from, this.start + fault.at + unnoticed);
+      if (fault.kind === "kill" && instances > 1) from = Math.max(from, this.well + GONE);
       // "A POST 6 s, and 1 s more for every 8 KiB": in silence, a slow line and none are alike.
       const silent = fault.kind === "silence" || unnoticed > 0;
       if (silent) from = Math.max(from, this.start + endOf(fault) + this.network.largestBody / 8);
