@@ -469,7 +469,7 @@ class Chats {
   }
 
   async settled({ signal }: { signal?: AbortSignal | undefined } = {}): Promise<void> {
-    const { promise, reject } = Promise.withResolvers<never>();
+    const { promise, reject } = deferred<never>();
     const abort = () => {
       reject(signal!.reason);
       for (const run of [...this.#runs.values()]) run.abandon();
@@ -581,7 +581,7 @@ class Others {
 
   /** Whether another instance has the run, and shows it from now on. */
   async find(key: string, viewer: Viewer): Promise<boolean> {
-    const { promise, resolve } = Promise.withResolvers<boolean>();
+    const { promise, resolve } = deferred<boolean>();
     this.#ask(new Remote(key, viewer, START, resolve));
     const late = setTimeout(() => resolve(false), FIND_TIMEOUT);
     const there = await promise.finally(() => clearTimeout(late));
@@ -853,7 +853,7 @@ class Guest implements Viewer {
   readonly #say: (at: Place, reply: Reply, place: Place) => void;
   #place: Place;
   #taken: number;
-  #room: PromiseWithResolvers<void> | undefined;
+  #room: Deferred<void> | undefined;
 
   constructor(
     id: string,
@@ -877,7 +877,7 @@ class Guest implements Viewer {
 
   full(): Promise<void> | undefined {
     if (this.#place.sequence - this.#taken < WINDOW) return;
-    return (this.#room ??= Promise.withResolvers()).promise;
+    return (this.#room ??= deferred()).promise;
   }
 
   took(turn: number, n: number): void {
@@ -913,7 +913,7 @@ class Run {
   /** By peer, since one is shown it once. */
   readonly #showings: Map<string, Showing> = new Map();
   readonly #born: number = performance.now();
-  readonly #settled: PromiseWithResolvers<void> = Promise.withResolvers();
+  readonly #settled: Deferred<void> = deferred();
   /** Of whatever is waited for: viewers, the end of what was stopped, or to be forgotten. */
   #timer: ReturnType<typeof setTimeout> | undefined;
   #reader: ChunkReader | undefined;
@@ -1364,4 +1364,20 @@ function limitsOf(options: Partial<Limits> | ChatOptions<unknown, never>): Limit
 /** Does not keep a process alive, where timers can say so. */
 function unref(timer: unknown): void {
   (timer as { unref?(): void }).unref?.();
+}
+
+// --- Promises ---
+
+/** As of `Promise.withResolvers`, which Node 20 has not. */
+interface Deferred<T> {
+  readonly promise: Promise<T>;
+  readonly resolve: (value: T) => void;
+  readonly reject: (reason: unknown) => void;
+}
+
+function deferred<T = void>(): Deferred<T> {
+  let resolve!: Deferred<T>["resolve"];
+  let reject!: Deferred<T>["reject"];
+  const promise = new Promise<T>((yes, no) => [resolve, reject] = [yes, no]);
+  return { promise, resolve, reject };
 }

@@ -277,7 +277,7 @@ class Router implements RoutingDriver {
     this.#report = limited((context, error) => this.#host.report(error, context));
     this.#bus = new Bus(driver, maxPayload, timeout);
     this.#presence = new Presence(instance, (head) => this.#tellAll(head));
-    this.#searches = new Searches(Math.min(WHERE_AFTER, timeout / 2), (key, id, session) => {
+    this.#searches = new Searches(timeout, (key, id, session) => {
       if (!this.#host.movable || this.#bus.busy) return;
       this.#send(ALL, key, { kind: "where", id, session, from: instance });
     });
@@ -294,7 +294,13 @@ class Router implements RoutingDriver {
     this.#host = host;
     this.#names = new Names((token) => host.has(token));
     const send: Send = (to, key, head, body) => void this.#send(to, key, head, body);
-    this.#migration = new Migration(this.#instance, this.#timeout, host, this.#names, send);
+    this.#migration = new Migration(this.#instance, this.#timeout, {
+      host,
+      names: this.#names,
+      presence: this.#presence,
+      searches: this.#searches,
+      send,
+    });
     this.#bus.take(host.maxMessageSize + 2 * MAX_BATCH); // a routed body, and a head
   }
 
@@ -371,8 +377,8 @@ class Router implements RoutingDriver {
   async adopt(token: string, claim: Claim, take: Take): Promise<void> {
     if (this.#closed || !this.#subscription.stands || this.#bus.behind) return;
     const session = await nameOf(token);
-    const owner = this.#ownerOf(token, session);
-    if (this.#presence.isGone(owner)) return;
+    const owner = await this.#migration.ownerOf(token, session).catch(() => {}); // `route` says it
+    if (!owner) return;
     this.#startTimer();
     const adopting = this.#migration.adopt(token, session, owner, claim, take);
     const id = this.#migration.moves.asking(session);
@@ -394,11 +400,11 @@ class Router implements RoutingDriver {
       const session = await nameOf(token);
       await this.#settled(session); // another request may just have asked for it
       if (this.#host.owns(token)) return await this.#host.fetch(request, namespace);
-      const owner = this.#ownerOf(token, session);
+      const owner = await this.#migration.ownerOf(token, session);
       // It may come back, or be where it was sent.
       if (this.#migration.moves.moving(session)) return unavailable();
       // "Its owner is gone: 404", as from an instance that knows nothing of it, such as this one.
-      if (owner === this.#instance || this.#presence.isGone(owner)) return noSession();
+      if (!owner || owner === this.#instance) return noSession();
       const body = await this.#bodies.read(request, this.#host.maxMessageSize + MAX_BATCH);
       if (body instanceof Response) return body;
       if (this.#closed || this.#bus.behind || this.#relays.size >= MAX_RELAYS) return unavailable();
@@ -407,11 +413,6 @@ class Router implements RoutingDriver {
       this.#report({ stage: "publish", namespace }, error);
       return unavailable();
     }
-  }
-
-  /** The token tells where the session was when its client last heard; where it went from here, we know. */
-  #ownerOf(token: string, session: string): string {
-    return this.#migration.moves.whereabouts(session) ?? token.slice(0, 16);
   }
 
   async #ask(
@@ -531,15 +532,6 @@ class Router implements RoutingDriver {
 
   // --- Sessions that move ---
 
-  /** "Whoever has the session answers moved", and nobody else. */
-  async #onWhere(message: Incoming, { id, session, from }: WhereHead): Promise<void> {
-    const known = await this.#names.find(session);
-    if (!known || from === this.#instance || !this.#host.owns(known.token)) return;
-    const key = await (known.key ??= keyOf(known.token));
-    await authenticate(key, message);
-    await this.#send(from, key, { kind: "moved", id, to: this.#instance });
-  }
-
   async #onMove(message: Incoming, head: MoveHead): Promise<void> {
     if (head.kind === "adopt") {
       if (!await this.#names.find(head.session)) return this.#sayUnknown(head);
@@ -621,7 +613,7 @@ class Router implements RoutingDriver {
       case "taken":
         return await this.#onMove(message, head);
       case "where":
-        return await this.#onWhere(message, head);
+        return await this.#migration.locate(message, head);
       case "request":
         return await this.#serve(message, head);
       case "unknown":
@@ -685,39 +677,6 @@ interface Line {
   /** Sends the request again, to another owner. */
   again(): void;
   forget(): void;
-}
-
-/** A session can have left an instance that is frozen since: all are asked, and who has it says so. */
-class Searches {
-  readonly #ask: (key: CryptoKey, id: string, session: string) => void;
-  readonly #after: number;
-  readonly #waits: Set<() => void> = new Set();
-  #ended = false;
-
-  constructor(after: number, ask: (key: CryptoKey, id: string, session: string) => void) {
-    this.#after = after;
-    this.#ask = ask;
-  }
-
-  /** An instance was asked for the session: returns what is to be called when it has answered. */
-  begin(id: string, session: string, key: CryptoKey): () => void {
-    const timer = setTimeout(() => {
-      this.#waits.delete(heard);
-      this.#ask(key, id, session);
-    }, this.#after);
-    const heard = () => {
-      clearTimeout(timer);
-      this.#waits.delete(heard);
-    };
-    this.#waits.add(heard);
-    if (this.#ended) heard();
-    return heard;
-  }
-
-  end(): void {
-    this.#ended = true;
-    for (const heard of this.#waits) heard();
-  }
 }
 
 /** Where a relayed request stands: asking → doubted → streaming → ended; steps may be left out. */
@@ -1086,28 +1045,41 @@ class Replays {
 
 // --- Moves: sessions that come here, and that go ---
 
+/** What an instance's migration stands among. */
+interface Surroundings {
+  readonly host: RoutingHost;
+  readonly names: Names;
+  readonly presence: Presence;
+  readonly searches: Searches;
+  readonly send: Send;
+}
+
 /** Carries the moves of `handover.ts` over the backplane, with what the server packs and takes. */
 class Migration implements Mover<SyncMessage> {
   readonly moves: Moves<SyncMessage>;
+  readonly #instance: string;
   readonly #host: RoutingHost;
   readonly #names: Names;
+  readonly #presence: Presence;
+  readonly #searches: Searches;
   readonly #send: Send;
   /** Sessions that were asked for, by name, and what takes them into service. */
   readonly #wanted: Map<string, { token: string; take: Take }> = new Map();
   /** Their tokens, and since when: their givers may ask whether they have come. */
   readonly #asked: Map<string, { token: string; since: number }> = new Map();
   /** How many publications of each instance have been delivered here. */
-  readonly #counts: Map<string, number> = new Map();
+  readonly #counts: Map<string, { n: number; at: number }> = new Map();
 
   constructor(
     instance: string,
     timeout: number,
-    host: RoutingHost,
-    names: Names,
-    send: Send,
+    { host, names, presence, searches, send }: Surroundings,
   ) {
+    this.#instance = instance;
     this.#host = host;
     this.#names = names;
+    this.#presence = presence;
+    this.#searches = searches;
     this.#send = send;
     this.moves = new Moves(instance, timeout, host.resumeTimeout, this);
   }
@@ -1127,11 +1099,15 @@ class Migration implements Mover<SyncMessage> {
   }
 
   /** Numbers a publication of this instance, or takes the number of another's. */
-  count(from: string, message: SyncMessage, n: number = (this.#counts.get(from) ?? 0) + 1): number {
+  count(
+    from: string,
+    message: SyncMessage,
+    n: number = (this.#counts.get(from)?.n ?? 0) + 1,
+  ): number {
     if (!this.#counts.delete(from) && this.#counts.size >= MAX_COUNTED) {
       this.#counts.delete(this.#counts.keys().next().value!);
     }
-    this.#counts.set(from, n); // who has been silent for longest stands first
+    this.#counts.set(from, { n, at: clock() }); // who has been silent for longest stands first
     this.moves.published({ from, n, namespace: message.namespace, message });
     return n;
   }
@@ -1146,13 +1122,35 @@ class Migration implements Mover<SyncMessage> {
     this.moves.receive(head, here ? await unseal(token, message.body) : EMPTY);
   }
 
-  /** All were asked for a session: who has it says so. */
+  /**
+   * The token tells where the session was when its client last heard; where it went from here, we
+   * know, and of an instance that is gone others may. Undefined: it is nowhere.
+   */
+  async ownerOf(token: string, session: string): Promise<string | undefined> {
+    const owner = this.moves.whereabouts(session) ?? token.slice(0, 16);
+    if (!this.#presence.isGone(owner)) return owner;
+    return this.#host.movable ? await this.#searches.find(session, await keyOf(token)) : undefined;
+  }
+
+  /** "Whoever has the session answers moved", and nobody else. */
+  async locate(message: Incoming, { id, session, from }: WhereHead): Promise<void> {
+    const known = await this.#names.find(session);
+    if (!known || from === this.#instance || !this.#host.owns(known.token)) return;
+    const key = await (known.key ??= keyOf(known.token));
+    await authenticate(key, message);
+    this.#send(from, key, { kind: "moved", id, to: this.#instance });
+  }
+
+  /** The answer to that: to a search, or to an adoption for which all were asked. */
   async redirect(message: Incoming, { id, to }: { id: string; to: string }): Promise<void> {
+    const search = this.#searches.get(id);
     const session = this.moves.sessionOf(id);
     const token = session !== undefined && this.#asked.get(session)?.token;
-    if (!token) return;
-    await authenticate(await keyOf(token), message);
-    this.moves.redirect(id, to);
+    const key = search?.key ?? (token && await keyOf(token));
+    if (!key) return;
+    await authenticate(key, message);
+    if (search) search.settle(to);
+    else this.moves.redirect(id, to);
   }
 
   #remember(session: string, token: string): void {
@@ -1202,7 +1200,12 @@ class Migration implements Mover<SyncMessage> {
   }
 
   counts(): Counts {
-    return Object.fromEntries(this.#counts);
+    return Object.fromEntries([...this.#counts].map(([from, { n }]) => [from, n]));
+  }
+
+  quiet(time: number): string[] {
+    const now = clock();
+    return [...this.#counts].filter(([, { at }]) => now - at >= time).map(([from]) => from);
   }
 
   /** Of a session that is here, was, or was asked for. */
@@ -1213,6 +1216,92 @@ class Migration implements Mover<SyncMessage> {
 
 /** Sends a message that is authenticated with the key. */
 type Send = (to: string, key: CryptoKey, head: Head, body?: Bytes) => void;
+
+/** A search for a session whose instance is gone. */
+interface Search {
+  readonly key: CryptoKey;
+  readonly where: Promise<string | undefined>;
+  readonly settle: (owner?: string) => void;
+}
+
+/**
+ * A session can have left an instance that is frozen since, or gone: all are asked, and who has it
+ * says so.
+ */
+class Searches {
+  readonly #ask: (key: CryptoKey, id: string, session: string) => void;
+  /** How long an instance has to answer before all are asked, and all have then; in ms. */
+  readonly #after: number;
+  readonly #patience: number;
+  readonly #waits: Set<() => void> = new Set();
+  /** What has been found stays for a while, for the requests that follow. */
+  readonly #bySession: Map<string, Search> = new Map();
+  readonly #byId: Map<string, Search> = new Map();
+  #ended = false;
+
+  constructor(timeout: number, ask: (key: CryptoKey, id: string, session: string) => void) {
+    this.#after = Math.min(WHERE_AFTER, timeout / 2);
+    this.#patience = Math.min(DOUBT, timeout);
+    this.#ask = ask;
+  }
+
+  /** An instance was asked for the session: returns what is to be called when it has answered. */
+  begin(id: string, session: string, key: CryptoKey): () => void {
+    const timer = setTimeout(() => {
+      this.#waits.delete(heard);
+      this.#ask(key, id, session);
+    }, this.#after);
+    const heard = () => {
+      clearTimeout(timer);
+      this.#waits.delete(heard);
+    };
+    this.#waits.add(heard);
+    if (this.#ended) heard();
+    return heard;
+  }
+
+  /** The instance that has the session, or undefined if none says so in time. */
+  async find(session: string, key: CryptoKey): Promise<string | undefined> {
+    const known = this.#bySession.get(session);
+    if (known || this.#ended) return await known?.where;
+    if (this.#bySession.size >= MAX_RELAYS) throw new Error("Too many sessions are looked for");
+    const id = hex(crypto.getRandomValues(new Uint8Array(ID_SIZE)));
+    let resolve!: (owner?: string) => void;
+    const where = new Promise<string | undefined>((settle) => resolve = settle);
+    const forget = () => {
+      clearTimeout(timer);
+      this.#bySession.delete(session);
+      this.#byId.delete(id);
+      this.#waits.delete(end);
+    };
+    const end = () => {
+      forget();
+      resolve();
+    };
+    const settle = (owner?: string) => {
+      resolve(owner);
+      clearTimeout(timer);
+      timer = setTimeout(forget, this.#patience);
+    };
+    let timer = setTimeout(settle, this.#patience);
+    this.#waits.add(end);
+    const search = { key, where, settle };
+    this.#bySession.set(session, search);
+    this.#byId.set(id, search);
+    this.#ask(key, id, session);
+    return await where;
+  }
+
+  /** The search that an answer is for. */
+  get(id: string): Search | undefined {
+    return this.#byId.get(id);
+  }
+
+  end(): void {
+    this.#ended = true;
+    for (const stop of this.#waits) stop();
+  }
+}
 
 /** Takes a session into service. */
 type Take = (packed: Packed, missed: SyncMessage[]) => void;

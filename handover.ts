@@ -59,6 +59,8 @@ export interface StateHead extends Head<"state"> {
   readonly to?: string;
   /** With "here": the publications that the session has had, or could have. */
   readonly counts?: Counts;
+  /** Instances of which nothing has been heard for so long that no more of that is to come. */
+  readonly quiet?: readonly string[];
 }
 
 /** A publication, and its number among those of its instance. */
@@ -86,6 +88,8 @@ export interface Mover<Message> {
   take(session: string, state: Bytes, missed: Message[]): void;
   /** How many publications of each instance have been delivered here. */
   counts(): Counts;
+  /** Those of them whose last one was delivered so long ago, in ms. */
+  quiet(time: number): string[];
 }
 
 /** A session that this instance has asked for. */
@@ -101,8 +105,8 @@ interface Adoption<Message> {
   /** Publications of its namespace since it was asked for. */
   readonly published: Publication<Message>[];
   /** The session, while publications that it has had there are still to come here. */
-  arrived: { from: string; state: Bytes; counts: Counts } | undefined;
-  readonly end: PromiseWithResolvers<void>;
+  arrived: Pick<StateHead, "from" | "quiet"> & { state: Bytes; counts: Counts } | undefined;
+  readonly end: Deferred;
 }
 
 /** A session given away, until its taker says that it has it. No hook runs meanwhile. */
@@ -112,7 +116,7 @@ interface Limbo {
   readonly to: string;
   readonly since: number;
   readonly answer: { readonly head: StateHead; readonly state: Bytes };
-  readonly end: PromiseWithResolvers<void>;
+  readonly end: Deferred;
   /** Since it became too old to be taken back, by ticks. */
   overdue: number;
 }
@@ -172,7 +176,7 @@ export class Moves<Message> {
   async adopt(session: string, owner: string, claim: Claim): Promise<void> {
     for (let end; (end = this.moving(session));) await end;
     if (owner === this.#instance || this.#mover.owns(session)) return;
-    const end = Promise.withResolvers<void>();
+    const end = deferred();
     const adoption = {
       id: "",
       owner,
@@ -236,13 +240,13 @@ export class Moves<Message> {
       adoption.published.push(publication);
     }
     for (const adoption of [...this.#adoptions.values()]) {
-      if (adoption.arrived && this.#caughtUp(adoption.arrived.counts)) this.#take(adoption);
+      if (adoption.arrived && this.#caughtUp(adoption.arrived)) this.#take(adoption);
     }
   }
 
   /** The owner's answer. */
   #onState(head: StateHead, state: Bytes): void {
-    const { id, session, from, status, to, counts = {} } = head;
+    const { id, session, from, status, to, counts = {}, quiet } = head;
     if (this.#taken.get(id)) return this.#confirm(from, id, session); // a confirmation was lost
     const adoption = this.#adoptions.get(session);
     // "A state that nobody waits for is dropped": its giver asks, and takes it back.
@@ -251,18 +255,20 @@ export class Moves<Message> {
       return this.#ask(adoption, to);
     }
     if (status !== "here") return this.#end(adoption);
-    adoption.arrived = { from, state, counts };
-    if (this.#caughtUp(counts)) this.#take(adoption);
+    adoption.arrived = { from, state, counts, quiet };
+    if (this.#caughtUp(adoption.arrived)) this.#take(adoption);
   }
 
   /**
-   * Every publication that the session has had has come here, too. `isLate`: of an instance that was
-   * never heard here nothing more is to come, since it spoke before this one began to listen.
+   * Every publication that the session has had has come here, too. Of an instance that was never
+   * heard here nothing is to come where that `isLate`, or the instance has long been quiet: it spoke
+   * before this one began to listen.
    */
-  #caughtUp(counts: Counts, isLate = false): boolean {
+  #caughtUp({ counts, quiet = [] }: Pick<StateHead, "quiet"> & { counts: Counts }, isLate = false) {
     const here = this.#mover.counts();
+    const least = (from: string, n: number) => isLate || quiet.includes(from) ? n : 0;
     return Object.entries(counts).every(([from, n]) =>
-      from === this.#instance || (here[from] ?? (isLate ? n : 0)) >= n
+      from === this.#instance || (here[from] ?? least(from, n)) >= n
     );
   }
 
@@ -303,11 +309,9 @@ export class Moves<Message> {
     if (this.#mover.owns(session)) {
       const state = this.#mover.pack(session, { attempt, received, namespace });
       if (!state) return this.#mover.send(from, { ...answer, status: "stays" });
-      return this.#giveAway(
-        { ...answer, status: "here", counts: this.#mover.counts() },
-        from,
-        state,
-      );
+      const counts = this.#mover.counts();
+      const quiet = this.#mover.quiet(CATCH_UP);
+      return this.#giveAway({ ...answer, status: "here", counts, quiet }, from, state);
     }
     const to = this.#moved.get(session);
     this.#mover.send(
@@ -319,7 +323,7 @@ export class Moves<Message> {
   /** "Whoever gives a session away keeps it in limbo until the taker confirms." */
   #giveAway(head: StateHead, to: string, state: Bytes): void {
     const { id, session } = head;
-    const end = Promise.withResolvers<void>();
+    const end = deferred();
     const answer = { head, state };
     this.#limbos.set(session, { id, session, to, since: head.time, answer, end, overdue: 0 });
     this.#mover.send(to, head, state);
@@ -381,7 +385,7 @@ export class Moves<Message> {
       const patience = arrived ? Math.min(CATCH_UP, this.#timeout) : this.#timeout;
       if (adoption.age < patience) continue;
       // Where publications do not come here that the session has had, it stays: at most once.
-      if (arrived && this.#caughtUp(arrived.counts, true)) this.#take(adoption);
+      if (arrived && this.#caughtUp(arrived, true)) this.#take(adoption);
       else this.#end(adoption);
     }
     for (const limbo of [...this.#limbos.values()]) {
@@ -397,6 +401,18 @@ export class Moves<Message> {
     this.#taken.forget(this.#mover.now());
     this.#moved.forget(this.#mover.now());
   }
+}
+
+/** As of `Promise.withResolvers`, which Node 20 has not. */
+interface Deferred {
+  readonly promise: Promise<void>;
+  readonly resolve: () => void;
+}
+
+function deferred(): Deferred {
+  let resolve!: () => void;
+  const promise = new Promise<void>((settle) => resolve = settle);
+  return { promise, resolve };
 }
 
 /** What is known for a while. */

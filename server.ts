@@ -169,7 +169,9 @@ const HANDOVER_TIMEOUT = 5_000;
 const HANDOVER_LOOK = 20;
 const HANDOVER_ROUND = 250;
 const HANDOVER_PATIENCE = 2_000;
-const MAX_SPREAD = 1_000;
+/** A session more, and at most: whoever gets them is to get no more than 20 a second of a few. */
+const HANDOVER_SPREAD = 50;
+const MAX_HANDOVER_SPREAD = 1_500;
 /** Publications kept for a session on its way, until it is known where it is. */
 const MAX_COLLECTED = 10_000;
 
@@ -1647,7 +1649,7 @@ class Registry implements Host {
   /** Sends the sessions that can move to other instances, not all at once, and waits for that. */
   async #handOver(signal?: AbortSignal): Promise<void> {
     this.#state = "handing over";
-    const asked = new Map<FullSession, number>();
+    const asked = new Map<FullSession, Renewal>();
     const begun = clock();
     const end = begun + Math.min(this.settings.resumeTimeout, HANDOVER_TIMEOUT);
     let nextRound = begun;
@@ -1661,19 +1663,21 @@ class Registry implements Host {
       if (!remain()) break;
       await new Promise((resolve) => setTimeout(resolve, HANDOVER_LOOK));
     } while (clock() < end && !signal?.aborted);
+    for (const { timer } of asked.values()) clearTimeout(timer);
     // Whoever was sent these has them, or nobody will.
     for (const { session } of [...this.#limbo.values()]) this.release(session.token, "moved");
   }
 
   /** Asks the clients of sessions that can move to connect anew, if they were not asked lately. */
-  #askToGo(asked: Map<FullSession, number>): void {
+  #askToGo(asked: Map<FullSession, Renewal>): void {
     const now = clock();
     const going = [...this.#sessions.values()].filter((one) => one instanceof FullSession)
-      .filter((one) => one.isMovable && now - (asked.get(one) ?? -Infinity) >= HANDOVER_PATIENCE);
-    const spread = Math.min(MAX_SPREAD, going.length);
+      .filter((one) => one.isMovable && now >= (asked.get(one)?.nextAt ?? now));
+    const spread = Math.min(MAX_HANDOVER_SPREAD, going.length * HANDOVER_SPREAD);
     for (const session of going) {
-      asked.set(session, now);
-      setTimeout(() => session.renew(), Math.random() * spread);
+      const after = Math.random() * spread;
+      const timer = setTimeout(() => session.renew(), after);
+      asked.set(session, { timer, nextAt: now + after + HANDOVER_PATIENCE });
     }
   }
 
@@ -1796,6 +1800,12 @@ class Registry implements Host {
     this.#nextSweep = Infinity;
     await this.#topics.backplane?.close();
   }
+}
+
+/** A session's client is asked to connect anew, and when it may be asked again. */
+interface Renewal {
+  readonly timer: ReturnType<typeof setTimeout>;
+  readonly nextAt: number;
 }
 
 /** A session that is packed, and stands in for it where that is subscribed. */

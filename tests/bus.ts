@@ -14,7 +14,7 @@ import process from "node:process";
 import { decodeEnvelope, encodeEnvelope } from "crossws/sync";
 import type { ClusterAdapter } from "../cluster.ts";
 import type { SyncMessage } from "../server.ts";
-import { command, freePort, type TestContext, type TestServer, within } from "./harness.ts";
+import { command, freePort, sleep, type TestContext, type TestServer, within } from "./harness.ts";
 
 export interface BusOptions {
   /** Refuses a payload of more bytes, as PostgreSQL does. */
@@ -221,6 +221,8 @@ export interface RoundRobin extends TestServer {
   readonly log: string[];
   /** Chooses for the next requests, by the method; undefined: the next in turn. */
   choose: ((request: Request) => number | undefined) | undefined;
+  /** How long a request waits before it goes on, and each piece of its answer; in ms. Default: 0. */
+  latency: number;
 }
 
 /** A proxy that knows nothing of sessions: every request goes to the next instance. */
@@ -235,6 +237,8 @@ export async function roundRobin(t: TestContext, ports: number[]): Promise<Round
     const { pathname, search } = new URL(request.url);
     const headers = new Headers(request.headers);
     for (const name of ["host", "connection", "accept-encoding"]) headers.delete(name);
+    const latency = rr?.latency ?? 0;
+    if (latency) await sleep(latency, t.signal);
     try {
       const response = await fetch(`http://127.0.0.1:${ports[at]}${pathname}${search}`, {
         method: request.method,
@@ -244,12 +248,33 @@ export async function roundRobin(t: TestContext, ports: number[]): Promise<Round
         ...request.body && { body: request.body, duplex: "half" },
       } as RequestInit);
       const { body, status, headers: answered } = response;
-      return new Response(body && untilCut(body), { status, headers: answered });
+      if (latency && !body) await sleep(latency, t.signal);
+      const cut = body && untilCut(body);
+      const late = latency && cut ? cut.pipeThrough(delayed(latency)) : cut;
+      return new Response(late, { status, headers: answered });
     } catch {
       return new Response("Bad gateway", { status: 502 });
     }
   });
-  return rr = Object.assign(server, { ports, log, choose: undefined });
+  return rr = Object.assign(server, { ports, log, choose: undefined, latency: 0 });
+}
+
+/** Passes each piece on after a time, however many are under way. */
+function delayed(latency: number): TransformStream<Uint8Array, Uint8Array> {
+  let line = Promise.resolve();
+  return new TransformStream({
+    transform(piece, controller) {
+      const due = performance.now() + latency;
+      line = line.then(() => sleep(Math.max(0, due - performance.now()))).then(() => {
+        try {
+          controller.enqueue(piece);
+        } catch {
+          // nobody reads any more
+        }
+      });
+    },
+    flush: () => line,
+  });
 }
 
 /** Ends where what it passes on breaks off: runtimes print the error of a body that they send. */

@@ -6,7 +6,7 @@ import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
-import { Moves } from "../handover.ts";
+import { type MoveHead, Moves } from "../handover.ts";
 import { assertEquals, assertGreater, root, test, type TestContext } from "./harness.ts";
 import { walks } from "./handover.model.ts";
 
@@ -35,7 +35,7 @@ const RULES: Record<string, [string, string]> = {
     "if (!adoption) { if (status === 'here') this.#mover.take(session, state, []); return; }",
   ],
   "the session waits for publications that it has had": [
-    "if (this.#caughtUp(counts)) this.#take(adoption);\n  }",
+    "if (this.#caughtUp(adoption.arrived)) this.#take(adoption);\n  }",
     "this.#take(adoption);\n  }",
   ],
   "the session is given publications that it has missed": [
@@ -73,3 +73,27 @@ async function without(t: TestContext, text: string, replacement: string): Promi
   await writeFile(file, source.replace(text, replacement));
   return (await import(pathToFileURL(file).href)).Moves;
 }
+
+test("of an instance that has long been quiet, and was never heard here, nothing is waited for", () => {
+  for (const quiet of [["silent"], []]) {
+    const taken: unknown[] = [];
+    const sent: MoveHead[] = [];
+    const moves = new Moves<string>("here", 5_000, 30_000, {
+      ...{ now: () => 0, send: (_to, head) => void sent.push(head), owns: () => taken.length > 0 },
+      ...{ pack: () => undefined, restore() {}, release() {}, quiet: () => [] },
+      take: (_session, _state, missed) => void taken.push(missed),
+      counts: () => ({ heard: 3 }),
+    });
+    moves.adopt("session", "there", { attempt: 1, received: 0, namespace: "/" });
+    const { id } = sent[0]!;
+    const counts = { heard: 3, silent: 2 };
+    moves.receive({
+      ...{ kind: "state", status: "here", from: "there", session: "session", time: 0 },
+      ...{ id, counts, quiet },
+    }, new Uint8Array());
+    assertEquals(taken.length, quiet.length);
+    moves.tick(1_000);
+    assertEquals(taken, [[]]);
+    assertEquals(sent.map(({ kind }) => kind), ["adopt", "adopted"]);
+  }
+});

@@ -105,6 +105,10 @@ class Instance implements Mover<number> {
     return { channel: this.read };
   }
 
+  quiet(): string[] {
+    return [];
+  }
+
   /** The next publication of the channel comes here. */
   hear(): void {
     if (this.read >= this.#world.published) return;

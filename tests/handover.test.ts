@@ -18,6 +18,7 @@ import {
   until,
 } from "./harness.ts";
 import { connect, listen, type Pair } from "./pair.ts";
+import { wireClient } from "./wire.ts";
 
 interface Fleet {
   readonly instances: Pair<Record<string, unknown>>[];
@@ -70,6 +71,11 @@ async function start(
 
 function peersOf({ ws }: Pair<Record<string, unknown>>): Peer<Record<string, unknown>>[] {
   return [...ws.peers.values()].flatMap((peers) => [...peers]);
+}
+
+/** Waits until the instance has heard of another that has sessions. */
+async function hearsOfAnother({ ws }: Pair<Record<string, unknown>>): Promise<void> {
+  await until(() => ws.stats().cluster!.instances > 0);
 }
 
 /** A network in front of the balancer, that can be cut. */
@@ -377,6 +383,40 @@ test("a session is found though the instance that knows where it has gone is fro
   await until(() => fleet.told.includes("close 0 1005"));
   assertEquals(events.filter((type) => type === "error"), []);
 }, { timeout: 30_000 });
+
+test("a session is found though the instance that it left has gone since", async (t) => {
+  const fleet = await start(t, new MemoryBus(t).adapter, { count: 3 });
+  const { instances, proxy, told } = fleet;
+  const peer = await wireClient(t, `${proxy.url}/room`);
+  const { token, id } = peer; // which name the first instance
+  await hearsOfAnother(instances[2]!);
+  proxy.choose = () => 1;
+  const moved = t.use(await peer.resume(1, 0));
+  assertEquals(told, ["open 0", "suspend 0", "revive 1"]);
+  assert(moved.token !== token);
+  await instances[0]!.ws.close(1012);
+  // What the client had sent before it heard of its new token comes to an instance that knows nothing.
+  proxy.choose = () => 2;
+  assertEquals(await peer.send("a"), 204);
+  assertEquals(await moved.message(), "a 1 at 1");
+  // And so it may come back, where its new token has been lost.
+  assertEquals(peer.id, id);
+  t.use(await peer.resume(2, 0));
+  assertEquals(told.slice(3), ["suspend 1", "revive 2"]);
+});
+
+test("a session that no instance has is not waited for, where its own has gone", async (t) => {
+  const fleet = await start(t, new MemoryBus(t).adapter, { count: 2, resumeTimeout: 0 });
+  const { instances, proxy, errors } = fleet;
+  const peer = await wireClient(t, `${proxy.url}/room`);
+  await hearsOfAnother(instances[1]!);
+  for (const peer of peersOf(instances[0]!)) peer.terminate();
+  await instances[0]!.ws.close(1012);
+  proxy.choose = () => 1;
+  assertEquals(await peer.send("a"), 404);
+  assertEquals(await peer.resume(1, 0).catch(({ status }) => status), 404);
+  assertEquals(errors, []);
+});
 
 test("at a shutdown sessions go to other instances, and no client sees a close", async (t) => {
   const bus = new MemoryBus(t);
