@@ -1674,8 +1674,8 @@ class Registry implements Host {
     const going = [...this.#sessions.values()].filter((one) => one instanceof FullSession)
       .filter((one) => one.isMovable && now >= (asked.get(one)?.nextAt ?? now));
     const spread = Math.min(MAX_HANDOVER_SPREAD, going.length * HANDOVER_SPREAD);
-    for (const session of going) {
-      const after = Math.random() * spread;
+    for (const [i, session] of going.entries()) {
+      const after = (i + Math.random()) / going.length * spread;
       const timer = setTimeout(() => session.renew(), after);
       asked.set(session, { timer, nextAt: now + after + HANDOVER_PATIENCE });
     }
