@@ -412,6 +412,7 @@ test("a session that no instance has is not waited for, where its own has gone",
   await hearsOfAnother(instances[1]!);
   for (const peer of peersOf(instances[0]!)) peer.terminate();
   await instances[0]!.ws.close(1012);
+  await until(() => !instances[1]!.ws.stats().cluster!.instances);
   proxy.choose = () => 1;
   assertEquals(await peer.send("a"), 404);
   assertEquals(await peer.resume(1, 0).catch(({ status }) => status), 404);
