@@ -2694,7 +2694,8 @@ class FullSession extends Session implements Receiver {
     this.#acknowledged(received);
     this.#pinged = false;
     this.#isLeft = false;
-    this.#ackDue = false; // its first event says it
+    // Its first event says it; but a poll's may be held until the answer ends, which this does.
+    if (until !== "news") this.#ackDue = false;
     this.#renewDue = false;
     // "At 80 to 100 % of maxConnectionAge, so that clients who came together do not go together."
     const { maxConnectionAge } = this.host.settings;

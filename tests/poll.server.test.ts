@@ -137,6 +137,20 @@ test("A PING in a poll asks for an answer at once; its messages are numbered as 
   assertEquals(calls, ["open", "up"]);
 });
 
+test("What was handled while nobody waited ends the next poll: something may hold its first event", async (t) => {
+  const { url, calls } = await site(t, { heartbeatInterval: 60_000 });
+  const { token } = await poll(url);
+  const sent = await fetch(url, {
+    method: "POST",
+    headers: { "x-duplex-version": "1", "x-crossws-id": token },
+    body: from(1, frame("TEXT", "up")),
+  });
+  assertEquals(sent.headers.get("x-duplex-received"), "1");
+  await until(() => calls.includes("up"));
+  const answer = await poll(url, next(token, 1, 0), ack(0));
+  assertEquals([terms(answer), answer.events.slice(1)], [[1, 1], ["duplex-ack 1 12"]]);
+});
+
 test("A poll ends at the heartbeat", async (t) => {
   const { url } = await site(t, { heartbeatInterval: 200 });
   const { token } = await poll(url);

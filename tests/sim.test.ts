@@ -35,6 +35,9 @@ const FAILED = [
   ...[64604, 64780, 68510, 69978, 75623, 79901, 87898, 93371, 94403, 94442, 96887, 97392],
 ];
 
+/** Likewise, where all goes by polls. */
+const FAILED_BY_POLLS = [3, 471, 498, 548, 1799, 3044, 3579];
+
 /** A bug that is planted is found among so many seeds. */
 const SOON = 70;
 
@@ -46,6 +49,17 @@ test(`${SEEDS} seeds: safe, live, agreed on the end, and nothing is left`, async
   assertGreater(summary.messages, 10 * SEEDS);
   for (const kind of ["cut", "foreign", "repeat", "half-open", "lose answer"]) {
     assertGreater(summary.hits.get(kind) ?? 0, SEEDS / 100, `too few faults of a kind: ${kind}`);
+  }
+}, { timeout: TIMEOUT });
+
+test(`${SEEDS / 4} seeds by polls alone`, async () => {
+  const options = { from: FROM, transport: "poll" } as const;
+  const summary = await playSeeds(PRODUCT, SEEDS / 4, options);
+  console.log(format(summary));
+  assertEquals(summary.first, undefined);
+  for (const from of FAILED_BY_POLLS) {
+    const { first } = await playSeeds(PRODUCT, 1, { ...options, from });
+    assertEquals(first, undefined);
   }
 }, { timeout: TIMEOUT });
 

@@ -261,7 +261,8 @@ export class Session {
     if (this.peer.send(data) === 0) {
       this.sent.pop();
       // What waits costs a little more than its bytes.
-      const full = most + MESSAGE_COST * this.sent.length > maxBufferedAmount;
+      const waiting = this.sent.length + this.publications.length;
+      const full = most + MESSAGE_COST * waiting > maxBufferedAmount;
       if (!full) this.#stage.violated("send refused", `${this}`);
     }
     if (this.peer.bufferedAmount > maxBufferedAmount + this.largestDown) {

@@ -256,10 +256,10 @@ const EXCUSES: Record<string, Excuse> = {
   "no time to notice": ({ scenario: { server, faults } }) =>
     server.resumeTimeout < 1.5 * server.heartbeatInterval &&
     faults.some((fault) => !!unnoticed(fault)),
-  /** "But for one that closes at that moment, and whose connection breaks before it is told." */
-  "shut down while closing": ({ network }, { closing, number, ending }, session) =>
-    !!closing && network.wasHit(number) && !!session?.shutDown &&
-    session.server.shutdown!.done! < ending!.at,
+  /** "But for one that closes at that moment, and whose connection (or the backplane …) breaks before it is told." */
+  "shut down while closing": ({ network, scenario }, { closing, number, ending }, session) =>
+    (closing && network.wasHit(number) && session?.shutDown || scenario.backplane.loss > 0) &&
+    session?.server.shutdown?.done !== undefined && session.server.shutdown.done < ending!.at,
   /** "Of whom nothing was heard for 12 s, by ticks of one's own clock, is gone." */
   "frozen for too long": ({ scenario: { instances, faults } }, _, session) =>
     instances > 1 && !!session &&

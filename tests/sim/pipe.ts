@@ -160,7 +160,7 @@ export class Pipe {
   async #pump(): Promise<void> {
     try {
       while (!this.sourceDone) {
-        if (this.#underWay >= this.#options.capacity) {
+        if (this.#underWay - this.#heldSize >= this.#options.capacity) {
           this.#waiting = true;
           return;
         }

@@ -78,7 +78,7 @@ function playSome(
     add(summary, outcome);
     const [violation] = outcome.violations;
     if (!violation) continue;
-    failed(summary, violation.check, seed, () => explain(product, outcome, !!options.quiet));
+    failed(summary, violation.check, seed, () => explain(product, outcome, options));
     if (options.first) return;
   }
 }
@@ -104,13 +104,18 @@ function failed(summary: Summary, check: string, seed: number, tell: () => strin
 }
 
 /** How to run it again, what is wrong, and the shortest way to it. */
-export function explain(product: Product, outcome: Outcome, quiet: boolean): string {
+export function explain(
+  product: Product,
+  outcome: Outcome,
+  { quiet, transport }: ScenarioOptions,
+): string {
   const shortest: Scenario = shrink(outcome, (scenario) => run(product, scenario));
   const again = run(product, shortest, true);
   const { script, faults, ...rest } = shortest;
   const seed = outcome.scenario.seed;
+  const options = `${quiet ? " --quiet" : ""}${transport ? ` --transport ${transport}` : ""}`;
   return [
-    `again: deno run -A tests/sim/main.ts --from ${seed} --seeds 1${quiet ? " --quiet" : ""}`,
+    `again: deno run -A tests/sim/main.ts --from ${seed} --seeds 1${options}`,
     ...again.violations.map(({ check, detail }) => `${check}: ${detail}`),
     JSON.stringify(rest),
     ...[...script, ...faults].map((entry) => JSON.stringify(entry)),

@@ -8,7 +8,7 @@ import { drawFault, endOf, type Fault, KINDS } from "./faults.ts";
 import type { Traits } from "./network.ts";
 
 export const TRANSPORTS = ["duplex", "stream", "post"] as const;
-export type Transport = (typeof TRANSPORTS)[number];
+export type Transport = (typeof TRANSPORTS)[number] | "poll";
 
 /** What somebody does at some time: `seed` is of the dice that tell the rest. */
 export interface Step {
@@ -82,6 +82,8 @@ export interface Scenario {
 export interface ScenarioOptions {
   /** Nothing goes wrong. */
   quiet?: boolean;
+  /** This one, whatever is drawn. Polls are drawn where something holds streams, else by this alone. */
+  transport?: Transport | undefined;
   /** How likely each kind of fault is. */
   kinds?: Partial<Record<Fault["kind"], number>>;
   /** These instead of what is drawn, in a conversation that says little. */
@@ -96,7 +98,7 @@ export function wellAt({ script, faults, backplane, rests }: Scenario): number {
 
 export function drawScenario(
   seed: number,
-  { quiet, kinds = KINDS, faults }: ScenarioOptions = {},
+  { quiet, transport, kinds = KINDS, faults }: ScenarioOptions = {},
 ): Scenario {
   const dice = diceFor(seed, 1);
   const level = dice.chance(0.1) ? "plain" : "full";
@@ -120,6 +122,7 @@ export function drawScenario(
     script: [],
     faults: [],
   };
+  if (transport) scenario.transport = transport;
   scenario.script = drawScript(dice, scenario, length);
   if (faults) return { ...scenario, script: [], faults: [...faults], transport: "post" };
   if (!quiet) misfortune(dice, scenario, length, kinds);

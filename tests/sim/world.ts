@@ -50,6 +50,9 @@ const GONE = 18_000;
 /** A cluster knows the requests that it served for a minute. */
 const FORGOTTEN = 62_000;
 
+/** How long an instance waits for another, in ms. */
+const RELAY_TIMEOUT = 5_000;
+
 let runs = 0;
 
 export class World implements Stage {
@@ -199,15 +202,20 @@ export class World implements Stage {
   }
 
   #deadline(): number {
-    const { faults, server, traits, instances } = this.scenario;
+    const { faults, server, traits, instances, transport, backplane } = this.scenario;
     // As of one that is half-open: a stream of which something has come, and the rest is held.
     let from = Math.max(this.well, this.network.lastRelease + 2.5 * server.heartbeatInterval);
+    // "Two timeouts of silence": so long a poll is under way whose end the backplane has lost.
+    if (backplane.loss) from = Math.max(from, this.start + backplane.until + 2 * RELAY_TIMEOUT);
     for (const fault of faults) {
       // "The client takes two intervals without a byte for a drop."
       const unnoticed = fault.kind === "half-open" || fault.kind === "lose answer" && fault.silent
         ? 2.5 * server.heartbeatInterval
         : 0;
       from = Math.max(from, this.start + fault.at + unnoticed);
+      // A poll has nothing to say for a whole interval: it may as well be lost.
+      const isPoll = transport === "poll" && (fault.kind === "stall" || fault.kind === "silence");
+      if (isPoll) from = Math.max(from, this.start + endOf(fault) + 2.5 * server.heartbeatInterval);
       if (fault.kind === "kill" && instances > 1) from = Math.max(from, this.well + GONE);
       // "A POST 6 s, and 1 s more for every 8 KiB": in silence, a slow line and none are alike.
       const silent = fault.kind === "silence" || unnoticed > 0;
