@@ -1,10 +1,11 @@
 /**
  * The handover protocol, walked at random: three instances with the real `Moves`, a backplane that
- * loses, repeats and reorders, instances that freeze and thaw, timeouts at any moment.
+ * loses, repeats and reorders, instances that freeze and thaw, timeouts at any moment; in each
+ * fourth walk one that is killed at any step.
  *
  * Checked at every step: at most one instance has the session; each message up reaches the hook
  * once and in order; each publication reaches the session once and in order. At the end, when
- * nothing is lost any more, the client reaches it wherever it resumes.
+ * nothing is lost any more, the client reaches it wherever it resumes, unless one was killed.
  *
  * @module
  */
@@ -56,6 +57,7 @@ class Instance implements Mover<number> {
   /** The session in limbo, and publications that have come meanwhile. */
   #limbo: { state: State; missed: number[] } | undefined;
   frozen = false;
+  killed = false;
   /** Publications read from the channel. */
   read = 0;
 
@@ -67,6 +69,12 @@ class Instance implements Mover<number> {
 
   now(): number {
     return this.#world.now;
+  }
+
+  /** It does nothing more, and what it had is lost. */
+  kill(): void {
+    this.killed = this.frozen = true;
+    this.session = this.#limbo = undefined;
   }
 
   send(to: string, head: MoveHead, state: Uint8Array<ArrayBuffer> = new Uint8Array()): void {
@@ -153,9 +161,13 @@ class World {
   readonly hook: number[] = [];
   readonly got: number[] = [];
   readonly instances: Instance[];
+  /** The step at which an instance is killed. */
+  readonly #fatal: number;
+  #steps = 0;
   readonly #random: () => number;
 
   constructor(seed: number, make: Make) {
+    this.#fatal = seed % 4 ? Infinity : Math.floor(seed / 4 % STEPS);
     this.#random = numbers(seed);
     this.instances = NAMES.map((name) => new Instance(name, this, make));
     this.instances[0]!.session = { received: 0, attempt: 0 };
@@ -176,6 +188,7 @@ class World {
 
   step(): void {
     const instance = this.#instance;
+    if (this.#steps++ === this.#fatal) instance.kill();
     switch (Math.floor(this.#random() * 7)) {
       case 0:
         return this.#deliver();
@@ -191,7 +204,7 @@ class World {
       case 5:
         return this.#tick(instance);
       default:
-        instance.frozen = this.#random() < 0.3;
+        instance.frozen = this.#random() < 0.3 || instance.killed;
     }
   }
 
@@ -237,26 +250,31 @@ class World {
   /** Nothing is lost or frozen any more: wherever the client resumes, the session comes there. */
   async settle(): Promise<void> {
     this.lossy = false;
-    for (const instance of this.instances) instance.frozen = false;
-    for (const instance of this.instances) {
-      for (let turn = 0; turn < 100 && !instance.session; turn++) await this.#turn(instance);
-      if (!instance.session) {
+    const alive = this.instances.filter((one) => !one.killed);
+    for (const instance of alive) instance.frozen = false;
+    const isLost = alive.length < this.instances.length; // with the one that had it, maybe
+    for (const instance of alive) {
+      const [turns, period] = isLost ? [10, 5_000] : [100, 500];
+      for (let turn = 0; turn < turns && !instance.session; turn++) {
+        await this.#turn(instance, period);
+      }
+      if (!instance.session && !isLost) {
         throw new Violation(`the client does not reach it by ${instance.name}`);
       }
     }
   }
 
-  async #turn(instance: Instance): Promise<void> {
+  async #turn(instance: Instance, period: number): Promise<void> {
     instance.resume(++this.attempt);
     for (let n = 0; this.bus.length && n < 200; n++) {
       await undefined;
       this.#deliver();
       this.check();
     }
-    this.now += 500;
-    for (const one of this.instances) {
+    this.now += period;
+    for (const one of this.instances.filter(({ killed }) => !killed)) {
       this.#hearAll(one, this.published);
-      one.moves.tick(500);
+      one.moves.tick(period);
     }
     await undefined;
     this.check();
