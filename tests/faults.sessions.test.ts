@@ -66,29 +66,32 @@ test("at a shutdown what is acknowledged has been given to a hook; after peer.cl
   }
 });
 
-test("a slow client that goes on reading gets all that was sent before a close", async (t) => {
-  const closes = new Queue<{ code?: number }>();
-  const peers: Peer[] = [];
-  const ws = adapter(t, {
-    resumeTimeout: 300,
-    window: 1000,
-    hooks: {
-      open: (peer) => void peers.push(peer),
-      close: (_, details) => closes.push(details),
-    },
+for (const how of ["peer.close", "ws.close"] as const) {
+  test(`a slow client that goes on reading gets all that was sent before ${how}()`, async (t) => {
+    const closes = new Queue<{ code?: number }>();
+    const peers: Peer[] = [];
+    const ws = adapter(t, {
+      resumeTimeout: 300,
+      window: 1000,
+      hooks: {
+        open: (peer) => void peers.push(peer),
+        close: (_, details) => closes.push(details),
+      },
+    });
+    const client = t.use(await WireClient.open(ws.fetch, HOME));
+    for (let i = 0; i < 12; i++) peers[0]!.send("x".repeat(900));
+    const closing = how === "ws.close" ? ws.close(1012) : peers[0]!.close(1012);
+    for (let count = 1; count <= 12; count++) { // 1.2 s in all
+      assertEquals((await client.message()).length, 900);
+      await new Promise((resolve) => setTimeout(resolve, 100));
+      assertEquals((await client.frames(`ACK ${`${count}`.length}\r\n${count}\r\n`))[0], 204);
+    }
+    assertEquals(await client.closed(), 1012);
+    assertEquals(await client.close(1012), 204);
+    assertEquals((await closes.next()).code, 1012);
+    await closing;
   });
-  const client = t.use(await WireClient.open(ws.fetch, HOME));
-  for (let i = 0; i < 12; i++) peers[0]!.send("x".repeat(900));
-  peers[0]!.close(1000);
-  for (let count = 1; count <= 12; count++) { // 1.2 s in all
-    assertEquals((await client.message()).length, 900);
-    await new Promise((resolve) => setTimeout(resolve, 100));
-    assertEquals((await client.frames(`ACK ${`${count}`.length}\r\n${count}\r\n`))[0], 204);
-  }
-  assertEquals(await client.closed(), 1000);
-  assertEquals(await client.close(1000), 204);
-  assertEquals((await closes.next()).code, 1000);
-});
+}
 
 test("a client that reads nothing is given up after the close's time", async (t) => {
   const closes = new Queue<{ code?: number }>();
