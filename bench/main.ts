@@ -22,6 +22,7 @@ import { bulk } from "./scenarios/bulk.ts";
 import { fanOutBursts, fanOutSingly } from "./scenarios/fanout.ts";
 import { subscribers, topics, unheard } from "./scenarios/growth.ts";
 import { memory, tenThousand } from "./scenarios/idle.ts";
+import { move } from "./scenarios/move.ts";
 import { offered, saturation } from "./scenarios/offered.ts";
 import { parse } from "./scenarios/parse.ts";
 import { poll } from "./scenarios/poll.ts";
@@ -42,6 +43,7 @@ const SCENARIOS: Record<string, Scenario> = {
   memory,
   tenThousand,
   resume,
+  move,
   poll,
   size,
   parse,
