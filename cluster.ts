@@ -33,9 +33,10 @@ import type {
   SyncAdapter,
   SyncDriver,
   SyncMessage,
+  SyncPlace,
 } from "./server.ts";
 
-export type { MaybePromise, SyncAdapter, SyncDriver, SyncMessage } from "./server.ts";
+export type { MaybePromise, SyncAdapter, SyncDriver, SyncMessage, SyncPlace } from "./server.ts";
 
 // --- What travels: docs/cluster-protocol.md ---
 
@@ -128,8 +129,13 @@ type Bytes = Uint8Array<ArrayBuffer>;
 type Stage = ErrorContext["stage"];
 type Report = (context: ErrorContext, error: unknown) => void;
 
-/** crossws's driver, that may be able to address one instance. */
+/**
+ * crossws's driver, that may be able to address one instance: by `send`, or by `join`, since what is
+ * meant for one is published to a topic that it alone has joined.
+ */
 export interface ClusterDriver extends SyncDriver {
+  /** The most that it carries at once, in bytes, where `maxPayload` is not given. */
+  readonly maxPayload?: number | undefined;
   /**
    * Relays to the one instance whose driver was made with this id. Without it,
    * every instance gets, and drops, what is meant for one.
@@ -144,7 +150,8 @@ export type ClusterAdapter = (context: { id: string }) => ClusterDriver;
 export interface ClusterOptions {
   /**
    * The most that the driver carries at once, in bytes, with the JSON and the base64 that
-   * crossws's drivers make of a message. Larger ones go in parts. PostgreSQL: 8000. Default: 1 MiB.
+   * crossws's drivers make of a message. Larger ones go in parts. PostgreSQL: 8000. Default: as
+   * the driver says, or 1 MiB.
    */
   maxPayload?: number;
   /** How long another instance has to answer, in ms, before a client is told 503. Default: 5000. */
@@ -234,13 +241,17 @@ interface Incoming {
  * ```
  */
 export function cluster(adapter: ClusterAdapter, options: ClusterOptions = {}): SyncAdapter {
-  const { maxPayload = DEFAULT_MAX_PAYLOAD, timeout = DEFAULT_TIMEOUT } = options;
-  if (!(maxPayload >= 1024)) throw new RangeError("maxPayload must be a number of at least 1024");
+  const { maxPayload, timeout = DEFAULT_TIMEOUT } = options;
+  if (maxPayload !== undefined && !(maxPayload >= 1024)) {
+    throw new RangeError("maxPayload must be a number of at least 1024");
+  }
   if (!(timeout >= 1)) throw new RangeError("timeout must be a number of at least 1");
   return ({ id }) => {
     // The first half of a token; the driver's own name is the same, so that `send` can find it.
     const instance = id.replaceAll("-", "").slice(0, 16);
-    return new Router(instance, adapter({ id: instance }), maxPayload, timeout);
+    const driver = adapter({ id: instance });
+    const most = maxPayload ?? driver.maxPayload ?? DEFAULT_MAX_PAYLOAD;
+    return new Router(instance, driver, most, timeout);
   };
 }
 
@@ -283,6 +294,7 @@ class Router implements RoutingDriver {
     });
     this.#subscription = new Subscription(
       driver,
+      instance,
       this.#report,
       (message) => this.#receive(message),
     );
@@ -314,6 +326,14 @@ class Router implements RoutingDriver {
     this.#subscription.begin();
   }
 
+  async join(place: SyncPlace): Promise<void> {
+    await this.#driver.join?.(place);
+  }
+
+  async leave(place: SyncPlace): Promise<void> {
+    await this.#driver.leave?.(place);
+  }
+
   publish(message: SyncMessage): Promise<void> {
     const { namespace, topic } = message;
     return this.#publish(message)
@@ -330,7 +350,8 @@ class Router implements RoutingDriver {
     const body = binary ? data as Bytes : encoder.encode(data);
     const from = this.#instance;
     const head: Head = { kind: "publication", namespace, topic, binary, ...n && { from, n } };
-    await this.#bus.send(ALL, encodeMessage(head, body));
+    // Numbered ones reach all, as a session that comes must not have missed any.
+    await this.#bus.publishParts(encodeMessage(head, body), n === undefined ? message : undefined);
   }
 
   stats(): ClusterStats {
@@ -1509,6 +1530,7 @@ async function authenticate(key: CryptoKey, { mac, signed }: Incoming): Promise<
 /** Subscribes to the driver, again and again until that stands; requests wait for it. */
 class Subscription {
   readonly #driver: ClusterDriver;
+  readonly #instance: string;
   readonly #report: Report;
   readonly #receive: (message: SyncMessage) => void;
   #state: "failing" | "standing" | "ended" = "failing";
@@ -1518,8 +1540,14 @@ class Subscription {
   readonly #waiting: Map<string, { size: number; go: () => void }> = new Map();
   #waitingBytes = 0;
 
-  constructor(driver: ClusterDriver, report: Report, receive: (message: SyncMessage) => void) {
+  constructor(
+    driver: ClusterDriver,
+    instance: string,
+    report: Report,
+    receive: (message: SyncMessage) => void,
+  ) {
     this.#driver = driver;
+    this.#instance = instance;
     this.#report = report;
     this.#receive = receive;
   }
@@ -1529,6 +1557,11 @@ class Subscription {
     let failed = false; // the driver may have left a listener of this attempt, too
     try {
       await this.#driver.subscribe((message) => failed || this.#receive(message));
+      // What is meant for this instance, or for all, is published to topics, too.
+      const topics = [this.#instance, ALL];
+      await Promise.all(
+        topics.map((topic) => this.#driver.join?.({ namespace: NAMESPACE, topic })),
+      );
       if (this.#state === "failing") this.#state = "standing";
       for (const { go } of this.#waiting.values()) go();
       this.#waiting.clear();
@@ -1644,8 +1677,13 @@ class Bus {
     await this.#put(ALL, message);
   }
 
+  /** To those who have joined the place, where a driver knows that; or to all. */
+  async publishParts(bytes: Bytes, place?: SyncPlace): Promise<void> {
+    await this.send(ALL, bytes, undefined, place);
+  }
+
   /** In as many fragments as it takes. While too much is pending it throws, once it `waits` no more. */
-  async send(to: string, bytes: Bytes, waits?: () => boolean): Promise<void> {
+  async send(to: string, bytes: Bytes, waits?: () => boolean, place?: SyncPlace): Promise<void> {
     if (bytes.length > this.#maxMessage) throw new RangeError("Too large for the backplane");
     while (this.behind) {
       if (!waits?.()) throw new Error("The backplane is behind");
@@ -1663,18 +1701,18 @@ class Bus {
         uint32(count),
         bytes.subarray(begin, begin + this.#capacity),
       ]);
-      sending.push(this.#put(to, { namespace: NAMESPACE, topic: to, data }));
+      sending.push(this.#put(to, { namespace: NAMESPACE, topic: to, data }, place));
     }
     await Promise.all(sending);
   }
 
-  async #put(to: string, message: SyncMessage): Promise<void> {
+  async #put(to: string, message: SyncMessage, place: SyncPlace = message): Promise<void> {
     const size = message.data.length;
     this.#pending++;
     this.#pendingBytes += size;
     try {
       if (to !== ALL && this.#driver.send) await this.#driver.send(to, message);
-      else await this.#driver.publish(message);
+      else await this.#driver.publish(message, place);
     } finally {
       this.#pending--;
       this.#pendingBytes -= size;

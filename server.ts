@@ -419,12 +419,22 @@ export interface SyncMessage {
   data: string | Uint8Array;
 }
 
+/** What is published to. */
+export type SyncPlace = Pick<SyncMessage, "namespace" | "topic">;
+
 /** A connection to a backplane: crossws's type, so that its drivers plug in. */
 export interface SyncDriver {
   /** Calls `deliver` for what other instances publish, never for its own. */
   subscribe(deliver: (message: SyncMessage) => void): MaybePromise<void>;
-  /** Relays to the other instances. */
-  publish(message: SyncMessage): MaybePromise<void>;
+  /** Relays to the other instances; with `join`, to those that have joined the place, by default the message's own. */
+  publish(message: SyncMessage, place?: SyncPlace): MaybePromise<void>;
+  /**
+   * Somebody here subscribes to the topic: from now on its publications are delivered here, and
+   * those to all namespaces. Without it, all are. Resolves when the backplane knows.
+   */
+  join?(place: SyncPlace): MaybePromise<void>;
+  /** As often as it was joined: then nobody here subscribes to it any more. */
+  leave?(place: SyncPlace): MaybePromise<void>;
   /** Ends the connection. */
   close?(): MaybePromise<void>;
 }
@@ -1848,14 +1858,18 @@ class Topics {
 
   subscribe(subscriber: Subscriber, topic: string): void {
     subscriber.topics.add(topic);
-    const topics = getOrMake(this.#topics, subscriber.namespace, () => new Map());
-    getOrMake(topics, topic, () => new Set()).add(subscriber);
+    const { namespace } = subscriber;
+    const topics = getOrMake(this.#topics, namespace, () => new Map());
+    const subscribers = getOrMake(topics, topic, () => new Set());
+    if (!subscribers.size) this.backplane?.join({ namespace, topic });
+    subscribers.add(subscriber);
   }
 
   unsubscribe(subscriber: Subscriber, topic: string): void {
     const topics = this.#topics.get(subscriber.namespace);
     const subscribers = topics?.get(topic);
     if (!subscribers?.delete(subscriber) || subscribers.size) return;
+    this.backplane?.leave({ namespace: subscriber.namespace, topic });
     topics!.delete(topic);
     if (!topics!.size) this.#topics.delete(subscriber.namespace);
   }
@@ -1916,6 +1930,18 @@ class Backplane {
 
   relay(message: SyncMessage): void {
     this.#try({ stage: "publish", ...placeOf(message) }, () => this.driver.publish(message));
+  }
+
+  join(place: SyncPlace): void {
+    if (this.driver.join) {
+      this.#try({ stage: "subscribe", ...place }, () => this.driver.join!(place));
+    }
+  }
+
+  leave(place: SyncPlace): void {
+    if (this.driver.leave) {
+      this.#try({ stage: "subscribe", ...place }, () => this.driver.leave!(place));
+    }
   }
 
   async close(): Promise<void> {

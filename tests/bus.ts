@@ -149,6 +149,50 @@ export class RedisServer implements AsyncDisposable {
   }
 }
 
+/** A NATS of the test's own. */
+export class NatsServer implements AsyncDisposable {
+  readonly port: number;
+  #child: ChildProcess | undefined;
+
+  static async start(t: TestContext): Promise<NatsServer> {
+    const server = t.use(new NatsServer(await freePort()));
+    await server.start();
+    return server;
+  }
+
+  private constructor(port: number) {
+    this.port = port;
+  }
+
+  async start(): Promise<void> {
+    const child = this.#child = spawn(command("nats-server")!, [
+      ...["-a", "127.0.0.1", "-p", `${this.port}`],
+    ]);
+    child.stdout!.resume();
+    await within(
+      new Promise<void>((resolve, reject) => {
+        child.on("error", reject);
+        child.stderr!.on("data", (text) => /Server is ready/.test(String(text)) && resolve());
+      }),
+      10_000,
+      "starting NATS",
+    );
+  }
+
+  async kill(): Promise<void> {
+    const child = this.#child;
+    this.#child = undefined;
+    if (!child) return;
+    const exited = new Promise((resolve) => child.on("exit", resolve));
+    process.kill(child.pid!, "SIGKILL");
+    await exited;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.kill();
+  }
+}
+
 /** A PostgreSQL of the test's own, in a temporary folder. */
 export class PostgresServer implements AsyncDisposable {
   readonly port: number;
@@ -158,7 +202,8 @@ export class PostgresServer implements AsyncDisposable {
   static async start(t: TestContext): Promise<PostgresServer> {
     const folder = await mkdtemp(join(tmpdir(), "duplex-postgres-"));
     const server = t.use(new PostgresServer(await freePort(), folder));
-    await server.#start();
+    await server.#initialize();
+    await server.start();
     return server;
   }
 
@@ -167,7 +212,7 @@ export class PostgresServer implements AsyncDisposable {
     this.#folder = folder;
   }
 
-  async #start(): Promise<void> {
+  async #initialize(): Promise<void> {
     const data = join(this.#folder, "data");
     const initdb = this.#spawn("initdb", `-D ${data} -U test -A trust -E UTF8 --no-locale -N`);
     await within(
@@ -180,6 +225,10 @@ export class PostgresServer implements AsyncDisposable {
       30_000,
       "initdb",
     );
+  }
+
+  async start(): Promise<void> {
+    const data = join(this.#folder, "data");
     const options = `-D ${data} -p ${this.port} -h 127.0.0.1 -k ${this.#folder} -F`;
     const child = this.#child = this.#spawn("postgres", options);
     child.stdout!.resume();
@@ -203,13 +252,17 @@ export class PostgresServer implements AsyncDisposable {
     return spawn("setpriv", [...user, file, ...args]);
   }
 
-  async [Symbol.asyncDispose](): Promise<void> {
+  async kill(): Promise<void> {
     const child = this.#child;
-    if (child) {
-      const exited = new Promise((resolve) => child.on("exit", resolve));
-      process.kill(child.pid!, "SIGQUIT"); // at once, and its processes with it
-      await exited;
-    }
+    this.#child = undefined;
+    if (!child) return;
+    const exited = new Promise((resolve) => child.on("exit", resolve));
+    process.kill(child.pid!, "SIGQUIT"); // at once, and its processes with it
+    await exited;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.kill();
     await rm(this.#folder, { recursive: true, force: true });
   }
 }

@@ -8,7 +8,15 @@ import { binary, count, root, run } from "./tools.mjs";
 
 const deno = binary("deno");
 const tsc = join(root, "node_modules", "typescript", "bin", "tsc");
-const modules = ["mod.ts", "server.ts", "client.ts", "cluster.ts", "ai.ts", "node.ts"];
+const modules = [
+  "mod.ts",
+  "server.ts",
+  "client.ts",
+  "cluster.ts",
+  "drivers.ts",
+  "ai.ts",
+  "node.ts",
+];
 
 const checks = {
   "deno fmt": () => run(deno, ["fmt", "--check"]),

@@ -8,6 +8,7 @@ import { broadcastChannel, pgsql, redis } from "crossws/sync";
 import { Redis } from "ioredis";
 import postgres from "postgres";
 import { cluster, type ClusterAdapter, type ClusterOptions } from "../cluster.ts";
+
 import type { Hooks, SSEOptions, SyncMessage } from "../server.ts";
 import { MemoryBus, PostgresServer, RedisServer, type RoundRobin, roundRobin } from "./bus.ts";
 import { chaos, type ChaosProxy, mulberry32, pickSeed } from "./chaos.ts";
@@ -28,6 +29,7 @@ import {
   until,
 } from "./harness.ts";
 import { connect, listen, type Pair } from "./pair.ts";
+import { drivers as topical } from "./topical.ts";
 import { wireClient } from "./wire.ts";
 
 const UPLINK = "application/websocket-events";
@@ -58,6 +60,7 @@ const drivers: Driver[] = [
     options: { maxPayload: 8000 },
     connect: (t) => new MemoryBus(t, { limit: 8000 }).adapter,
   },
+  ...topical,
   {
     name: "a driver that addresses one instance",
     connect: (t) => new MemoryBus(t, { send: true }).adapter,

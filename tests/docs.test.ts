@@ -95,7 +95,17 @@ test("README.md's snippets type-check, as do the examples in doc comments", asyn
       if (language === "ts") snippets.push(text);
     }
   }
-  for (const file of ["mod.ts", "server.ts", "client.ts", "cluster.ts", "ai.ts", "node.ts"]) {
+  for (
+    const file of [
+      "mod.ts",
+      "server.ts",
+      "client.ts",
+      "cluster.ts",
+      "drivers.ts",
+      "ai.ts",
+      "node.ts",
+    ]
+  ) {
     snippets.push(...await examples(file));
   }
   assert(snippets.length >= 8, `only ${snippets.length} snippets found`);

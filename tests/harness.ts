@@ -253,6 +253,10 @@ const needed: Record<string, { commands: string[]; install: string }> = {
     commands: ["redis-server"],
     install: "apt-get install redis-server",
   },
+  "nats-server": {
+    commands: ["nats-server"],
+    install: "apt-get install nats-server",
+  },
   postgres: { commands: ["postgres"], install: "apt-get install postgresql" },
   openssl: { commands: ["openssl"], install: "apt-get install openssl" },
   curl: { commands: ["curl"], install: "apt-get install curl" },
