@@ -164,6 +164,7 @@ type Head =
   | MoveHead
   | { kind: "present"; instance: string; commitment: string }
   | { kind: "bye"; instance: string; secret: string }
+  | { kind: "hello"; from: string }
   | { kind: "moved"; id: string; to: string }
   | WhereHead
   | RequestHead
@@ -213,6 +214,8 @@ interface AnswerHead {
   end: boolean;
   status?: number;
   headers?: Record<string, string>;
+  /** The owner's, that its farewell will reveal: told each instance once, where one can be addressed. */
+  commitment?: string;
 }
 
 /** A message as it came in. */
@@ -287,7 +290,11 @@ class Router implements RoutingDriver {
     this.#timeout = timeout;
     this.#report = limited((context, error) => this.#host.report(error, context));
     this.#bus = new Bus(driver, maxPayload, timeout);
-    this.#presence = new Presence(instance, (head) => this.#tellAll(head));
+    this.#presence = new Presence(instance, {
+      addresses: driver.join !== undefined,
+      tellAll: (head) => this.#tell(ALL, head),
+      tell: (to, head) => this.#tell(to, head),
+    });
     this.#searches = new Searches(timeout, (key, id, session) => {
       if (!this.#host.movable || this.#bus.busy) return;
       this.#send(ALL, key, { kind: "where", id, session, from: instance });
@@ -401,6 +408,7 @@ class Router implements RoutingDriver {
     const owner = await this.#migration.ownerOf(token, session).catch(() => {}); // `route` says it
     if (!owner) return;
     this.#startTimer();
+    this.#presence.asked(owner);
     const adopting = this.#migration.adopt(token, session, owner, claim, take);
     const id = this.#migration.moves.asking(session);
     const heard = id !== undefined && this.#searches.begin(id, session, await keyOf(token));
@@ -463,7 +471,10 @@ class Router implements RoutingDriver {
       ...{ kind: "request", id, from: this.#instance, session, time: Date.now() },
       ...{ method, headers, namespace },
     } as const;
-    const go = async () => await this.#send(relay.owner, key, head, body) || relay.end();
+    const go = async () => {
+      this.#presence.asked(relay.owner);
+      return await this.#send(relay.owner, key, head, body) || relay.end();
+    };
     const here = async () => relay.answer(await this.#serveHere(head, token, body));
     const late = setTimeout(() => {
       const { owner: instance } = relay;
@@ -534,17 +545,19 @@ class Router implements RoutingDriver {
     const late = clock() + this.#timeout; // nobody waits for the beginning any more
     const waits = () => !(this.#served.get(id)?.cancelled ?? clock() > late);
     const send = (head: Head, body?: Bytes) => this.#send(from, key, head, body, waits);
+    const commitment = await this.#presence.introduce(from);
+    const begin = { kind: "answer", id, n: 0, status, ...commitment && { commitment } } as const;
     const headers = Object.fromEntries(response.headers);
     delete headers[TOKEN_HEADER];
     if (!response.headers.get("content-type")?.startsWith(STREAM_TYPE) || !response.body) {
       const body = new Uint8Array(await response.arrayBuffer());
-      return void await send({ kind: "answer", id, n: 0, end: true, status, headers }, body);
+      return void await send({ ...begin, end: true, headers }, body);
     }
     const served = new Served(id, key, response.body.getReader(), this.#timeout, send);
     this.#served.set(id, served);
     this.#startTimer();
     try {
-      if (await send({ kind: "answer", id, n: 0, end: false, status, headers })) await served.run();
+      if (await send({ ...begin, end: false, headers })) await served.run();
     } finally {
       this.#served.delete(id);
       served.cancel();
@@ -564,9 +577,9 @@ class Router implements RoutingDriver {
 
   // --- The bus ---
 
-  /** What anybody may say, and to all. */
-  #tellAll(head: Head): void {
-    this.#bus.send(ALL, encodeMessage(head))
+  /** What anybody may say. */
+  #tell(to: string, head: Head): void {
+    this.#bus.send(to, encodeMessage(head))
       .catch((error) => this.#report({ stage: "publish" }, error));
   }
 
@@ -625,6 +638,9 @@ class Router implements RoutingDriver {
       }
       case "present":
         return this.#presence.hear(head.instance, head.commitment);
+      case "hello":
+        if (!this.#bus.busy) await this.#presence.greet(head.from); // anybody can ask
+        return;
       case "bye":
         return await this.#presence.farewell(head.instance, head.secret);
       case "adopt":
@@ -639,6 +655,7 @@ class Router implements RoutingDriver {
         return await this.#serve(message, head);
       case "unknown":
         this.#migration.moves.unknown(head.id);
+        this.#presence.heard(this.#relays.get(head.id)?.owner ?? "");
         return this.#relays.get(head.id)?.doubt();
       case "answer":
       case "moved":
@@ -649,6 +666,9 @@ class Router implements RoutingDriver {
         await authenticate(relay.key, message);
         this.#presence.heard(relay.owner);
         if (head.kind === "moved") return relay.redirect(head.to);
+        if (head.kind === "answer" && head.commitment) {
+          this.#presence.commit(relay.owner, head.commitment);
+        }
         return head.kind === "answer" ? relay.take(head, body) : relay.compare(head.sent);
       }
       case "credit":
@@ -679,10 +699,11 @@ class Router implements RoutingDriver {
     this.#bus.tick(period);
     this.#replays.forget();
     const holding = this.#host.size > 0;
-    this.#presence.tick(period, holding);
+    if (!this.#bus.stuck) this.#presence.tick(period, holding); // else nobody could be heard
     const { moves } = this.#migration;
     moves.tick(period);
-    const busy = holding || this.#relays.size || this.#served.size || this.#replays.size;
+    const busy = holding || this.#presence.waits || this.#relays.size || this.#served.size ||
+      this.#replays.size;
     if (busy || this.#bus.assembling || moves.remembers) return;
     clearInterval(this.#timer);
     this.#timer = undefined;
@@ -1344,29 +1365,52 @@ function decodePacked(bytes: Bytes): Packed {
 
 // --- Presence: which instances are there ---
 
+/** What is known of another instance. */
+interface Other {
+  /** Undefined: it has told none. Empty: two have claimed to be it. */
+  commitment: string | undefined;
+  /** How long it is silent, in ms, by ticks. */
+  age: number;
+  left: boolean;
+  /** It has been asked something since it was heard last. */
+  asked: boolean;
+}
+
+/** How an instance speaks of itself. */
+interface Voice {
+  /** The backplane takes an instance's words to those alone whom they concern. */
+  readonly addresses: boolean;
+  tellAll(head: Head): void;
+  tell(to: string, head: Head): void;
+}
+
 /**
- * "An instance that has sessions says so every 5 s." It commits to a secret, which its farewell
- * reveals, so that nobody else can say it.
+ * "An instance that has sessions says so every 5 s", to all; or, where one can be addressed, who is
+ * asked and silent is asked for a sign. It commits to a secret, which its farewell reveals, so that
+ * nobody else can say it.
  */
 class Presence {
   readonly #instance: string;
-  readonly #tellAll: (head: Head) => void;
+  readonly #voice: Voice;
   readonly #secret: string = hex(crypto.getRandomValues(new Uint8Array(ID_SIZE)));
-  readonly #others: Map<string, { commitment: string; age: number; left: boolean }> = new Map();
+  readonly #others: Map<string, Other> = new Map();
+  /** Those that were told the commitment, each by itself. */
+  readonly #told: Set<string> = new Set();
   /** How long this instance has been listening, and has not said that it is there. By ticks. */
   #age = 0;
   #silence = PRESENCE_PERIOD;
 
-  constructor(instance: string, tellAll: (head: Head) => void) {
+  constructor(instance: string, voice: Voice) {
     this.#instance = instance;
-    this.#tellAll = tellAll;
+    this.#voice = voice;
   }
 
   /** Whether the instance has left, or is silent for so long that it must have died. */
   isGone(instance: string): boolean {
     if (instance === this.#instance) return false;
     const other = this.#others.get(instance);
-    return other ? other.left || other.age >= GONE : this.#age >= GONE;
+    if (other) return other.left || other.age >= GONE;
+    return !this.#voice.addresses && this.#age >= GONE;
   }
 
   /** How many others are there. */
@@ -1376,22 +1420,44 @@ class Presence {
     return size;
   }
 
+  /** Whether somebody is asked, and has not answered. */
+  get waits(): boolean {
+    return this.#others.values().some(({ asked }) => asked);
+  }
+
   /** Anything that is authentic shows that its instance is there. */
   heard(instance: string): void {
     const other = this.#others.get(instance);
-    if (other) other.age = 0;
+    if (other) Object.assign(other, { age: 0, asked: false });
   }
 
-  hear(instance: string, commitment: string): void {
-    const other = this.#others.get(instance);
+  /** The instance is to answer. */
+  asked(instance: string): void {
+    if (this.#voice.addresses && instance !== this.#instance) this.#know(instance).asked = true;
+  }
+
+  #know(instance: string): Other {
+    let other = this.#others.get(instance);
     if (!other) {
       if (this.#others.size >= MAX_INSTANCES) {
         this.#others.delete(this.#others.keys().next().value!);
       }
-      this.#others.set(instance, { commitment, age: 0, left: false });
-      return;
+      other = { commitment: undefined, age: 0, left: false, asked: false };
+      this.#others.set(instance, other);
     }
+    return other;
+  }
+
+  hear(instance: string, commitment: string): void {
+    // "A sign shows that its instance is there, and nothing else": nobody has authenticated it.
+    if (this.#voice.addresses) return this.heard(instance);
+    this.commit(instance, commitment);
+  }
+
+  commit(instance: string, commitment: string): void {
+    const other = this.#know(instance);
     other.age = 0;
+    other.commitment ??= commitment;
     if (other.commitment === commitment) return;
     // "Where two claim to be the same, neither's farewell is believed", nor is one that was.
     other.commitment = "";
@@ -1410,21 +1476,47 @@ class Presence {
   tick(period: number, holding: boolean): void {
     this.#age += period;
     this.#silence += period;
-    for (const other of this.#others.values()) other.age += period;
-    if (holding && this.#silence >= PRESENCE_PERIOD) this.#tell();
+    for (const [instance, other] of this.#others) {
+      if (this.#voice.addresses && !other.asked) continue;
+      const periods = Math.floor(other.age / PRESENCE_PERIOD);
+      other.age += period;
+      if (!this.#voice.addresses) continue;
+      // "Whoever is gone is asked anew after a minute."
+      if (other.age > GONE + PRUNE_PERIOD) this.#others.delete(instance);
+      else if (Math.floor(other.age / PRESENCE_PERIOD) > periods) {
+        this.#voice.tell(instance, { kind: "hello", from: this.#instance });
+      }
+    }
+    if (!this.#voice.addresses && holding && this.#silence >= PRESENCE_PERIOD) this.#tell();
+  }
+
+  /** "A sign", to who has asked for it. */
+  async greet(to: string): Promise<void> {
+    this.#voice.tell(to, await this.#present());
+  }
+
+  /** The commitment, for an instance that has not been told it. */
+  async introduce(to: string): Promise<string | undefined> {
+    if (!this.#voice.addresses || this.#told.has(to) || this.#told.size >= MAX_INSTANCES) return;
+    this.#told.add(to);
+    return await commitmentOf(this.#secret);
   }
 
   #tell(): void {
     this.#silence = 0;
-    const instance = this.#instance;
-    commitmentOf(this.#secret).then((commitment) =>
-      this.#tellAll({ kind: "present", instance, commitment })
-    );
+    this.#present().then((head) => this.#voice.tellAll(head));
+  }
+
+  async #present(): Promise<Head> {
+    const commitment = await commitmentOf(this.#secret);
+    return { kind: "present", instance: this.#instance, commitment };
   }
 
   /** To those who know this instance; who never heard of it need no farewell. */
   leave(): void {
-    this.#tellAll({ kind: "bye", instance: this.#instance, secret: this.#secret });
+    const head: Head = { kind: "bye", instance: this.#instance, secret: this.#secret };
+    if (!this.#voice.addresses) return this.#voice.tellAll(head);
+    for (const to of this.#told) this.#voice.tell(to, head);
   }
 }
 
@@ -1626,6 +1718,9 @@ class Bus {
   #time = 0;
   #pending = 0;
   #pendingBytes = 0;
+  /** The last publish was refused; and how long those that are pending have seen none settled. */
+  #failing = false;
+  #stalled = 0;
   /** Streams' messages, until less is pending. */
   readonly #waiting: (() => void)[] = [];
 
@@ -1659,6 +1754,11 @@ class Bus {
   /** Half of that is for what somebody vouches for. */
   get busy(): boolean {
     return this.#pending >= MAX_PENDING / 2;
+  }
+
+  /** The driver fails, or settles nothing for a second. */
+  get stuck(): boolean {
+    return this.#failing || this.#stalled > DOUBT;
   }
 
   get assembling(): boolean {
@@ -1713,6 +1813,11 @@ class Bus {
     try {
       if (to !== ALL && this.#driver.send) await this.#driver.send(to, message);
       else await this.#driver.publish(message, place);
+      this.#failing = false;
+      this.#stalled = 0;
+    } catch (error) {
+      this.#failing = true;
+      throw error;
     } finally {
       this.#pending--;
       this.#pendingBytes -= size;
@@ -1763,6 +1868,7 @@ class Bus {
   /** Forgets what stayed incomplete, and has those who wait look whether they are to. */
   tick(period: number): void {
     this.#time += period;
+    this.#stalled = this.#pending ? this.#stalled + period : 0;
     for (const look of this.#waiting.splice(0)) look();
     for (const [id, assembly] of this.#assemblies) {
       if (this.#time <= assembly.expires) break;
@@ -1819,6 +1925,7 @@ function isHead(head: unknown): head is Head {
       (from === undefined || isInstance(from) && Number.isSafeInteger(n));
   }
   if (kind === "present") return isInstance(instance) && typeof commitment === "string";
+  if (kind === "hello") return isInstance(from);
   if (kind === "bye") return isInstance(instance) && typeof secret === "string";
   if (typeof id !== "string" || !/^[0-9a-f]{32}$/.test(id)) return false;
   const names = ["request", "where", "adopt", "state", "adopted", "have", "taken"]

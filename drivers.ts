@@ -65,6 +65,7 @@ export interface RedisSubscriber {
   sunsubscribe(channel: string): Promise<unknown>;
   // deno-lint-ignore no-explicit-any -- other events have other arguments
   on(event: string, listener: (...args: any[]) => void): unknown;
+  readonly status: string;
   disconnect(): void;
 }
 
@@ -100,7 +101,7 @@ interface Line {
   listen(channel: string, take: (payload: string) => void): Promise<unknown>;
   unlisten(channel: string): Promise<unknown>;
   tell(channel: string, payload: string): Promise<unknown>;
-  close(): void;
+  close(): MaybePromise<void>;
 }
 
 // --- Public surface ---
@@ -264,8 +265,12 @@ class RedisLine implements Line {
     await this.#client.spublish(channel, payload);
   }
 
-  close(): void {
-    this.#subscriber?.disconnect();
+  async close(): Promise<void> {
+    const subscriber = this.#subscriber;
+    if (!subscriber || subscriber.status === "end") return;
+    const ended = new Promise<void>((resolve) => subscriber.on("end", resolve));
+    subscriber.disconnect();
+    await ended;
   }
 
   /** The client joins its channels again by itself after each loss of the connection. */

@@ -1,0 +1,289 @@
+/**
+ * The drivers of drivers.ts, beyond what cluster.test.ts asks of every driver: an instance is given
+ * only what concerns it, however many others there are, and goes on after its backplane was away.
+ */
+import { cluster, type ClusterAdapter } from "../cluster.ts";
+import { pgsql, type PostgresClient } from "../drivers.ts";
+import type { SSEAdapter, SyncMessage } from "../server.ts";
+import {
+  assert,
+  assertEquals,
+  assertGreater,
+  assertLess,
+  assertThrows,
+  sleep,
+  test,
+  type TestContext,
+  until,
+} from "./harness.ts";
+import { connect, listen, type Pair } from "./pair.ts";
+import { MemoryBus } from "./bus.ts";
+import { drivers } from "./topical.ts";
+import { wireClient } from "./wire.ts";
+
+/** What one instance was given by its driver. */
+interface Given {
+  messages: number;
+  bytes: number;
+}
+
+interface Fleet {
+  readonly instances: Pair<Record<string, unknown>>[];
+  readonly given: Given[];
+  readonly errors: string[];
+}
+
+/** `?topics=a,b` subscribes; "publish topic text" publishes, "join topic" and "leave topic" change that. */
+async function start(t: TestContext, adapter: ClusterAdapter, count: number): Promise<Fleet> {
+  t.defer(() => sleep(50)); // what is being signed or verified
+  const given: Given[] = [];
+  const errors: string[] = [];
+  const instances: Pair<Record<string, unknown>>[] = [];
+  for (let n = 0; n < count; n++) {
+    const mine: Given = given[n] = { messages: 0, bytes: 0 };
+    instances.push(
+      await listen(t, {
+        sync: cluster(counted(adapter, mine)),
+        onError: (error, { stage }) => void errors.push(`${stage}: ${(error as Error).message}`),
+        hooks: {
+          open(peer) {
+            const topics = new URL(peer.request.url).searchParams.get("topics");
+            for (const topic of topics?.split(",") ?? []) peer.subscribe(topic);
+          },
+          message(peer, message) {
+            const [verb, topic = "", text] = message.text().split(" ");
+            if (verb === "publish") peer.publish(topic, text);
+            else if (verb === "join") peer.subscribe(topic);
+            else if (verb === "leave") peer.unsubscribe(topic);
+            peer.send(verb);
+          },
+        },
+      }),
+    );
+  }
+  return { instances, given, errors };
+}
+
+/** Counts what a driver delivers, before anything looks at it. */
+function counted(adapter: ClusterAdapter, given: Given): ClusterAdapter {
+  return (context) => {
+    const driver = adapter(context);
+    const { join, leave, send } = driver;
+    return {
+      maxPayload: driver.maxPayload,
+      subscribe: (deliver) =>
+        driver.subscribe((message) => {
+          given.messages++;
+          given.bytes += message.data.length;
+          deliver(message);
+        }),
+      publish: (message, place) => driver.publish(message, place),
+      close: () => driver.close?.(),
+      ...join && { join: (place) => join.call(driver, place) },
+      ...leave && { leave: (place) => leave.call(driver, place) },
+      ...send && { send: (id, message) => send.call(driver, id, message) },
+    };
+  };
+}
+
+/** Resolves when a publication to the topic reaches the subscriber: joining takes a while. */
+async function heard(
+  { ws }: { ws: SSEAdapter },
+  { messages }: ReturnType<typeof connect>,
+  topic: string,
+  namespace?: string,
+): Promise<void> {
+  let hears = false;
+  const hearing = (async () => {
+    while (await messages.next({ timeout: 15_000 }) !== `are you there, ${topic}?`);
+    hears = true;
+  })();
+  while (!hears) {
+    ws.publish(topic, `are you there, ${topic}?`, namespace === undefined ? {} : { namespace });
+    await Promise.race([hearing, sleep(50)]);
+  }
+  await sleep(100); // for those that were published meanwhile
+  while (messages.left) await messages.next();
+}
+
+for (const { name, skip, start: run } of drivers) {
+  test(
+    `${name}: an instance hears the topics that somebody there subscribes to, no others`,
+    async (t) => {
+      const { adapter } = await run(t);
+      const { instances: [a, b, c], given, errors } = await start(t, adapter, 3);
+      const one = connect(t, `${b!.url}/room?topics=news,${"long".repeat(2000)},%00%C3%A4.*%3E`);
+      await one.opened;
+      await heard(a!, one, "news");
+      const idle = given[2]!.messages;
+      a!.ws.publish("news", "to all namespaces");
+      assertEquals(await one.messages.next(), "to all namespaces");
+      for (const topic of ["news", "long".repeat(2000), "\0ä.*>"]) {
+        const [[namespace]] = [...b!.ws.peers] as [[string, unknown]];
+        a!.ws.publish(topic, `to ${topic}`, { namespace });
+        assertEquals(await one.messages.next(), `to ${topic}`);
+        const large = `${topic} ä`.repeat(200_000 / topic.length);
+        a!.ws.publish(topic, large, { namespace }); // in parts, where the backplane takes no more
+        assertEquals(await one.messages.next(), large);
+      }
+      const before = given[1]!.messages;
+      for (let n = 0; n < 50; n++) {
+        a!.ws.publish("other", `${n}`);
+        a!.ws.publish("news", `${n}`, { namespace: "another" });
+      }
+      one.socket.send("leave news");
+      assertEquals(await one.messages.next(), "leave");
+      await sleep(100, t.signal);
+      assertEquals(given[1]!.messages, before, "another topic, and another namespace");
+      a!.ws.publish("news", "too late");
+      for (let n = 0; n < 5; n++) { // what is wanted last holds
+        for (const verb of ["join", "leave"]) {
+          one.socket.send(`${verb} news`);
+          assertEquals(await one.messages.next(), verb);
+        }
+      }
+      one.socket.send("join news");
+      assertEquals(await one.messages.next(), "join");
+      await heard(a!, one, "news");
+      assertEquals(given[2]!.messages, idle, "nobody is there");
+      assertGreater(given[1]!.messages, before);
+      assertEquals(c!.ws.stats().sessions.connected, 0);
+      assertEquals(errors, []);
+    },
+    { skip, timeout: 30_000 },
+  );
+
+  test(
+    `${name}: a server that dies and comes back is found again, by who has joined what`,
+    async (t) => {
+      const { adapter, server } = await run(t);
+      const { instances, errors } = await start(t, adapter, 2);
+      const [a, b] = instances as [Pair<never>, Pair<never>];
+      const one = connect(t, `${b.url}/room?topics=news`);
+      await one.opened;
+      await heard(a, one, "news");
+      const client = await wireClient(t, `${b.url}/room`);
+      await server.kill();
+      const late = connect(t, `${b.url}/room?topics=late`); // joins while nobody answers
+      await late.opened;
+      one.socket.send("leave news");
+      one.socket.send("join more");
+      assertEquals(await one.messages.take(2), ["leave", "join"], "what is here goes on");
+      await sleep(500, t.signal);
+      await server.start();
+      await heard(a, late, "late");
+      await heard(a, one, "more");
+      const route = async () => {
+        const response = await fetch(`${a.url}/room`, {
+          method: "POST",
+          headers: { "x-crossws-id": client.token, "content-type": "application/websocket-events" },
+          body: "SEQ 1\r\n1\r\nTEXT 2\r\nhi\r\n",
+        });
+        await response.body?.cancel();
+        return response.status;
+      };
+      await until(async () => await route() === 204, { timeout: 15_000 });
+      assert(errors.every((error) => /^(publish|subscribe): /.test(error)), errors.join("\n"));
+    },
+    { skip, timeout: 60_000 },
+  );
+}
+
+// ---------------------------------------------------------------- flat
+
+type Load = Record<"routed" | "published" | "idle", number>;
+
+/** Messages that each instance is given of a routed request and of a quiet time, and all of a publication. */
+async function load(
+  t: TestContext,
+  adapter: ClusterAdapter,
+  count: number,
+  quiet = 5_500, // an instance says every 5 s that it is there, if it does
+): Promise<Load> {
+  const { instances, given, errors } = await start(t, adapter, count);
+  const clients = await Promise.all(instances.map(({ url }) => wireClient(t, `${url}/room`)));
+  const room = [0, 1, 2].map((n) => connect(t, `${instances[n]!.url}/room?topics=news`));
+  for (const one of room) await one.opened;
+  for (const one of room.slice(1)) await heard(instances[0]!, one, "news");
+  await heard(instances[1]!, room[0]!, "news");
+  const measure = async (act: () => unknown) => {
+    const before = given.reduce((sum, { messages }) => sum + messages, 0);
+    await act();
+    await sleep(300, t.signal);
+    return (given.reduce((sum, { messages }) => sum + messages, 0) - before) / count;
+  };
+  // Each instance gets nine requests for the session of the next one.
+  const routed = await measure(async () => {
+    for (let seq = 1; seq <= 9; seq++) {
+      await Promise.all(instances.map(async ({ url }, n) => {
+        const response = await fetch(`${url}/room`, {
+          method: "POST",
+          headers: {
+            "x-crossws-id": clients[(n + 1) % count]!.token,
+            "content-type": "application/websocket-events",
+          },
+          body: `SEQ 1\r\n${seq}\r\nTEXT 2\r\nhi\r\n`,
+        });
+        assertEquals(response.status, 204);
+      }));
+    }
+  });
+  // Ten publications, to a room that is on three of them.
+  const published = await measure(() => {
+    for (let n = 0; n < 10; n++) instances[0]!.ws.publish("news", "x");
+  });
+  const idle = await measure(() => sleep(quiet, t.signal));
+  assertEquals(errors, []);
+  return { routed: routed / 9, published: published * count / 10, idle };
+}
+
+/** What an instance gets stays the same as others are added. */
+function assertFlat(few: Load, many: Load): void {
+  for (const kind of ["routed", "published", "idle"] as const) {
+    assertLess(many[kind], few[kind] * 1.2 + 0.4, `${kind}: ${few[kind]}, then ${many[kind]}`);
+  }
+}
+
+for (const { name, skip, start: run } of drivers) {
+  test(`${name}: six instances are given no more each than three`, async (t) => {
+    const { adapter } = await run(t);
+    const quiet = name.includes("Redis") ? undefined : 500; // what is said does not depend on it
+    const few = await load(t, adapter, 3, quiet);
+    const many = await load(t, adapter, 6, quiet);
+    assertFlat(few, many);
+    assertEquals(few.routed, 2, "the request and its answer");
+    assertEquals(many.idle, 0);
+  }, { skip, timeout: 60_000 });
+}
+
+test("the same is found out of a driver that reaches all", async (t) => {
+  const loads = [3, 6].map((count) => load(t, new MemoryBus(t).adapter, count));
+  const [few, many] = await Promise.all(loads) as [Load, Load];
+  for (const kind of ["routed", "published", "idle"] as const) {
+    assertThrows(() => assertFlat(few, { ...few, [kind]: many[kind] }));
+  }
+}, { timeout: 60_000 });
+
+// ---------------------------------------------------------------- small things
+
+test("PostgreSQL: what is published in one turn goes in order, together, though it is the same", async () => {
+  const statements: string[][][] = [];
+  const client: PostgresClient = {
+    listen: () => Promise.resolve({ unlisten: () => Promise.resolve() }),
+    unsafe: async (_, parameters) => {
+      statements.push(parameters);
+      await sleep(5);
+    },
+  };
+  const driver = pgsql({ client, channel: "x" })({ id: "a" });
+  const message: SyncMessage = { namespace: "", topic: "t", data: "same" };
+  const sending = Array.from(
+    { length: 450 },
+    (_, n) => driver.publish({ ...message, data: n < 2 ? "same" : `${n}` }),
+  );
+  await Promise.all(sending);
+  assertEquals(statements.map(([channels]) => channels!.length), [200, 200, 50]);
+  const said = statements.flatMap(([, payloads]) => payloads!.map((p) => JSON.parse(p).msg.data));
+  assertEquals(said, ["same", "same", ...Array.from({ length: 448 }, (_, n) => `${n + 2}`)]);
+  assertThrows(() => pgsql({ client, channel: "x".repeat(51) }), RangeError);
+});
