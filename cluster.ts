@@ -292,8 +292,8 @@ class Router implements RoutingDriver {
     this.#bus = new Bus(driver, maxPayload, timeout);
     this.#presence = new Presence(instance, {
       addresses: driver.join !== undefined,
-      tellAll: (head) => this.#tell(ALL, head),
-      tell: (to, head) => this.#tell(to, head),
+      tellAll: (head) => void this.#tell(ALL, head),
+      tell: (to, head) => void this.#tell(to, head),
     });
     this.#searches = new Searches(timeout, (key, id, session) => {
       if (!this.#host.movable || this.#bus.busy) return;
@@ -348,17 +348,15 @@ class Router implements RoutingDriver {
   }
 
   async #publish(message: SyncMessage): Promise<void> {
-    const { namespace, topic, data } = message;
-    if (namespace.startsWith(RESERVED)) throw new RangeError("A namespace of the backplane's own");
+    if (message.namespace.startsWith(RESERVED)) {
+      throw new RangeError("A namespace of the backplane's own");
+    }
     const isCounted = this.#host.movable || this.#migration.isCounting;
     const n = isCounted ? this.#migration.count(this.#instance, message) : undefined;
     if (n === undefined && this.#bus.carries(message)) return await this.#bus.publish(message);
-    const binary = typeof data !== "string";
-    const body = binary ? data as Bytes : encoder.encode(data);
-    const from = this.#instance;
-    const head: Head = { kind: "publication", namespace, topic, binary, ...n && { from, n } };
-    // Numbered ones reach all, as a session that comes must not have missed any.
-    await this.#bus.publishParts(encodeMessage(head, body), n === undefined ? message : undefined);
+    // "Numbered ones reach every instance", as a session that comes must not have missed any.
+    const place = n === undefined ? message : undefined;
+    await this.#bus.publishParts(encodePublication(message, this.#instance, n), place);
   }
 
   stats(): ClusterStats {
@@ -381,23 +379,13 @@ class Router implements RoutingDriver {
     for (const relay of this.#relays.values()) relay.end();
     for (const served of this.#served.values()) served.cancel();
     // Answers on their way, the last CLOSE's among them.
-    await this.#within(Promise.allSettled(this.#work));
+    await within(Promise.allSettled(this.#work), this.#timeout);
     try {
-      if (await this.#within(this.#driver.close?.())) return;
+      if (await within(this.#driver.close?.(), this.#timeout)) return;
       throw new Error("The backplane does not close");
     } catch (error) { // who stops while the backplane is down must be able to
       this.#report({ stage: "subscribe" }, error);
     }
-  }
-
-  /** Whether something is done in time. */
-  async #within(doing: unknown): Promise<boolean> {
-    let timer: ReturnType<typeof setTimeout> | undefined;
-    const late = new Promise<false>((resolve) => {
-      timer = setTimeout(() => resolve(false), this.#timeout);
-    });
-    const done = Promise.resolve(doing).then(() => true);
-    return await Promise.race([done, late]).finally(() => clearTimeout(timer));
   }
 
   // --- As the instance that received a request ---
@@ -421,7 +409,7 @@ class Router implements RoutingDriver {
 
   async #settled(session: string): Promise<void> {
     const moving = this.#migration.moves.moving(session);
-    if (moving) await this.#within(moving);
+    if (moving) await within(moving, this.#timeout);
   }
 
   async route(request: Request, token: string, namespace: string): Promise<Response> {
@@ -453,11 +441,7 @@ class Router implements RoutingDriver {
     namespace: string,
   ): Promise<Response> {
     const key = await keyOf(token);
-    const headers: Record<string, string> = {};
-    for (const name of ROUTED_HEADERS) {
-      const value = given.get(name);
-      if (value !== null) headers[name] = value;
-    }
+    const headers = routedHeaders(given);
     const id = hex(crypto.getRandomValues(new Uint8Array(ID_SIZE)));
     const relay: Relay = new Relay(id, key, token, owner, this.#timeout, {
       send: (head) => this.#send(relay.owner, key, head, EMPTY, () => this.#relays.has(id)),
@@ -500,11 +484,7 @@ class Router implements RoutingDriver {
     const key = await (known.key ??= keyOf(known.token));
     await authenticate(key, message);
     this.#presence.heard(head.from);
-    const off = Date.now() - head.time;
-    if (Math.abs(off) > REPLAY_WINDOW) {
-      const seconds = Math.round(off / 1000);
-      throw new Error(`A request on the backplane is replayed, or clocks differ: ${seconds} s`);
-    }
+    checkTime(head.time);
     if (this.#closed) return; // silence is 503 there
     // "A request for a session that is on its way waits" until it is known where it is.
     await this.#settled(head.session);
@@ -519,21 +499,11 @@ class Router implements RoutingDriver {
   }
 
   async #sayUnknown({ id, from }: { id: string; from: string }): Promise<void> {
-    if (this.#bus.busy) return; // anybody can ask
-    const unknown = encodeMessage({ kind: "unknown", id });
-    return await this.#bus.send(from, unknown)
-      .catch((error) => this.#report({ stage: "publish", instance: from }, error));
+    if (!this.#bus.busy) await this.#tell(from, { kind: "unknown", id }); // anybody can ask
   }
 
   async #serveHere(head: RequestHead, token: string, body: Bytes): Promise<Response> {
-    const isPost = head.method === "POST";
-    const headers = {
-      ...head.headers,
-      [TOKEN_HEADER]: token,
-      ...isPost && { "content-length": `${body.length}` },
-    };
-    const init = { method: head.method, headers, ...isPost && { body } };
-    return await this.#host.fetch(new Request("http://relayed.invalid/", init), head.namespace);
+    return await this.#host.fetch(routedRequest(head, token, body), head.namespace);
   }
 
   async #answer(
@@ -578,9 +548,9 @@ class Router implements RoutingDriver {
   // --- The bus ---
 
   /** What anybody may say. */
-  #tell(to: string, head: Head): void {
-    this.#bus.send(to, encodeMessage(head))
-      .catch((error) => this.#report({ stage: "publish" }, error));
+  #tell(to: string, head: Head): Promise<void> {
+    return this.#bus.send(to, encodeMessage(head))
+      .catch((error) => this.#report({ stage: "publish", instance: to }, error));
   }
 
   /** Sends what is authenticated. False when it could not be. */
@@ -659,18 +629,8 @@ class Router implements RoutingDriver {
         return this.#relays.get(head.id)?.doubt();
       case "answer":
       case "moved":
-      case "alive": {
-        const relay = this.#relays.get(head.id);
-        if (!relay && head.kind === "moved") return await this.#migration.redirect(message, head);
-        if (!relay) return; // ended meanwhile
-        await authenticate(relay.key, message);
-        this.#presence.heard(relay.owner);
-        if (head.kind === "moved") return relay.redirect(head.to);
-        if (head.kind === "answer" && head.commitment) {
-          this.#presence.commit(relay.owner, head.commitment);
-        }
-        return head.kind === "answer" ? relay.take(head, body) : relay.compare(head.sent);
-      }
+      case "alive":
+        return await this.#onAnswer(message, head);
       case "credit":
       case "cancel": {
         const served = this.#served.get(head.id);
@@ -681,6 +641,19 @@ class Router implements RoutingDriver {
       default:
         throw new Error("A message of an unknown kind on the backplane");
     }
+  }
+
+  /** What the owner says of a request that was received here. */
+  async #onAnswer(message: Incoming, head: Head & { kind: "answer" | "moved" | "alive" }) {
+    const relay = this.#relays.get(head.id);
+    if (!relay && head.kind === "moved") return await this.#migration.redirect(message, head);
+    if (!relay) return; // ended meanwhile
+    await authenticate(relay.key, message);
+    this.#presence.heard(relay.owner);
+    if (head.kind === "moved") return relay.redirect(head.to);
+    if (head.kind === "alive") return relay.compare(head.sent);
+    if (head.commitment) this.#presence.commit(relay.owner, head.commitment);
+    relay.take(head, message.body);
   }
 
   // --- Time ---
@@ -1083,6 +1056,13 @@ class Replays {
       }
     }
   }
+}
+
+function checkTime(time: number): void {
+  const off = Date.now() - time;
+  if (Math.abs(off) <= REPLAY_WINDOW) return;
+  const seconds = Math.round(off / 1000);
+  throw new Error(`A request on the backplane is replayed, or clocks differ: ${seconds} s`);
 }
 
 // --- Moves: sessions that come here, and that go ---
@@ -1893,6 +1873,13 @@ function encodeMessage(head: Head, body: Bytes = EMPTY): Bytes {
   return concat([new Uint8Array(MAC_SIZE), uint32(text.length), text, body]);
 }
 
+function encodePublication(message: SyncMessage, from: string, n: number | undefined): Bytes {
+  const { namespace, topic, data } = message;
+  const binary = typeof data !== "string";
+  const head: Head = { kind: "publication", namespace, topic, binary, ...n && { from, n } };
+  return encodeMessage(head, binary ? data as Bytes : encoder.encode(data));
+}
+
 function decodeMessage(whole: Bytes): Incoming {
   const length = whole.length < MESSAGE_HEADER
     ? Infinity
@@ -1940,6 +1927,23 @@ function isInstance(value: unknown): value is string {
 }
 
 // --- Requests and responses ---
+
+function routedHeaders(given: Headers): Record<string, string> {
+  const headers: Record<string, string> = {};
+  for (const name of ROUTED_HEADERS) {
+    const value = given.get(name);
+    if (value !== null) headers[name] = value;
+  }
+  return headers;
+}
+
+/** The request as its session's instance gets it. */
+function routedRequest({ method, headers: given }: RequestHead, token: string, body: Bytes) {
+  const isPost = method === "POST";
+  const length = isPost && { "content-length": `${body.length}` };
+  const headers = { ...given, [TOKEN_HEADER]: token, ...length };
+  return new Request("http://relayed.invalid/", { method, headers, ...isPost && { body } });
+}
 
 /**
  * The body of a request for another instance's session, which goes on as a whole. It is never
@@ -2108,6 +2112,16 @@ function contextOf(head: Head): ErrorContext {
   const known = Object.entries({ instance: from, namespace, topic })
     .filter(([, value]) => typeof value === "string");
   return { stage: "delivery", ...Object.fromEntries(known) };
+}
+
+/** Whether something is done in time. */
+async function within(doing: unknown, timeout: number): Promise<boolean> {
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const late = new Promise<false>((resolve) => {
+    timer = setTimeout(() => resolve(false), timeout);
+  });
+  const done = Promise.resolve(doing).then(() => true);
+  return await Promise.race([done, late]).finally(() => clearTimeout(timer));
 }
 
 /** Milliseconds, for what happens here: other than Date.now(), it is never set back. */

@@ -109,12 +109,28 @@ interface Line {
 /**
  * Makes a driver over Redis 7 or later: a sharded channel for each topic, so the nodes of a
  * Redis Cluster share the work.
+ *
+ * @example
+ * ```ts ignore
+ * import { Redis } from "npm:ioredis";
+ *
+ * const sync = cluster(redis({ client: new Redis(), channel: "chat" }));
+ * ```
  */
 export function redis({ client, channel }: DriverOptions<RedisClient>): TopicAdapter {
   return ({ id }) => new Channels(id, `${channel}:`, new RedisLine(client));
 }
 
-/** Makes a driver over NATS: a subject for each topic. */
+/**
+ * Makes a driver over NATS: a subject for each topic.
+ *
+ * @example
+ * ```ts ignore
+ * import { connect } from "npm:@nats-io/transport-node";
+ *
+ * const sync = cluster(nats({ client: await connect(), channel: "chat" }));
+ * ```
+ */
 export function nats({ client, channel }: DriverOptions<NatsClient>): TopicAdapter {
   return ({ id }) => new Channels(id, `${channel}.`, new NatsLine(client));
 }
@@ -124,6 +140,13 @@ export function nats({ client, channel }: DriverOptions<NatsClient>): TopicAdapt
  * is on its way goes together in the next one.
  *
  * @throws {RangeError} if the channel is longer than 50 bytes.
+ *
+ * @example
+ * ```ts ignore
+ * import postgres from "npm:postgres";
+ *
+ * const sync = cluster(pgsql({ client: postgres(), channel: "chat" }));
+ * ```
  */
 export function pgsql({ client, channel }: DriverOptions<PostgresClient>): TopicAdapter {
   const prefix = `${channel}:`;

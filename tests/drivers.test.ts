@@ -2,6 +2,10 @@
  * The drivers of drivers.ts, beyond what cluster.test.ts asks of every driver: an instance is given
  * only what concerns it, however many others there are, and goes on after its backplane was away.
  */
+import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import process from "node:process";
 import { cluster, type ClusterAdapter } from "../cluster.ts";
 import { pgsql, type PostgresClient } from "../drivers.ts";
 import type { SSEAdapter, SyncMessage } from "../server.ts";
@@ -11,12 +15,13 @@ import {
   assertGreater,
   assertLess,
   assertThrows,
+  root,
   sleep,
   test,
   type TestContext,
   until,
 } from "./harness.ts";
-import { connect, listen, type Pair } from "./pair.ts";
+import { connect, listen, type Pair, shutDown } from "./pair.ts";
 import { MemoryBus } from "./bus.ts";
 import { drivers } from "./topical.ts";
 import { wireClient } from "./wire.ts";
@@ -287,3 +292,69 @@ test("PostgreSQL: what is published in one turn goes in order, together, though 
   assertEquals(said, ["same", "same", ...Array.from({ length: 448 }, (_, n) => `${n + 2}`)]);
   assertThrows(() => pgsql({ client, channel: "x".repeat(51) }), RangeError);
 });
+
+// ---------------------------------------------------------------- docs/scale.md
+
+interface Ends {
+  disconnect(): void;
+  close(): Promise<void>;
+  end(options: object): Promise<void>;
+}
+
+/** Where each recipe finds its server, and how its client ends. */
+const recipes = {
+  Redis: {
+    variable: "REDIS_URL",
+    url: (port: number) => `redis://127.0.0.1:${port}`,
+    end: (client: Ends) => client.disconnect(),
+  },
+  NATS: {
+    variable: "NATS_URL",
+    url: (port: number) => `127.0.0.1:${port}`,
+    end: (client: Ends) => client.close(),
+  },
+  PostgreSQL: {
+    variable: "DATABASE_URL",
+    url: (port: number) => `postgres://test@127.0.0.1:${port}/postgres`,
+    end: (client: Ends) => client.end({ timeout: 1 }),
+  },
+};
+
+for (const { name, skip, start: run } of drivers) {
+  test(`docs/scale.md's recipe for ${name}: two instances that hear each other`, async (t) => {
+    const { server } = await run(t);
+    const kind = Object.keys(recipes).find((kind) => name.endsWith(kind)) as keyof typeof recipes;
+    const { variable, url, end } = recipes[kind];
+    process.env[variable] = url(server.port);
+    const page = await readFile(join(root, "docs/scale.md"), "utf8");
+    const [, code] = /```ts\n([^]*?)```/.exec(page.slice(page.indexOf(`## ${kind}`)))!;
+    const folder = await mkdtemp(join(tmpdir(), "duplex-scale-"));
+    t.defer(() => rm(folder, { recursive: true }));
+    const instances: SSEAdapter[] = [];
+    for (const n of [0, 1]) {
+      const file = join(folder, `${n}.ts`);
+      const program = code!.replace(/"duplex-sse\/(\w+)"/g, `"file://${root}/$1.ts"`)
+        .replace(
+          /"(ioredis|postgres|@nats-io\/[\w-]+)"/,
+          (_, it) => `"${import.meta.resolve(it)}"`,
+        );
+      await writeFile(file, `${program}\nexport { client };\n`);
+      const { ws, client } = await import(`file://${file}`);
+      t.defer(() => end(client));
+      t.defer(() => shutDown(ws));
+      instances.push(ws);
+    }
+    const sockets = await Promise.all(instances.map(async ({ fetch }) => {
+      const server = await t.serve(fetch);
+      const one = connect(t, `${server.url}/`);
+      await one.opened;
+      return one;
+    }));
+    for (const [from, to] of [[0, 1], [1, 0]] as const) {
+      await heard({ ws: instances[from]! }, sockets[to]!, "news");
+      while (sockets[from]!.messages.left) await sockets[from]!.messages.next();
+      sockets[from]!.socket.send(`from ${from}`);
+      assertEquals(await sockets[to]!.messages.next(), `from ${from}`);
+    }
+  }, { skip, timeout: 30_000 });
+}

@@ -4,7 +4,7 @@ import { esbuild } from "./bundle.ts";
 import { assertLessOrEqual, test } from "./harness.ts";
 
 /** In bytes: 3 % above what is there, so that growth is noticed. */
-const budgets = { "client.ts": 14_700, "server.ts": 18_100, "cluster.ts": 10_500 };
+const budgets = { "client.ts": 14_700, "server.ts": 18_100, "cluster.ts": 11_000 };
 
 for (const [file, budget] of Object.entries(budgets)) {
   test(`${file} is at most ${budget / 1000} kB, minified and gzipped`, async () => {

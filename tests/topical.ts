@@ -14,7 +14,7 @@ import { needs, type TestContext } from "./harness.ts";
 /** A backplane, and what runs it. */
 export interface Topical {
   readonly adapter: ClusterAdapter;
-  readonly server: { start(): Promise<void>; kill(): Promise<void> };
+  readonly server: { readonly port: number; start(): Promise<void>; kill(): Promise<void> };
 }
 
 export interface TopicalDriver {
