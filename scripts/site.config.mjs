@@ -53,6 +53,7 @@ export default {
       {
         text: "Operate",
         items: [
+          { text: "Platforms", link: "/docs/platforms" },
           { text: "Behind a proxy", link: "/docs/proxies" },
           { text: "Counters", link: "/docs/operate" },
           { text: "Messages and what to do", link: "/docs/errors" },

@@ -90,7 +90,7 @@ test("README.md's snippets type-check, as do the examples in doc comments", asyn
   const { dir } = t.use(await consumer());
   const snippets = (await blocks("README.md")).filter(({ language }) => language === "ts")
     .map(({ text }) => text);
-  for (const file of ["docs/frameworks.md", "docs/ai.md", "docs/operate.md"]) {
+  for (const file of ["docs/frameworks.md", "docs/ai.md", "docs/operate.md", "docs/platforms.md"]) {
     for (const { language, text } of await blocks(file)) {
       if (language === "ts") snippets.push(text);
     }
