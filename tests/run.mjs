@@ -18,12 +18,12 @@ import { binary, count, root, run } from "./tools.mjs";
 /** Each with the tests of a name that the pattern matches, or with all. */
 const runners = {
   // Types are checked by check.mjs, once; here each worker of a test would be checked again.
-  deno: (report, files, pattern) => [
+  deno: (report, pattern, files) => [
     ...["test", "-A", "--no-check", `--junit-path=${report}`],
     ...(pattern ? [`--filter=/${pattern.replaceAll("/", "\\/")}/`] : []),
     ...files,
   ],
-  bun: (report, files, pattern) => [
+  bun: (report, pattern, files) => [
     ...["test", "--reporter=junit", `--reporter-outfile=${report}`],
     ...(pattern ? ["-t", pattern] : []),
     ...files,
@@ -130,7 +130,9 @@ async function lookTwice(first) {
   const isFew = again.length > 0 && first.failed.length <= FEW;
   if (!(isWhole || process.env.CI === "true") || !isFew) return { ...first, unsteady: [] };
   const pattern = `^(${again.map(literal).join("|")})$`;
-  const second = await test(first.name, { pattern });
+  // Loading the others would start their browsers. Only Bun tells where a test stands.
+  const places = [...new Set(again.map((test) => first.places.get(test)))];
+  const second = await test(first.name, { pattern, where: places.every(Boolean) ? places : files });
   const unsteady = again.filter((test) => second.ran.has(test) && !second.failed.includes(test));
   // A crash or a leak that belongs to no test excuses none.
   if (second.failed.some((test) => !second.ran.has(test))) return { ...first, unsteady: [] };
@@ -143,12 +145,12 @@ function literal(text) {
 }
 
 /** Runs one runner and reads the counts from the report it writes. */
-async function test(name, { pattern, output } = {}) {
+async function test(name, { pattern, output, where = files } = {}) {
   if (!output) console.log(`\n${name} test${pattern ? ", once more" : ""}`);
   const folder = mkdtempSync(join(tmpdir(), "duplex-test-"));
   const report = join(folder, "report.xml");
   try {
-    const code = await run(binary(name), runners[name](report, files, pattern), { output });
+    const code = await run(binary(name), runners[name](report, pattern, where), { output });
     const result = read(name, existsSync(report) ? readFileSync(report) : "", pattern);
     // A file that could not be loaded, a crash or a leak shows only here.
     if (code !== 0 && result.failed.length === 0) {
@@ -162,13 +164,15 @@ async function test(name, { pattern, output } = {}) {
 
 /** Sorts the cases of a JUnit report, or those of a name that the pattern matches. */
 function read(name, report, pattern = "") {
-  const result = { name, passed: 0, failed: [], skipped: [], ran: new Set() };
+  const result = { name, passed: 0, failed: [], skipped: [], ran: new Set(), places: new Map() };
   const took = [];
   const cases = /<testcase\b([^>]*?)(?:\/>|>([\s\S]*?)<\/testcase>)/g;
   for (const [, attributes, inner = ""] of String(report).matchAll(cases)) {
     const test = unescape(/\bname="([^"]*)"/.exec(attributes)?.[1] ?? "?");
     if (!new RegExp(pattern).test(test)) continue;
     took.push({ test, seconds: Number(/\btime="([^"]*)"/.exec(attributes)?.[1] ?? 0) });
+    const place = /\bfile="(tests\/[^"]+)"/.exec(attributes)?.[1];
+    if (place) result.places.set(test, `./${place}`);
     const isSkipped = /<skipped\b/.test(inner);
     if (!isSkipped) result.ran.add(test);
     if (/<(failure|error)\b/.test(inner)) result.failed.push(test);
