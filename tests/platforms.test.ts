@@ -1,7 +1,8 @@
 /**
  * The examples for platforms that have several instances, over a real Redis, each behind a front
  * that does to it what the platform does: any instance gets any request, streams are cut, who has
- * no request is frozen or has one at a time. Two peers hear each other all the while.
+ * no request is frozen or has one at a time. Two peers hear each other all the while. Then instances
+ * go, by the platform's signal, and they hear each other afterwards.
  */
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -29,27 +30,32 @@ import { project } from "./project.ts";
 
 interface Place extends PlatformOptions {
   instances: number;
+  /** How many of them go. */
+  going: number;
   runtime: "node-24" | "deno";
   /** What stands around the example, as the platform does. Default: nothing. */
   main?: string;
+  /** Tells an instance that it is to go. */
+  end(child: Child): void;
 }
 
 /** In ms: how long a request may take. */
-const LIMIT = 2_500;
+const LIMIT = 3_500;
 /** In ms: when clients are asked to connect anew. */
 const AGE = 1_200;
 
 const places: Record<string, Place> = {
   vercel: {
-    ...{ runtime: "node-24", instances: 3, limit: LIMIT, freezes: true },
+    ...{ runtime: "node-24", instances: 3, going: 2, limit: LIMIT, freezes: true },
     main: `import { serve } from "srvx";
       import { GET, POST } from "./vercel.ts";
       const fetch = (request) => ({ GET, POST })[request.method](request);
       serve({ hostname: "127.0.0.1", port: process.env.PORT, silent: true, fetch,
         gracefulShutdown: false });`,
+    end: (child) => child.kill("SIGTERM"),
   },
   lambda: {
-    ...{ runtime: "node-24", instances: 6, limit: LIMIT, freezes: true, exclusive: true },
+    ...{ runtime: "node-24", instances: 6, going: 2, limit: LIMIT, freezes: true, exclusive: true },
     patience: 10_000,
     main: `import { createServer } from "node:http";
       globalThis.awslambda = {
@@ -69,23 +75,27 @@ const places: Record<string, Place> = {
           ...body.length && { body: body.toString("base64"), isBase64Encoded: true },
         }, response);
       }).listen(process.env.PORT, "127.0.0.1");`,
+    end: (child) => child.kill("SIGTERM"),
   },
   "cloud-run": {
-    ...{ runtime: "node-24", instances: 3, limit: LIMIT },
+    ...{ runtime: "node-24", instances: 3, going: 2, limit: LIMIT },
+    end: (child) => child.kill("SIGTERM"),
   },
   fly: {
-    ...{ runtime: "node-24", instances: 3 },
+    ...{ runtime: "node-24", instances: 3, going: 2 },
+    end: (child) => child.kill("SIGINT"),
   },
   supabase: {
-    ...{ runtime: "deno", instances: 3, limit: LIMIT },
+    ...{ runtime: "deno", instances: 3, going: 2, limit: LIMIT },
     main: `import "./supabase.ts";
-      `,
+      process.stdin.once("data", () => dispatchEvent(new Event("beforeunload")));`,
+    end: (child) => child.send("end"),
   },
 };
 
 for (const [name, place] of Object.entries(places)) {
   testOnce(
-    `examples/edge/${name}.ts: streams are renewed in time, and two hear each other`,
+    `examples/edge/${name}.ts: streams are cut, instances go, and two hear each other`,
     async (t) => {
       const redis = await RedisServer.start(t);
       const folder = await deployed(t, name, place);
@@ -113,6 +123,14 @@ for (const [name, place] of Object.entries(places)) {
       await talk(() => performance.now() > start + 2 * LIMIT);
       assertGreater(front.statuses[200]!, 3); // each has connected anew, and again
       if (place.freezes) assertGreater(front.counts.frozen, 0);
+      for (const instance of instances.slice(0, place.going)) {
+        front.retire(instance);
+        place.end(instance.child);
+        assertEquals(await instance.child.line({ timeout: 30_000 }), "closed");
+        instance.child.kill("SIGKILL");
+        const end = said + 3;
+        await talk(() => said === end);
+      }
       for (const { events, messages, socket } of people) {
         assertEquals([socket.readyState, events.includes("close"), messages.left], [1, false, 0]);
         socket.close();
@@ -126,11 +144,17 @@ for (const [name, place] of Object.entries(places)) {
 async function deployed(t: TestContext, name: string, { main }: Place): Promise<string> {
   const source = await readFile(join(root, "examples", "edge", `${name}.ts`), "utf8");
   const code = source.replace(/"\.\.\/\.\.\/(\w+\.ts)"/g, `"${root}/$1"`)
-    .replace(/maxConnectionAge: [^,]+,/, `maxConnectionAge: ${AGE}, heartbeatInterval: 500,`);
+    .replace(/maxConnectionAge: [^,]+,/, `maxConnectionAge: ${AGE}, heartbeatInterval: 500,`)
+    .replace(/AbortSignal\.timeout\([\d_]+\)/, "AbortSignal.timeout(8_000)")
+    .replace("ws.close(", "closing(");
   assert(code.includes(`maxConnectionAge: ${AGE}`));
   return await project(t, {
     "package.json": JSON.stringify({ private: true, type: "module" }),
-    [`${name}.ts`]: `${code}`,
+    [`${name}.ts`]: `${code}
+      async function closing(...how: unknown[]) {
+        await ws.close(...how as []);
+        console.log("closed");
+      }`,
     "main.ts": main ?? `import "./${name}.ts";`,
   });
 }

@@ -177,8 +177,14 @@ class RunningChild implements Child {
     this.#child.stdin!.write(line + "\n");
   }
 
+  /** Deno's own sends no second signal. */
   kill(signal: Parameters<Child["kill"]>[0] = "SIGTERM"): void {
-    this.#child.kill(signal);
+    if (this.#ended) return; // its number may be another's by now
+    try {
+      process.kill(this.pid, signal);
+    } catch {
+      // it has ended
+    }
   }
 
   stderr(): string {
@@ -186,7 +192,7 @@ class RunningChild implements Child {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    this.#child.kill("SIGKILL");
+    this.kill("SIGKILL");
     await this.exited.catch(() => {});
     await this.#owned.disposeAsync();
   }
