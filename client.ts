@@ -212,6 +212,14 @@ export interface WebSocketSSEStats {
   sent: number;
 }
 
+/** The options of {@link WebSocketSSE.waitForDrain}. */
+export interface WebSocketSSEDrainOptions {
+  /** In bytes: resolve at this much `bufferedAmount`, or less. Below 0: at the end of the session. Default: 0. */
+  threshold?: number | undefined;
+  /** Rejects with the signal's reason when it aborts. */
+  signal?: AbortSignal | undefined;
+}
+
 /** An event handler attribute: a function, or null. */
 // deno-lint-ignore no-explicit-any
 export type EventHandler<E> = ((this: any, event: E) => any) | null;
@@ -371,6 +379,7 @@ export class WebSocketSSE extends EventTarget {
   };
 
   readonly #session: Session = new Session();
+  readonly #waiters: Waiters = new Waiters();
   readonly #parts: Parts;
   readonly #course: Course;
 
@@ -555,6 +564,19 @@ export class WebSocketSSE extends EventTarget {
   }
 
   /**
+   * Resolves when the server has acknowledged so much that `bufferedAmount` is at most the threshold;
+   * or when the session is over, which it tells even while {@link pause} holds `close` back: look at
+   * `bufferedAmount`. Not of the standard; a server's peer has the same.
+   *
+   * @throws The reason of the signal, when that aborts.
+   */
+  waitForDrain({ threshold = 0, signal }: WebSocketSSEDrainOptions = {}): Promise<void> {
+    if (signal?.aborted) return Promise.reject(signal.reason);
+    if (this.#bufferedAmount <= threshold || this.#session.isOver) return Promise.resolve();
+    return this.#waiters.wait(threshold, signal);
+  }
+
+  /**
    * Starts the closing handshake: messages that were sent before go out before.
    *
    * @param code 1000, or 3000 to 4999. Default: none, which the other side sees as 1005.
@@ -641,7 +663,7 @@ export class WebSocketSSE extends EventTarget {
         this.#counts.resumes++;
         this.#tell("resume");
       },
-      onReceipt: (size) => inbox.afterTask(() => this.#bufferedAmount -= size),
+      onReceipt: (size) => inbox.afterTask(() => this.#waiters.tell(this.#bufferedAmount -= size)),
       onClosing: () =>
         inbox.add(() => {
           if (this.#readyState === OPEN) this.#readyState = CLOSING;
@@ -651,6 +673,7 @@ export class WebSocketSSE extends EventTarget {
           globalThis.removeEventListener("pagehide", this.#leave);
           globalThis.removeEventListener("pageshow", this.#comeBack);
         }
+        this.#waiters.tell(-Infinity);
         inbox.add(() => {
           this.#readyState = CLOSED;
           if (hasFailed) this.dispatchEvent(new Event("error"));
@@ -1220,6 +1243,7 @@ class Link implements Carrier, EventTaker, Holder {
 
   /** Whoever answers, and holds the events, holds back a stream. */
   #await(connection: Exchange, patience = FIRST_EVENT_TIMEOUT_MS): Exchange {
+    if (this.#session.isOver) throw new Error("Closed"); // by another answer, since this one came
     clearTimeout(this.#deadline);
     this.#deadline = setTimeout(() => {
       if (connection !== this.#connection) return;
@@ -2318,11 +2342,14 @@ class Transports {
     lengths.set(this.#host, { most: Math.min(2 * longest, MAX_GROWN_BYTES), isCeiling: false });
   }
 
-  /** A streaming body did not come to its end. True: it was a long one, and the next is shorter. */
+  /**
+   * A streaming body did not come to its end. True: it was a long one, and the next is shorter. (A
+   * message alone can be longer than any body should be: then nothing is gained by trying again.)
+   */
   onCut(total: number): boolean {
-    if (total <= MAX_BODY_BYTES) return false;
+    if (total <= MAX_BODY_BYTES || this.maxBody <= MAX_BODY_BYTES) return false;
     // "The next have half of that at most and grow no more."
-    const most = Math.max(MAX_BODY_BYTES, Math.min(this.maxBody, total >> 1));
+    const most = Math.max(MAX_BODY_BYTES, Math.min(this.maxBody, total) >> 1);
     lengths.set(this.#host, { most, isCeiling: true });
     return true;
   }
@@ -2689,6 +2716,38 @@ class Outbox {
     const isMore = bytes > this.#handledBytes;
     if (isMore) this.#handledBytes = bytes;
     return isMore;
+  }
+}
+
+/** Those who wait for `bufferedAmount` to fall. */
+class Waiters {
+  readonly #waiting: Set<{ threshold: number; resolve: () => void }> = new Set();
+
+  wait(threshold: number, signal: AbortSignal | undefined): Promise<void> {
+    return new Promise((resolve, reject) => {
+      const abort = () => {
+        this.#waiting.delete(waiter);
+        reject(signal!.reason);
+      };
+      const waiter = {
+        threshold,
+        resolve: () => {
+          signal?.removeEventListener("abort", abort);
+          resolve();
+        },
+      };
+      this.#waiting.add(waiter);
+      signal?.addEventListener("abort", abort, { once: true });
+    });
+  }
+
+  /** It has fallen to so many bytes. */
+  tell(bytes: number): void {
+    for (const waiter of this.#waiting) {
+      if (bytes > waiter.threshold) continue;
+      this.#waiting.delete(waiter);
+      waiter.resolve();
+    }
   }
 }
 

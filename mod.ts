@@ -58,6 +58,7 @@ export type {
   EventHandler,
   HeadersLike,
   Transport,
+  WebSocketSSEDrainOptions,
   WebSocketSSEEventMap,
   WebSocketSSEOptions,
   WebSocketSSEStats,

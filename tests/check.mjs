@@ -12,6 +12,7 @@ const modules = [
   "mod.ts",
   "server.ts",
   "client.ts",
+  "stream.ts",
   "cluster.ts",
   "drivers.ts",
   "ai.ts",

@@ -95,17 +95,16 @@ test("README.md's snippets type-check, as do the examples in doc comments", asyn
       if (language === "ts") snippets.push(text);
     }
   }
-  for (
-    const file of [
-      "mod.ts",
-      "server.ts",
-      "client.ts",
-      "cluster.ts",
-      "drivers.ts",
-      "ai.ts",
-      "node.ts",
-    ]
-  ) {
+  const files = [
+    "server.ts",
+    "client.ts",
+    "stream.ts",
+    "cluster.ts",
+    "drivers.ts",
+    "ai.ts",
+    "node.ts",
+  ];
+  for (const file of ["mod.ts", ...files]) {
     snippets.push(...await examples(file));
   }
   assert(snippets.length >= 8, `only ${snippets.length} snippets found`);

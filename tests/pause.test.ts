@@ -225,6 +225,53 @@ test("on the plain level a pause holds the network back", async (t) => {
   assertEquals(events, ["open"]);
 });
 
+test("waitForDrain waits for the threshold, the signal or the end", async (t) => {
+  const server = new ScriptedServer();
+  const { socket, closed } = connect(t, "http://server/", {
+    transport: "post",
+    fetch: server.fetch,
+  });
+  await socket.waitForDrain(); // nothing is buffered
+  const stream = (await server.next()).stream();
+  await once(socket, "open");
+  const order: string[] = [];
+  const wait = (name: string, options?: { threshold?: number; signal?: AbortSignal }) =>
+    socket.waitForDrain(options).then(
+      () => order.push(`${name} at ${socket.bufferedAmount}`),
+      (reason) => order.push(`${name}: ${reason}`),
+    );
+  socket.send("one");
+  const first = await server.next();
+  socket.send("three");
+  const aborting = new AbortController();
+  await wait("enough", { threshold: 8 });
+  const aborted = wait("aborted", { signal: aborting.signal });
+  const [five, none, end] = [
+    wait("five", { threshold: 5 }),
+    wait("none"),
+    wait("end", { threshold: -1 }),
+  ];
+  aborting.abort("why");
+  await aborted;
+  await wait("late", { signal: aborting.signal });
+  first.respond(204, { "x-duplex-received": "1" });
+  await five;
+  stream.write("event: duplex-ack\ndata: 2 18\n\n");
+  await none;
+  socket.pause();
+  (await server.next()).fail();
+  stream.fail();
+  (await server.next()).respond(404);
+  await end; // told while `close` is held back
+  assertEquals(socket.readyState, WebSocketSSE.OPEN);
+  await socket.waitForDrain({ threshold: -1 });
+  socket.resume();
+  assertEquals((await closed).code, 1006);
+  assertEquals(order, [
+    ...["enough at 8", "aborted: why", "late: why", "five at 5", "none at 0", "end at 0"],
+  ]);
+});
+
 test("pause() does nothing before the socket is open, and after its end", async (t) => {
   const { url } = await listen(t, { hooks: { open: (peer) => void peer.send("hello") } });
   const { socket, messages, closed } = connect(t, url);

@@ -9,6 +9,7 @@ import {
   assertGreater,
   assertGreaterOrEqual,
   assertLessOrEqual,
+  deferred,
   sleep,
   test,
   type TestContext,
@@ -166,6 +167,23 @@ test("a message over 512 KiB goes alone, in a request that is renewed once for i
   assertEquals(echoed.map((text) => text.slice(0, 3)), ["0:b", "1:b", "2:b"]);
   assertEquals(events, ["open"]);
   assertLessOrEqual(requests.length, 3);
+});
+
+test("a message over 512 KiB that no stream brings soon enough goes by another request", async (t) => {
+  const got: number[] = [];
+  const over = deferred();
+  t.defer(() => over.resolve());
+  const { url } = await listen(t, {
+    hooks: { message: (_, message) => void got.push(message.uint8Array().length) },
+  }, async (request, next) => {
+    if (request.method === "POST" && !request.headers.has("content-length")) await over.promise;
+    return await next(request);
+  });
+  const { socket, opened, events } = connect(t, url, { transport: "stream" });
+  await opened;
+  socket.send(new Uint8Array(600_000)); // shorter streams would not help
+  await until(() => socket.bufferedAmount === 0, { timeout: 15_000 });
+  assertEquals([got, socket.transport, events], [[600_000], "post", ["open"]]);
 });
 
 for (const transport of ["duplex", "stream"] as const) {

@@ -15,6 +15,7 @@ const MAX_MUTABLE_FIELDS = 12;
 const FILES: Record<string, { rooms: number; functions: number }> = {
   "server.ts": { rooms: 12, functions: 200 },
   "client.ts": { rooms: 12, functions: 100 },
+  "stream.ts": { rooms: 5, functions: 20 },
   "cluster.ts": { rooms: 12, functions: 100 },
   "handover.ts": { rooms: 3, functions: 20 },
   "drivers.ts": { rooms: 6, functions: 25 },

@@ -4,11 +4,18 @@ import { esbuild } from "./bundle.ts";
 import { assertLessOrEqual, test } from "./harness.ts";
 
 /** In bytes: 3 % above what is there, so that growth is noticed. */
-const budgets = { "client.ts": 14_700, "server.ts": 18_100, "cluster.ts": 11_000 };
+const budgets = {
+  "client.ts": 15_000,
+  "server.ts": 18_100,
+  "cluster.ts": 11_000,
+  "stream.ts": 2_000,
+};
 
 for (const [file, budget] of Object.entries(budgets)) {
   test(`${file} is at most ${budget / 1000} kB, minified and gzipped`, async () => {
-    const minified = await esbuild([file, "--bundle", "--minify", "--format=esm"]);
+    // It comes beside the client.
+    const beside = file === "stream.ts" ? ["--external:./client.ts"] : [];
+    const minified = await esbuild([file, "--bundle", "--minify", "--format=esm", ...beside]);
     const size = gzipSync(minified, { level: 9 }).length;
     const kB = (bytes: number) => `${(bytes / 1000).toFixed(1)} kB`;
     console.log(`${file}: ${kB(minified.length)} minified, ${kB(size)} gzipped`);

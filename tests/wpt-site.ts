@@ -29,7 +29,7 @@ const queryOf = (request: { url: string }) => new URL(request.url).search.slice(
 
 /** A message is text as it is, or bytes. */
 function echo(peer: Peer, message: Message): void {
-  const data = message.data;
+  const data = message.rawData; // crossws's own has bytes in place of any text as `data`
   peer.send(data);
   if (data === "Goodbye") peer.close();
 }
@@ -67,8 +67,8 @@ const endpoints: Record<string, Endpoint> = {
   "/empty-message": {
     message: (peer, message) => void peer.send(message.data === "" ? "pass" : "fail"),
   },
-  "/protocol": { open: (peer) => void peer.send(peer.websocket.protocol) },
-  "/protocol_array": { open: (peer) => void peer.send(peer.websocket.protocol) },
+  "/protocol": { open: (peer) => void peer.send(protocolOf(peer)) },
+  "/protocol_array": { open: (peer) => void peer.send(protocolOf(peer)) },
   "/handshake_protocol": { upgrade: () => ({ "sec-websocket-protocol": "foobar" }) },
   "/handshake_no_protocol": {},
   "/handshake_no_extensions": {},
@@ -93,9 +93,18 @@ const endpoints: Record<string, Endpoint> = {
   },
   "/delayed-passive-close": { around: delayClose },
   "/receive-many-with-backpressure": { message: oneAfterTheOther() },
+  "/send-backpressure": { open: (peer) => void sendSlowly(peer) },
+  "/receive-backpressure": { around: (request, next) => next(readLate(request)) },
+  "/remote-close": { open: closeAsAsked },
+  "/passive-close-abort": { around: breakAtClose() },
   "/invalid": garbage,
   "/wrong_accept_key": garbage,
 };
+
+/** crossws's own knows only what was offered, of which the first is chosen. */
+function protocolOf(peer: Peer): string | undefined {
+  return peer.websocket.protocol?.split(",")[0];
+}
 
 function sameSiteCookies(request: UpgradeRequest): Headers {
   const query = new URL(request.url).searchParams;
@@ -141,6 +150,66 @@ async function delayClose(request: Request, next: Next): Promise<Response> {
   return new Response(response.body.pipeThrough(late), response);
 }
 
+/** Tells how many seconds the client took for 16 MiB. */
+async function sendSlowly(peer: Peer): Promise<void> {
+  peer.send(new Uint8Array());
+  const began = performance.now();
+  for (let count = 0; count < 16; count++) {
+    peer.send(new Uint8Array(2 ** 20));
+    await peer.waitForDrain();
+  }
+  peer.send(`${(performance.now() - began) / 1_000}`);
+}
+
+/** Reads nothing of what is sent for two seconds. */
+function readLate(request: Request): Request {
+  const late = new TransformStream({ start: () => sleep(2_000) }, undefined, { highWaterMark: 0 });
+  return withBody(request, request.body?.pipeThrough(late));
+}
+
+/** Not a copy: that would make Deno watch over the request's signal. */
+function withBody(
+  { url, method, headers }: Pick<Request, "url" | "method" | "headers">,
+  body: ReadableStream<Uint8Array<ArrayBuffer>> | undefined,
+): Request {
+  const init: RequestInit & { duplex: "half" } = { method, headers, duplex: "half" };
+  return new Request(url, body ? { ...init, body } : init);
+}
+
+function closeAsAsked(peer: Peer): void {
+  const query = new URL(peer.request.url).searchParams;
+  if (query.has("abrupt")) setTimeout(() => peer.terminate(), 100); // it takes along what is not on its way
+  else if (query.has("code")) peer.close(Number(query.get("code")), query.get("reason") ?? "");
+  else peer.close();
+}
+
+/** A server that ends with the close that it gets: all connections break, and it knows nothing any more. */
+function breakAtClose() {
+  const gone = new Set<string | null>();
+  return async (request: Request, next: Next): Promise<Response> => {
+    const headers = new Headers(request.headers);
+    let token = headers.get("x-crossws-id");
+    if (gone.has(token)) headers.set("x-crossws-id", "unknown");
+    const decoder = new TextDecoder();
+    const streams: TransformStreamDefaultController[] = [];
+    const breakable = () =>
+      new TransformStream<Uint8Array<ArrayBuffer>, Uint8Array<ArrayBuffer>>({
+        start: (controller) => void streams.push(controller),
+        transform(chunk, controller) {
+          if (!decoder.decode(chunk).includes("CLOSE")) return controller.enqueue(chunk);
+          gone.add(token);
+          for (const stream of streams) stream.error(new Error("broken"));
+        },
+      });
+    const body = request.body?.pipeThrough(breakable());
+    const response = await next(
+      withBody({ url: request.url, method: request.method, headers }, body),
+    );
+    token ??= response.headers.get("x-crossws-id");
+    return new Response(response.body?.pipeThrough(breakable()), response);
+  };
+}
+
 export interface Site {
   ws: SSEAdapter;
   /** The answer, if the path is one of a handler. */
@@ -165,6 +234,7 @@ export function handlers(native = false): Site {
   const ws = sseAdapter({
     bidir: true,
     cors: () => true,
+    maxMessageSize: 32 * 2 ** 20,
     hooks,
     handleProtocols(offered, request) {
       const { pathname } = new URL(request.url);
@@ -172,9 +242,15 @@ export function handlers(native = false): Site {
       return pathname.startsWith("/protocol") ? [...offered][0] : "";
     },
   });
-  // Deno's WebSocket cannot be cut, and that is what crossws does not know.
+  // Deno's WebSocket cannot be cut, and crossws does not know that; nor does it choose subprotocols.
   const uncut: Partial<Hooks> = {
     ...hooks,
+    async upgrade(request) {
+      const [offered] = request.headers.get("sec-websocket-protocol")?.split(",") ?? [];
+      const chosen = offered && new URL(request.url).pathname.startsWith("/protocol");
+      return await hooks.upgrade!(request) ??
+        (chosen ? { headers: { "sec-websocket-protocol": offered } } : undefined);
+    },
     open(peer) {
       peer.terminate = () => peer.close(1011);
       return hooks.open!(peer);

@@ -1,5 +1,5 @@
 /**
- * The web platform's own tests of WebSocket, from a folder that holds them: which there are, what
+ * The web platform's own tests of WebSocket and WebSocketStream, from a folder that holds them: which there are, what
  * each consists of, and what of them is expected to fail. docs/standard.md says how to run them.
  *
  * @module
@@ -37,8 +37,10 @@ export interface Addresses {
   https: number;
 }
 
-/** Never of use to us: WebSocketStream is another interface, and these drive a browser. */
-const LEFT_OUT = /^\/websockets\/(stream\/|back-forward-cache-)/;
+/** Never of use to us: these drive a browser. */
+const LEFT_OUT = /^\/websockets\/back-forward-cache-/;
+/** Where those of WebSocketStream are. */
+const STREAM = "/websockets/stream/";
 /** What only a page has. */
 const PAGE =
   /\bdocument\b|iframe|window\.(open|parent|top)|_ORIGIN|cookie|new Worker\b|XMLHttpRequest|multi-globals/i;
@@ -52,11 +54,15 @@ const ALIASES: Record<string, string> = {
 const SUPPORT =
   /\/(support|resources|handlers)\/|-[12]\.html$|constants\.sub\.js|url-parsing\/(current|incumbent)\//;
 
-export async function cases(folder: string): Promise<Case[]> {
+/** The two interfaces that are tested. */
+export type Tested = "WebSocket" | "WebSocketStream";
+
+export async function cases(folder: string, tested: Tested): Promise<Case[]> {
   const files = (await readdir(join(folder, "websockets"), { recursive: true }))
     .map((file) => `/websockets/${file}`)
     .filter((file) => /\.(any|window|worker)\.js$|\.html$/.test(file))
     .filter((file) => !LEFT_OUT.test(file) && !SUPPORT.test(file))
+    .filter((file) => file.startsWith(STREAM) === (tested === "WebSocketStream"))
     .sort();
   return (await Promise.all(files.map((file) => casesOf(folder, file)))).flat();
 }
