@@ -219,8 +219,10 @@ function judgeQuiet(world: World, client: Client): void {
   const { instances, traits } = world.scenario;
   // There a stream is refused, or too slow to be told from one that is held.
   const mayLeave = instances > 1 && traits.balance === "random" || traits.rate < Infinity;
+  // A server that has had too much takes no more of a batch: the rest goes again until that is heard.
+  const isRefused = client.ending?.code === 1013;
   if (drop || resumes) world.violated("quiet", `${client} was dropped ${drop} times`);
-  if (resent && !mayLeave && !client.oversized) {
+  if (resent && !mayLeave && !isRefused && !client.oversized) {
     world.violated("quiet", `${client} sent ${resent} again`);
   }
 }
