@@ -43,9 +43,13 @@ const POSTGRES_CHANNEL = 63 - 12;
 export interface TopicDriver extends SyncDriver {
   /** The most that the backplane carries at once, in bytes, if that is less than 1 MiB. */
   readonly maxPayload?: number | undefined;
+  /** Sends to the instances that have joined the place, or to all. */
   publish(message: SyncMessage, place?: SyncPlace): Promise<void>;
+  /** Resolves when what is published to the place from now on is heard. */
   join(place: SyncPlace): Promise<void>;
+  /** Resolves when the place is no longer heard. */
   leave(place: SyncPlace): Promise<void>;
+  /** Leaves all places. */
   close(): Promise<void>;
 }
 
@@ -54,6 +58,7 @@ export type TopicAdapter = (context: { id: string }) => TopicDriver;
 
 /** Of ioredis, a `Redis` or a `Cluster`: what {@link redis} calls. */
 export interface RedisClient extends RedisSubscriber {
+  /** `SPUBLISH`. */
   spublish(channel: string, payload: string): Promise<unknown>;
   /** Makes the connection that hears. */
   duplicate(): RedisSubscriber;
@@ -61,29 +66,39 @@ export interface RedisClient extends RedisSubscriber {
 
 /** Of ioredis: what {@link redis} calls on the connection that hears. */
 export interface RedisSubscriber {
+  /** `SSUBSCRIBE`. */
   ssubscribe(channel: string): Promise<unknown>;
+  /** `SUNSUBSCRIBE`. */
   sunsubscribe(channel: string): Promise<unknown>;
+  /** For `smessage`, `error` and `end`. */
   // deno-lint-ignore no-explicit-any -- other events have other arguments
   on(event: string, listener: (...args: any[]) => void): unknown;
+  /** `end` when it does not connect again. */
   readonly status: string;
+  /** Ends the connection. */
   disconnect(): void;
 }
 
 /** Of @nats-io, a `NatsConnection` of any transport: what {@link nats} calls. */
 export interface NatsClient {
+  /** Sends to who has subscribed to the subject. */
   publish(subject: string, payload: string): void;
+  /** Calls `callback` for what comes on the subject. */
   subscribe(
     subject: string,
     options: { callback: (error: Error | null, message: { string(): string }) => void },
   ): { unsubscribe(): void };
+  /** Resolves when the server has had everything so far. */
   flush(): Promise<void>;
 }
 
 /** Of postgres, what `postgres()` returns: what {@link pgsql} calls. */
 export interface PostgresClient {
+  /** `LISTEN`: again by itself when the connection was lost. */
   listen(channel: string, take: (payload: string) => void): Promise<{
     unlisten(): Promise<unknown>;
   }>;
+  /** Runs a query with its parameters. */
   unsafe(query: string, parameters: string[][]): PromiseLike<unknown>;
 }
 

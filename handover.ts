@@ -92,6 +92,14 @@ export interface Mover<Message> {
   quiet(time: number): string[];
 }
 
+/** A session that its owner has sent. */
+interface Arrival {
+  readonly from: string;
+  readonly state: Bytes;
+  readonly counts: Counts;
+  readonly quiet: readonly string[];
+}
+
 /** A session that this instance has asked for. */
 interface Adoption<Message> {
   id: string;
@@ -105,7 +113,7 @@ interface Adoption<Message> {
   /** Publications of its namespace since it was asked for. */
   readonly published: Publication<Message>[];
   /** The session, while publications that it has had there are still to come here. */
-  arrived: Pick<StateHead, "from" | "quiet"> & { state: Bytes; counts: Counts } | undefined;
+  arrived: Arrival | undefined;
   readonly end: Deferred;
 }
 
@@ -246,7 +254,7 @@ export class Moves<Message> {
 
   /** The owner's answer. */
   #onState(head: StateHead, state: Bytes): void {
-    const { id, session, from, status, to, counts = {}, quiet } = head;
+    const { id, session, from, status, to, counts = {}, quiet = [] } = head;
     if (this.#taken.get(id)) return this.#confirm(from, id, session); // a confirmation was lost
     const adoption = this.#adoptions.get(session);
     // "A state that nobody waits for is dropped": its giver asks, and takes it back.
@@ -264,7 +272,7 @@ export class Moves<Message> {
    * heard here nothing is to come where that `isLate`, or the instance has long been quiet: it spoke
    * before this one began to listen.
    */
-  #caughtUp({ counts, quiet = [] }: Pick<StateHead, "quiet"> & { counts: Counts }, isLate = false) {
+  #caughtUp({ counts, quiet }: Pick<Arrival, "counts" | "quiet">, isLate = false): boolean {
     const here = this.#mover.counts();
     const least = (from: string, n: number) => isLate || quiet.includes(from) ? n : 0;
     return Object.entries(counts).every(([from, n]) =>

@@ -20,7 +20,9 @@ const pages = [
   ),
 ];
 /** Each file that a page links to, and that is none itself. The reference links to its sources. */
-const shown = new Set(["server.ts", "client.ts", "cluster.ts", "handover.ts", "ai.ts", "node.ts"]);
+const shown = new Set(
+  JSON.parse(read("deno.json")).publish.include.filter((name) => name.endsWith(".ts")),
+);
 /** An example gets a page; others are pictures, or text to be copied. */
 const isExample = (file) => /^examples\/.*\.ts$/.test(file);
 const isPicture = (file) => [".png", ".svg"].includes(extname(file));

@@ -141,6 +141,9 @@ for (const { name, skip, start: run } of drivers) {
       await sleep(100, t.signal);
       assertEquals(given[1]!.messages, before, "another topic, and another namespace");
       a!.ws.publish("news", "too late");
+      const [[namespace]] = [...b!.ws.peers] as [[string, unknown]];
+      a!.ws.publish("\0ä.*>", "passed", { namespace });
+      assertEquals(await one.messages.next(), "passed"); // and what came before it, too
       for (let n = 0; n < 5; n++) { // what is wanted last holds
         for (const verb of ["join", "leave"]) {
           one.socket.send(`${verb} news`);
