@@ -908,9 +908,9 @@ class Requests {
     if (movable) this.#registry.movable = true; // what is published meanwhile must not be lost
     if (resumes && movable && this.#registry.adopts(token)) {
       const claim = { attempt, received: lastEventId, namespace };
-      await router.adopt(token, claim, (packed, missed) => {
+      await this.#registry.arrival(router.adopt(token, claim, (packed, missed) => {
         this.#adopt(asked, admission, packed, missed);
-      });
+      }));
     }
     if (this.#registry.find(token)) return await this.#route(request, runtime, namespace);
     return await router.route(request, token, namespace);
@@ -1443,6 +1443,8 @@ class Registry implements Host {
   #callsDue = Infinity;
   #state: "open" | "handing over" | "closing" = "open";
   #whenEmpty: (() => void)[] = [];
+  /** Sessions that other instances were asked for. */
+  readonly #arrivals: Set<Promise<void>> = new Set();
   /** Packed sessions, until another instance has them: out of service here. */
   readonly #limbo: Map<string, Limbo> = new Map();
   /** Sessions may go and come: publications are counted from now on. */
@@ -1611,6 +1613,12 @@ class Registry implements Host {
       this.#sessions.size < this.settings.maxPeers;
   }
 
+  /** Waits for a session that is asked for; an instance that ends does so, too, to send it on. */
+  async arrival(adopting: Promise<void>): Promise<void> {
+    this.#arrivals.add(adopting);
+    await adopting.finally(() => this.#arrivals.delete(adopting));
+  }
+
   /** Whether the session is to go on at another instance, since this one will end. */
   sendsAway(session: Session): boolean {
     return this.#state === "handing over" && session.isMovable && session.readyState === OPEN;
@@ -1665,14 +1673,17 @@ class Registry implements Host {
     let nextRound = begun;
     const remain = () =>
       this.#limbo.size || [...asked.keys()].some((session) => session.readyState === OPEN);
+    const look = () => new Promise((resolve) => setTimeout(resolve, HANDOVER_LOOK));
+    const isOver = () => clock() >= end || signal?.aborted;
+    while (this.#arrivals.size && !isOver()) await look();
     do {
       if (clock() >= nextRound) { // others may still have come, and some may not have heard it
         this.#askToGo(asked);
         nextRound = clock() + HANDOVER_ROUND;
       }
       if (!remain()) break;
-      await new Promise((resolve) => setTimeout(resolve, HANDOVER_LOOK));
-    } while (clock() < end && !signal?.aborted);
+      await look();
+    } while (!isOver());
     for (const { timer } of asked.values()) clearTimeout(timer);
     // Whoever was sent these has them, or nobody will.
     for (const { session } of [...this.#limbo.values()]) this.release(session.token, "moved");
@@ -2345,11 +2356,8 @@ abstract class Session {
 
   /** What is held back is too much: it is dropped, and the client is told so. */
   overflow(): void {
-    const { last } = this.outbox;
-    const ending = { code: 1013, reason: "Too much buffered", sent: last, isSudden: true };
-    // A close that was due after it, of which nobody has heard, has no more to come after.
-    if (this.isOpen) this.startClosing(ending);
-    else this.ending = ending;
+    const ending = { code: 1013, reason: "Too much buffered", sent: this.outbox.last };
+    this.startClosing({ ...ending, isSudden: true });
     this.finish();
   }
 

@@ -436,6 +436,27 @@ test("at a shutdown sessions go to other instances, and no client sees a close",
   assertEquals(calls.includes("close"), false);
 }, { timeout: 30_000 });
 
+test("an instance that ends while a session is on its way to it sends that on, too", async (t) => {
+  let isSlow = false;
+  const bus = new MemoryBus(t, { fault: () => [isSlow ? 100 : 0] });
+  const { instances, told, proxy } = await start(t, bus.adapter, { count: 3 });
+  const { socket, messages, opened, events } = connect(t, proxy.url);
+  await opened;
+  socket.send("a");
+  assertEquals(await messages.next(), "a 1 at 0");
+  isSlow = true;
+  proxy.choose = () => 1;
+  const first = instances[0]!.ws.close(1012);
+  await until(() => proxy.log.at(-1)!.endsWith(" 1"));
+  await sleep(20, t.signal); // it asks for the session
+  proxy.choose = () => 2;
+  await Promise.all([first, instances[1]!.ws.close(1012)]);
+  socket.send("b");
+  assertEquals(await messages.next(), "b 2 at 2");
+  assertEquals(told, ["open 0", "suspend 0", "revive 1", "suspend 1", "revive 2"]);
+  assertEquals(events, ["open"]);
+});
+
 test("a connection of a certain age is renewed, and nobody notices", async (t) => {
   const bus = new MemoryBus(t);
   const fleet = await start(t, bus.adapter, { maxConnectionAge: 200 });
