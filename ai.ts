@@ -189,6 +189,12 @@ export interface ChatOptions<UIMessage = ChatMessage, Context = Record<string, u
   /** Answers under way that one peer has asked for; beyond, it is refused. Default: 100. */
   maxRunsPerPeer?: number | undefined;
   /**
+   * How long text is gathered after a piece of it was shown: what comes meanwhile is shown as one
+   * piece, which takes fewer bytes. Neither the first piece waits nor what is no text. Default: 0,
+   * each piece is shown as it comes.
+   */
+  gather?: number | undefined;
+  /**
    * A backplane, as for `sync` (without `cluster`). Answers of other instances are then resumed and
    * stopped from here; and where the adapter has `cluster`, sessions that are shown one can move.
    */
@@ -216,7 +222,6 @@ export interface ChatHooks<Context> extends Pick<Hooks<Context>, "message" | "cl
 }
 
 type AnyPeer = Peer<never>;
-type Report = (error: unknown, chat?: string) => void;
 
 /** What the server says: the SDK's frames. */
 type Reply =
@@ -303,8 +308,10 @@ class Chats {
   readonly #limits: Limits;
   /** By owner and chat, the oldest first. */
   readonly #runs: Map<string, Run> = new Map();
-  /** Those under way, and those that somebody has yet to be shown the end of. */
-  readonly #unsettled: Set<Run> = new Set();
+  /** By the ids of those who are shown them: a stop need not look for its run. */
+  readonly #shown: Map<string, Run> = new Map();
+  /** Those under way, and those, also forgotten ones, that somebody has yet to be shown the end of. */
+  readonly #unsettled: Map<Run, string> = new Map();
   /** Requests that are being checked, by their viewers' ids: whether they were stopped meanwhile. */
   readonly #checking: Map<string, { stopped: boolean }> = new Map();
   readonly #others: Others | undefined;
@@ -315,11 +322,13 @@ class Chats {
     this.#options = options;
     this.#limits = limitsOf(options);
     if (!options.sync) return;
-    this.#others = new Others(
-      options.sync,
-      this.#runs,
-      (error) => this.#report(error, { stage: "sync" }),
-    );
+    this.#others = new Others(options.sync, {
+      runs: this.#runs,
+      leave: (peer) => this.#leave(peer),
+      shown: this.#shown,
+      maxFinding: this.#limits.maxRunsPerPeer,
+      report: (error) => this.#report(error, { stage: "sync" }),
+    });
   }
 
   async receive(peer: AnyPeer, message: Message<never>): Promise<void> {
@@ -364,11 +373,16 @@ class Chats {
     if (!this.#hasRoom(peer.id)) return reply(viewer, { type: "error", errorText: FULL });
     const run = new Run(this.#limits, peer.id, {
       grown: (by) => this.#onGrown(run, by),
+      shown: (id) => {
+        this.#shown.set(id, run);
+        this.#unsettled.set(run, key); // perhaps again
+      },
+      hidden: (id) => void (this.#shown.get(id) === run && this.#shown.delete(id)),
       settled: () => void this.#unsettled.delete(run),
       forgotten: () => void (this.#runs.get(key) === run && this.#runs.delete(key)),
     });
     this.#runs.set(key, run);
-    this.#unsettled.add(run);
+    this.#unsettled.set(run, key);
     run.add(viewer);
     if (hasLeft(peer)) run.leave(peer.id); // while its request was being checked
     this.#others?.begin(key, run);
@@ -413,7 +427,8 @@ class Chats {
 
   #textOf(error: unknown, about: { chat: string; peer: AnyPeer }): string {
     try {
-      return this.#options.errorText?.(error) ?? FAILED;
+      const text: unknown = this.#options.errorText?.(error);
+      return typeof text === "string" ? text : FAILED; // an object might say far more
     } catch (failure) {
       this.#report(failure, { stage: "errorText", ...about });
       return FAILED;
@@ -429,26 +444,34 @@ class Chats {
     }
     const finding = this.#others?.find(key, viewer);
     if (stopped) return this.#others?.stop(viewer.id);
-    if (!await finding) reply(viewer, { type: "no-active" });
+    const there = await finding;
+    if (there) return;
+    const isFull = this.#others && there === undefined;
+    reply(viewer, isFull ? { type: "error", errorText: FULL } : { type: "no-active" });
   }
 
   #abort(id: string): void {
     const asked = this.#checking.get(id);
     if (asked) return void (asked.stopped = true);
-    for (const run of this.#runs.values()) if (run.shows(id)) return run.stop(id);
-    this.#others?.stop(id);
+    const run = this.#shown.get(id);
+    if (run) run.stop(id);
+    else this.#others?.stop(id);
   }
 
   /** The peer is shown nothing any more; its runs go on. */
   leave(peer: string): void {
-    for (const run of this.#runs.values()) run.leave(peer);
+    this.#leave(peer);
     this.#others?.leave(peer);
+  }
+
+  #leave(peer: string): void {
+    for (const run of this.#unsettled.keys()) run.leave(peer);
   }
 
   /** Leaves in the context of a session that moves what it is shown, and how far. */
   suspend(peer: AnyPeer): void {
     const shown: Shown[] = this.#others!.take(peer.id);
-    for (const [key, run] of this.#runs) {
+    for (const [run, key] of this.#unsettled) {
       const taken = run.take(peer.id);
       if (taken) shown.push({ key, ...taken });
     }
@@ -480,7 +503,7 @@ class Chats {
     try {
       if (signal?.aborted) await promise;
       while (this.#unsettled.size > 0) {
-        await Promise.race([promise, ...[...this.#unsettled].map((run) => run.settled)]);
+        await Promise.race([promise, ...[...this.#unsettled.keys()].map((run) => run.settled)]);
       }
       await Promise.race([promise, this.#others?.said]);
     } finally {
@@ -536,6 +559,19 @@ interface Find {
   readonly place: Place;
 }
 
+/** What {@link Others} are told of this instance. */
+interface Home {
+  /** By owner and chat. */
+  readonly runs: ReadonlyMap<string, Run>;
+  /** By the ids of their viewers. */
+  readonly shown: ReadonlyMap<string, Run>;
+  /** No run is shown to the peer any more. */
+  leave(peer: string): void;
+  /** How many chats a peer may look for at once: all other instances are asked for each. */
+  readonly maxFinding: number;
+  readonly report: (error: unknown) => void;
+}
+
 /**
  * Runs of other instances, and viewers there of runs here. Words may get lost, be repeated, and stay
  * away with their instance: whoever misses one asks again, from the place where it is, in a new turn.
@@ -543,8 +579,9 @@ interface Find {
 class Others {
   readonly #id: string = crypto.randomUUID();
   readonly #driver: SyncDriver;
-  readonly #runs: Map<string, Run>;
-  readonly #report: Report;
+  readonly #home: Home;
+  /** How many of its questions each peer waits for. */
+  readonly #finding: Map<string, number> = new Map();
   /** Viewers here of runs elsewhere. */
   readonly #remotes: Map<string, Remote> = new Map();
   /** Viewers elsewhere of runs here. */
@@ -554,9 +591,8 @@ class Others {
   #timer: ReturnType<typeof setInterval> | undefined;
   #isClosed = false;
 
-  constructor(connect: SyncAdapter, runs: Map<string, Run>, report: Report) {
-    this.#runs = runs;
-    this.#report = report;
+  constructor(connect: SyncAdapter, home: Home) {
+    this.#home = home;
     this.#driver = connect({ id: this.#id });
     this.#try(() => this.#driver.subscribe((message) => this.#receive(message)));
   }
@@ -579,15 +615,26 @@ class Others {
     this.#say("*", { kind: "begin", key, run: id, from: this.#id });
   }
 
-  /** Whether another instance has the run, and shows it from now on. */
-  async find(key: string, viewer: Viewer): Promise<boolean> {
+  /** Whether another instance has the run, and shows it from now on; undefined: the peer asks too much. */
+  async find(key: string, viewer: Viewer): Promise<boolean | undefined> {
+    const { peer } = viewer;
+    const others = this.#finding.get(peer) ?? 0;
+    if (others >= this.#home.maxFinding) return;
+    this.#finding.set(peer, others + 1);
     const { promise, resolve } = deferred<boolean>();
     this.#ask(new Remote(key, viewer, START, resolve));
     const late = setTimeout(() => resolve(false), FIND_TIMEOUT);
     const there = await promise.finally(() => clearTimeout(late));
     if (!there) this.#remotes.delete(viewer.id);
+    this.#found(peer);
     this.#watch();
     return there;
+  }
+
+  #found(peer: string): void {
+    const left = this.#finding.get(peer)! - 1;
+    if (left > 0) this.#finding.set(peer, left);
+    else this.#finding.delete(peer);
   }
 
   /** Goes on showing a run that another instance has. */
@@ -633,7 +680,7 @@ class Others {
     try {
       this.#hear(JSON.parse(data) as Word);
     } catch (error) {
-      this.#report(error);
+      this.#home.report(error);
     }
     this.#watch();
   }
@@ -643,29 +690,28 @@ class Others {
       case "begin":
         return this.#onBegin(word);
       case "busy":
-        return this.#runOf(({ id }) => id === word.run)?.fail(BUSY);
+        return this.#runOf(word.run)?.fail(BUSY);
       case "find":
         return this.#onFind(word);
       case "took":
         return this.#guests.get(word.viewer)?.took(word.turn, word.n);
       case "stop":
-        this.#runOf((run) => run.shows(word.viewer))?.stop(word.viewer);
+        this.#home.shown.get(word.viewer)?.stop(word.viewer);
         this.#guests.delete(word.viewer);
         return this.#say(word.from, { kind: "stopped", viewer: word.viewer });
       case "leave":
-        for (const run of this.#runs.values()) run.leave(word.peer);
-        return;
+        return this.#home.leave(word.peer);
       default:
         return this.#onAnswer(word);
     }
   }
 
-  #runOf(test: (run: Run) => boolean): Run | undefined {
-    for (const run of this.#runs.values()) if (test(run)) return run;
+  #runOf(id: string): Run | undefined {
+    for (const run of this.#home.runs.values()) if (run.id === id) return run;
   }
 
   #onBegin({ key, run: id, from }: Word & { kind: "begin" }): void {
-    const run = this.#runs.get(key);
+    const run = this.#home.runs.get(key);
     if (run?.phase !== "running") {
       run?.end({ type: "end" });
       return run?.forget();
@@ -677,7 +723,7 @@ class Others {
 
   /** Shows a run that is here to a viewer elsewhere. */
   #onFind({ key, viewer, peer, from, owner, turn, place }: Find): void {
-    const run = this.#runs.get(key);
+    const run = this.#home.runs.get(key);
     this.#guests.delete(viewer);
     if (!run && owner) return this.#say(from, { kind: "none", viewer, turn });
     if (!run) return;
@@ -745,7 +791,7 @@ class Others {
       for (const [id, guest] of this.#guests) {
         if (++guest.silences <= MAX_SILENCES) continue;
         this.#guests.delete(id);
-        for (const run of this.#runs.values()) run.leave(guest.peer);
+        this.#home.leave(guest.peer);
       }
       this.#watch();
     }, WATCH_PERIOD);
@@ -760,7 +806,7 @@ class Others {
   }
 
   #try(action: () => MaybePromise<void>): void {
-    const work = (async () => await action())().catch((error) => this.#report(error))
+    const work = (async () => await action())().catch((error) => this.#home.report(error))
       .finally(() => this.#saying.delete(work));
     this.#saying.add(work);
   }
@@ -895,6 +941,9 @@ class Guest implements Viewer {
 /** What a run tells of itself. */
 interface RunEvents {
   grown(by: number): void;
+  /** A viewer is shown it, and is no more. */
+  shown(viewer: string): void;
+  hidden(viewer: string): void;
   settled(): void;
   forgotten(): void;
 }
@@ -913,13 +962,17 @@ class Run {
   /** By peer, since one is shown it once. */
   readonly #showings: Map<string, Showing> = new Map();
   readonly #born: number = performance.now();
-  readonly #settled: Deferred<void> = deferred();
+  #settled: Deferred<void> = deferred();
   /** Of whatever is waited for: viewers, the end of what was stopped, or to be forgotten. */
   #timer: ReturnType<typeof setTimeout> | undefined;
   #reader: ChunkReader | undefined;
   /** While others have their turn, chunks are gathered, and shown together. */
   #rest: Promise<void> | undefined;
   #hurry = 0;
+  /** Text was shown, and more of it waits. */
+  #gathering: ReturnType<typeof setTimeout> | undefined;
+  /** Whether there is anything that was not yet given to all. */
+  #hasNews = false;
 
   constructor(limits: Limits, starter: string, events: RunEvents) {
     this.#limits = limits;
@@ -962,7 +1015,9 @@ class Run {
     if (former && former.viewer.id !== viewer.id) former.viewer.show({ type: "end" }, former.place);
     if (!this.#log.has(place)) return viewer.show({ type: "error", errorText: TOO_LONG }, place);
     const showing = new Showing(viewer, this.#log, place, () => this.#remove(showing));
+    if (this.isOver && this.#showings.size === 0) this.#settled = deferred();
     this.#showings.set(viewer.peer, showing);
+    this.#events.shown(viewer.id);
     if (this.phase === "running") clearTimeout(this.#timer);
     if (this.isOver) showing.end({ type: "end" });
     else showing.pump();
@@ -971,6 +1026,7 @@ class Run {
   #remove(showing: Showing): void {
     showing.cancel();
     this.#showings.delete(showing.viewer.peer);
+    this.#events.hidden(showing.viewer.id);
     this.#settle();
   }
 
@@ -997,6 +1053,9 @@ class Run {
   #show(chunk: ChatChunk): void {
     this.#events.grown(this.#log.push(chunk));
     if (this.#log.size > this.#limits.maxLog) this.giveUpLog();
+    this.#hasNews = true;
+    // What is not kept is not held back either: it would grow without a bound.
+    if (textOf(chunk) === undefined || !this.#log.isKept) this.#gatherNoMore();
     if (this.#rest) return;
     this.#pump();
     this.#rest = new Promise((resolve) =>
@@ -1010,11 +1069,25 @@ class Run {
   }
 
   #pump(): void {
+    if (!this.#hasNews || this.#gathering !== undefined) return;
+    this.#hasNews = false;
+    const { gather } = this.#limits;
+    if (gather > 0 && this.#log.isKept && this.#log.endsInText) {
+      this.#gathering = setTimeout(() => {
+        this.#gatherNoMore();
+        this.#pump();
+      }, Math.min(gather, MAX_DELAY));
+    }
     for (const showing of this.#showings.values()) {
       if (this.#log.isKept) showing.pump();
       else showing.hurry();
     }
     this.#log.trim();
+  }
+
+  #gatherNoMore(): void {
+    clearTimeout(this.#gathering);
+    this.#gathering = undefined;
   }
 
   /** Keeps nothing that was shown: nobody can resume it any more. */
@@ -1060,6 +1133,7 @@ class Run {
   end(last: Reply): void {
     if (this.isOver) return;
     this.phase = "ended";
+    this.#gatherNoMore();
     this.#abort.abort();
     if (this.#reader) cancel(this.#reader);
     for (const showing of this.#showings.values()) showing.end(last);
@@ -1165,13 +1239,24 @@ class ChatLog {
   #gone = 0;
   #goneText = 0;
 
+  get endsInText(): boolean {
+    const last = this.#chunks.at(-1);
+    return last !== undefined && textOf(last) !== undefined;
+  }
+
   /** How much it has grown. */
   push(chunk: ChatChunk): number {
     const last = this.#chunks.at(-1);
     const joined = last && join(last, chunk);
-    const cost = joined ? textOf(chunk)!.length : JSON.stringify(chunk).length + CHUNK_COST;
-    if (joined) this.#chunks[this.#chunks.length - 1] = joined;
-    else this.#chunks.push(chunk);
+    let cost: number;
+    if (joined) {
+      this.#chunks[this.#chunks.length - 1] = joined;
+      cost = textOf(chunk)!.length;
+    } else {
+      const json = JSON.stringify(chunk);
+      this.#chunks.push(JSON.parse(json)); // the source may go on using its own
+      cost = json.length + CHUNK_COST;
+    }
     if (!this.isKept) return 0;
     this.size += cost;
     return cost;
@@ -1343,6 +1428,7 @@ interface Limits {
   readonly maxTotalLog: number;
   readonly maxRuns: number;
   readonly maxRunsPerPeer: number;
+  readonly gather: number;
 }
 
 function limitsOf(options: Partial<Limits> | ChatOptions<unknown, never>): Limits {
@@ -1358,6 +1444,7 @@ function limitsOf(options: Partial<Limits> | ChatOptions<unknown, never>): Limit
     maxTotalLog: numberOf("maxTotalLog", MAX_TOTAL_LOG),
     maxRuns: numberOf("maxRuns", MAX_RUNS),
     maxRunsPerPeer: numberOf("maxRunsPerPeer", MAX_RUNS_PER_PEER),
+    gather: numberOf("gather", 0),
   };
 }
 

@@ -330,3 +330,61 @@ test("respond gets what was validated, and the failures of callbacks stay here",
   });
   assertGreater(chat.messages.all.length, 0);
 });
+
+test("text is gathered for as long as asked, but its first piece, and what is no text, does not wait", async (t) => {
+  const gate = new Gate();
+  const url = await serve(t, {
+    gather: 60_000, // nothing of this test waits for its end
+    async *respond() {
+      yield { type: "text-start", id: "1" } as ChatChunk;
+      for (const delta of ["first ", "second ", "third "]) {
+        await gate.wait();
+        yield { type: "text-delta", id: "1", delta } as ChatChunk;
+      }
+      await gate.wait();
+      yield { type: "data-news", data: 1 } as ChatChunk;
+      await gate.wait();
+      yield { type: "text-delta", id: "1", delta: "last" } as ChatChunk;
+    },
+  });
+  const chat = await raw(t, url);
+  chat.ask("c");
+  const chunk = async () => (await chat.hear()).chunk as ChatChunk & { delta?: string };
+  const next = async () => {
+    gate.open();
+    await sleep(20); // the source's turn, and that of whatever it shows
+  };
+  assertEquals((await chunk()).type, "text-start");
+  await next();
+  assertEquals((await chunk()).delta, "first ");
+  await next();
+  await next();
+  assertEquals(chat.messages.left, 0, "what follows is gathered");
+  // Whoever comes is shown all that there is.
+  const other = await raw(t, url);
+  other.resume("c");
+  assertEquals((await other.messages.take(3)).map((data) => JSON.parse(`${data}`).chunk?.delta), [
+    undefined, // that it is there
+    undefined, // that a text begins
+    "first second third ",
+  ]);
+  await next();
+  assertEquals((await chunk()).delta, "second third ");
+  assertEquals((await chunk()).type, "data-news");
+  await next();
+  assertEquals((await chunk()).delta, "last", "after something else, text begins anew");
+  assertEquals((await chat.hear()).type, "end");
+});
+
+test("gathered text is shown when its time is over", async (t) => {
+  const url = await serve(t, { gather: 30, respond: () => words(200, () => sleep(1)) });
+  const chat = await raw(t, url);
+  chat.ask("c");
+  await until(() => `${chat.messages.all.at(-1)}`.includes('"end"'));
+  const deltas = chat.messages.all.flatMap((data) => JSON.parse(`${data}`).chunk?.delta ?? []);
+  assertEquals(deltas.join(""), text(200));
+  assertEquals(deltas[0], "0 ");
+  assertGreater(deltas.length, 2, "some of it before it ended");
+  assertGreater(100, deltas.length, "far fewer pieces than words");
+  assertEquals(await read(await send(transport(t, url), "other")), text(200));
+});

@@ -273,6 +273,7 @@ const NUMBERS = {
   maxTotalLog: 0,
   maxRuns: 0,
   maxRunsPerPeer: 0,
+  gather: 0,
 } satisfies Options;
 
 test("an option that is no number is refused at once", () => {
