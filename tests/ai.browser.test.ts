@@ -35,6 +35,15 @@ async function enter(page: Page, text: string): Promise<void> {
   await page.keyboard.press("Enter");
 }
 
+test("the demo leads to it", async (t) => {
+  const child = await t.spawn("deno", "examples/deno.ts", { env: { PORT: "0" } });
+  const page = await (await browser.windows(t)).newPage();
+  await page.goto((await child.line({ timeout: 20_000 })).replace("Chat on ", ""));
+  await page.getByRole("link", { name: "ask a model" }).click();
+  await page.getByRole("button", { name: "Tell me a story" }).waitFor();
+  await page.getByText("connected", { exact: true }).waitFor();
+}, options);
+
 test("two tabs follow one answer; a reload does too; a stop in one stops it in both", async (t) => {
   const url = await start(t);
   const context = await browser.windows(t);

@@ -2,10 +2,12 @@
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import type { UIMessage } from "ai";
+import { modelOf } from "../examples/ai/model.ts";
 import { raw, read, send, transport } from "./chats.ts";
 import {
   assertEquals,
   assertMatch,
+  assertRejects,
   assertStringIncludes,
   needs,
   root,
@@ -115,3 +117,12 @@ for (const runtime of runtimes) {
     options,
   );
 }
+
+test("a provider is its package's export of its name, or the one that is given", async () => {
+  const file = pathToFileURL(join(root, "tests/fixtures/provider.ts")).href;
+  for (const provider of [file, `${file}#parrots`]) {
+    assertEquals(typeof await modelOf(provider, "parrot-1"), "function");
+  }
+  const { message } = await assertRejects(() => modelOf(`${file}#parrot`, "parrot-1"), Error);
+  assertEquals(message, `${file} exports no function "parrot"`);
+});

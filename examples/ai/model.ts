@@ -4,7 +4,8 @@
  *     npm install ai @ai-sdk/openai
  *     AI_PROVIDER=@ai-sdk/openai AI_MODEL=gpt-5 OPENAI_API_KEY=… deno run -A examples/ai/main.ts
  *
- * The provider is what its package is called, and what the package exports by that name.
+ * The provider is what its package is called, and what the package exports by that name, unless
+ * another export is given: `@ai-sdk/google-vertex#vertex`.
  */
 
 import {
@@ -35,9 +36,9 @@ const tools = {
 
 /** Loads the provider, and says how its model answers. */
 export async function modelOf(provider: string, id: string) {
-  const name = provider.split("/").at(-1)!.replace(/\.\w+$/, "");
-  const { [name]: make } = await import(provider) as Record<string, (id: string) => LanguageModel>;
-  if (typeof make !== "function") throw new Error(`${provider} exports no function "${name}"`);
+  const [from = "", name = from.split("/").at(-1)!.replace(/\.\w+$/, "")] = provider.split("#");
+  const { [name]: make } = await import(from) as Record<string, (id: string) => LanguageModel>;
+  if (typeof make !== "function") throw new Error(`${from} exports no function "${name}"`);
   const model = make(id);
   return async (
     { messages }: { messages: Message[] },
