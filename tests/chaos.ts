@@ -138,7 +138,7 @@ class TcpProxy implements ChaosProxy {
     this.random = mulberry32(this.seed);
     // A half-closed connection stays open the other way, as without a proxy.
     this.#server = net.createServer(
-      { allowHalfOpen: true },
+      { allowHalfOpen: true, noDelay: true },
       (socket) => this.#accept(socket),
     );
   }
@@ -259,6 +259,7 @@ class Link {
       port: target,
       host: "127.0.0.1",
       allowHalfOpen: true,
+      noDelay: true, // what is measured through it is not the wait of Nagle's algorithm
     });
     const { stats } = proxy;
     const record = recorder(proxy);

@@ -7,10 +7,12 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { execFile } from "node:child_process";
 import { gzipSync } from "node:zlib";
+import { type AiResults, interruptionTable, overheadTable } from "../bench/ai-tables.ts";
 import { cluster } from "../cluster.ts";
 import { sseAdapter, type SSEOptions } from "../mod.ts";
 import { MemoryBus } from "./bus.ts";
 import { esbuild } from "./bundle.ts";
+import { CONTENDERS } from "./contenders.ts";
 import {
   assert,
   assertEquals,
@@ -24,6 +26,7 @@ import {
   type TestContext,
   within,
 } from "./harness.ts";
+import { INTERRUPTIONS } from "./interruptions.ts";
 
 interface Block {
   language: string;
@@ -422,3 +425,45 @@ function splitRequest(text: string): [string, string[]] {
   const length = head.startsWith("POST") && !streams ? `\ncontent-length: ${payload.length}` : "";
   return [`${head.trimEnd()}${length}\n\n`.replaceAll("\n", "\r\n"), payload ? [payload] : []];
 }
+
+test("docs/ai.md's tables are what bench/ai.ts has measured, and ours loses nothing there", async () => {
+  const docs = await readFile(join(root, "docs/ai.md"), "utf8");
+  const results: AiResults = JSON.parse(await readFile(join(root, "bench/ai.json"), "utf8"));
+  const { interruptions, overhead } = results;
+  assertEquals(Object.keys(interruptions), INTERRUPTIONS.map(({ name }) => name));
+  for (const [name, byKind] of Object.entries(interruptions)) {
+    assertEquals(Object.keys(byKind), Object.keys(CONTENDERS), name);
+    for (const { gaps: _, ...counts } of byKind.ours!) {
+      const none = { lost: 0, repeated: 0, orphaned: 0, failures: 0, never: 0 };
+      assertEquals(counts, { begun: 1, ...none }, name);
+    }
+  }
+  for (const table of [interruptionTable(results), overheadTable(results)]) {
+    assert(docs.includes(`\n\n${table}\n\n`), `docs/ai.md should have:\n${table}`);
+  }
+  const { http, "ours, gather: 50": gathered, ours } = overhead;
+  assert(gathered!.down <= 1.1 * http!.down, "with `gather` at most 1.1 times the bytes of HTTP");
+  for (const { first } of [ours!, gathered!]) {
+    for (const page of ["open", "resumed"] as const) {
+      const most = 1.1 * http!.first[page];
+      assert(first[page] <= most, `${page}: at most 1.1 times its time to the first token`);
+    }
+  }
+});
+
+test("docs/ai.md's bounds are those of ai.ts", async () => {
+  const docs = await readFile(join(root, "docs/ai.md"), "utf8");
+  const source = await readFile(join(root, "ai.ts"), "utf8");
+  const [, options] = /export interface ChatOptions<([\s\S]*?)^}/m.exec(source)!;
+  const bounds = [...options!.matchAll(/^ {2}(\w+)\?: number/gm)].map(([, name]) => name!);
+  assertEquals(bounds.length, 7);
+  for (const name of bounds) {
+    const [, constant] = new RegExp(`numberOf\\("${name}", (\\w+)\\)`).exec(source)!;
+    const [, value] = new RegExp(`const ${constant} = (.*);`).exec(source) ?? [, constant];
+    const product = value!.replaceAll("_", "").split(" * ").map(Number).reduce((a, b) => a * b);
+    const row = new RegExp(`^\\| \`${name}\` +\\| ([\\d,]+)( Mi)?`, "m").exec(docs);
+    assert(row, name);
+    const [, shown, unit] = row;
+    assertEquals(Number(shown!.replaceAll(",", "")) * (unit ? 2 ** 20 : 1), product, name);
+  }
+});
