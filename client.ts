@@ -132,6 +132,14 @@ const MAX_LEARNED = 100;
 /** It may have been the network, and not something in front of the server. */
 const LEARNED_FOR_MS = 600_000;
 
+const NO_ANSWER = "a request was not answered in time";
+const NO_STREAM = "the answer was no event stream";
+const NOTHING_CAME = "the stream began, but no session in it";
+const ONLY_RECEIVES =
+  "this event stream is no WebSocket's: it has no token to send with. To read it: bidir: false";
+
+const INSPECT: symbol = Symbol.for("nodejs.util.inspect.custom");
+
 const KEEPS_WAITING = "keeps us waiting. Over HTTP/1.1 all tabs share 6 connections: serve HTTP/2";
 /** Requests in a row of which nothing was taken before we say so: a proxy may have repeated one. */
 const DOUBT = 2;
@@ -191,13 +199,23 @@ export interface WebSocketSSEEventMap {
   // deno-lint-ignore no-explicit-any
   message: MessageEvent<any>;
   /** The session has failed; `close` follows. */
-  error: Event;
+  error: WebSocketSSEErrorEvent;
   /** The session has ended. */
   close: CloseEvent;
   /** The connection was lost; a message that is sent now waits. */
   drop: Event;
   /** The connection is back, and nothing was lost. */
   resume: Event;
+}
+
+/** An event of type `error`, which says why a session has failed. Not of the standard, but for its type. */
+export interface WebSocketSSEErrorEvent extends Event {
+  /** Why, in a line: docs/errors.md has them all. Never with a token, a header or a query string. */
+  readonly message: string;
+  /** The same; its `cause` is what `fetch`, or a function among the options, has thrown. */
+  readonly error: Error;
+  /** The status of the answer that failed the session, where it was one. */
+  readonly status: number | undefined;
 }
 
 /** The counts of {@link WebSocketSSE.stats}. */
@@ -306,6 +324,12 @@ interface Slot {
  */
 type Reason = "lost" | "held" | "turn" | "renewed" | "shared";
 
+/** What an `error` event tells. */
+type Failure = Pick<WebSocketSSEErrorEvent, "message" | "error" | "status">;
+
+/** Why a request came to nothing. */
+type Trouble = { fault: string; cause?: unknown; status?: number | undefined };
+
 /** What a `close` event tells. */
 type Verdict = [code: number, reason: string, wasClean: boolean];
 
@@ -375,7 +399,7 @@ export class WebSocketSSE extends EventTarget {
   };
   readonly #abort = (): void => {
     this.#setPaused(false);
-    this.#course.abort(this.#readyState === CONNECTING);
+    this.#course.abort(this.#readyState === CONNECTING, this.#options.signal!.reason);
   };
 
   readonly #session: Session = new Session();
@@ -399,6 +423,7 @@ export class WebSocketSSE extends EventTarget {
    * @throws {DOMException} SyntaxError, where the standard throws it: a URL that cannot
    * be parsed, has a fragment or another scheme; a subprotocol that is no token or offered twice.
    * SecurityError: a URL of `ws:` or `http:` in a page of `https:`, but to `localhost`.
+   * @throws {TypeError} An option has a value that it cannot have. One of another name is warned of.
    */
   constructor(url: string | URL, init: string | string[] | WebSocketSSEOptions = {}) {
     super();
@@ -424,12 +449,13 @@ export class WebSocketSSE extends EventTarget {
       keeper: new Keeper(options.persist, requests.target, session, outbox, receipts),
     };
     this.#course = new Course(this.#parts, this.#reports());
+    checkOptions(options, (text) => requests.warn(text));
     options.signal?.addEventListener("abort", this.#abort);
     if ("document" in globalThis) {
       globalThis.addEventListener("pagehide", this.#leave);
       globalThis.addEventListener("pageshow", this.#comeBack);
     }
-    if (options.signal?.aborted) this.#course.onFail();
+    if (options.signal?.aborted) this.#abort();
     else this.#course.link.run();
   }
 
@@ -560,7 +586,7 @@ export class WebSocketSSE extends EventTarget {
     message.arrayBuffer().then((buffer) => {
       [entry.frame] = level.encode(new Uint8Array(buffer));
       link.uplink.pump();
-    }, () => this.#course.onFail());
+    }, (error) => this.#course.onFail("a Blob cannot be read", error));
   }
 
   /**
@@ -627,6 +653,16 @@ export class WebSocketSSE extends EventTarget {
     if (!isPaused) nextTask(() => this.#course.link.goOn());
   }
 
+  /** For `console.log` of runtimes. A URL's credentials and query are often secret. */
+  [INSPECT as never](): unknown {
+    const { readyState, protocol, transport, bufferedAmount, isWaiting } = this;
+    const url = this.#url.href.replace(/\/\/.*@|[?].*/g, (part) => part[0] === "?" ? "?…" : "//");
+    const { phase } = this.#session;
+    return {
+      WebSocketSSE: { url, readyState, phase, protocol, transport, bufferedAmount, isWaiting },
+    };
+  }
+
   static {
     defineMembers(this);
   }
@@ -646,7 +682,7 @@ export class WebSocketSSE extends EventTarget {
   // Reports from below
 
   #reports(): CourseHost {
-    const { inbox } = this.#parts;
+    const { inbox, requests } = this.#parts;
     const { signal } = this.#options;
     return {
       offered: this.#protocols,
@@ -668,15 +704,18 @@ export class WebSocketSSE extends EventTarget {
         inbox.add(() => {
           if (this.#readyState === OPEN) this.#readyState = CLOSING;
         }),
-      onEnd: (verdict, hasFailed) => {
+      onEnd: (verdict, failure) => {
         if ("document" in globalThis) {
           globalThis.removeEventListener("pagehide", this.#leave);
           globalThis.removeEventListener("pageshow", this.#comeBack);
         }
         this.#waiters.tell(-Infinity);
+        // As a browser does for its own: not of what the page itself has ended.
+        const isOurs = this.#readyState < CLOSING && !signal?.aborted;
+        if (failure && isOurs && "document" in globalThis) requests.warn(failure.message);
         inbox.add(() => {
           this.#readyState = CLOSED;
-          if (hasFailed) this.dispatchEvent(new Event("error"));
+          if (failure) this.dispatchEvent(Object.assign(new Event("error"), failure));
           this.dispatchEvent(closeEvent(...verdict));
         });
       },
@@ -754,7 +793,7 @@ interface CourseHost {
   /** The server closes. */
   onClosing(): void;
   /** Nothing is received or sent any more, but a last word. */
-  onEnd(verdict: Verdict, hasFailed: boolean): void;
+  onEnd(verdict: Verdict, failure?: Failure): void;
   /** Nor is that. */
   onSilence(): void;
 }
@@ -765,6 +804,7 @@ class Course implements LinkHost {
   readonly #outbox: Outbox;
   readonly #pauses: Pauses;
   readonly #keeper: Keeper;
+  readonly #requests: Requests;
   readonly #host: CourseHost;
   readonly #uplink: Uplink;
   readonly link: Link;
@@ -781,6 +821,7 @@ class Course implements LinkHost {
     this.#outbox = parts.outbox;
     this.#pauses = parts.pauses;
     this.#keeper = parts.keeper;
+    this.#requests = parts.requests;
     this.#host = host;
     this.offered = host.offered;
     this.sends = host.sends;
@@ -852,13 +893,13 @@ class Course implements LinkHost {
   /** Before the page has heard that the session is open. */
   abandon(): void {
     this.link.abandon();
-    this.onFail();
+    this.onFail("closed before it was open");
   }
 
-  abort(isConnecting: boolean): void {
+  abort(isConnecting: boolean, reason: unknown): void {
     this.#uplink.dismiss();
     if (isConnecting) this.link.abandon();
-    this.onFail();
+    this.onFail("aborted by its signal", reason);
   }
 
   /**
@@ -873,14 +914,14 @@ class Course implements LinkHost {
       if (isOpen) this.#outbox.add(level.close(1001, EMPTY), 0, true);
       this.#uplink.flush();
     }
-    this.#end(1001, "", false);
+    this.#end([1001, "", false]);
   }
 
   /** The page was kept, in the back/forward cache. Another may have its session by now. */
   async comeBack(): Promise<void> {
     if (!this.#keeper.isAsleep) return;
     if (await this.#keeper.claimAgain()) this.#keeper.wake();
-    else this.#end(1001, "", false);
+    else this.#end([1001, "", false]);
   }
 
   /** A server that takes nothing must not hold us; one that takes messages has its time. */
@@ -889,7 +930,7 @@ class Course implements LinkHost {
     const patience = isAway && this.#outbox.isOnlyClose
       ? CLOSE_TIMEOUT_MS
       : this.#session.terms!.resumeTimeout || OPEN_TIMEOUT_MS;
-    this.#after(patience, () => this.onFail());
+    this.#after(patience, () => this.onFail("the server did not take the close in time"));
   }
 
   /** The server has our close. If its answer is late, a new connection may bring it; else ours stands. */
@@ -920,7 +961,7 @@ class Course implements LinkHost {
     const { phase } = this.#session;
     if (!["open", "dropped", "renewing", "leaving"].includes(phase)) return;
     const verdict: Verdict = [code, reason, isComplete || phase === "leaving"];
-    if (phase === "leaving" && this.#outbox.isEmpty) this.#end(...verdict); // the answer to ours
+    if (phase === "leaving" && this.#outbox.isEmpty) this.#end(verdict); // the answer to ours
     else this.#takeLeave(verdict, this.#outbox.last + 1);
   }
 
@@ -930,7 +971,7 @@ class Course implements LinkHost {
    */
   onOver(code: number, reason: string): void {
     const { phase } = this.#session;
-    if (phase === "leaving") this.#end(code, reason, true);
+    if (phase === "leaving") this.#end([code, reason, true]);
     else if (phase === "left") this.#verdict = [code, reason, this.#verdict![2]];
   }
 
@@ -938,7 +979,7 @@ class Course implements LinkHost {
   onTooLarge(): void {
     const verdict: Verdict = [1009, "Message too large", false];
     if (this.#session.terms) this.#takeLeave(verdict, this.#outbox.firstUnacked);
-    else this.#end(...verdict);
+    else this.#end(verdict);
   }
 
   /** Sends CLOSE alone; messages that are still here go no more. */
@@ -957,22 +998,26 @@ class Course implements LinkHost {
     else this.#finish();
   }
 
-  /** As a WebSocket fails: `error`, then `close` with 1006. After a close by either side, by that. */
-  onFail(): void {
+  /**
+   * As a WebSocket fails: `error`, then `close` with 1006. After a close by either side, by that.
+   * Without a word it was a request, or the connection.
+   */
+  onFail(fault?: string, cause?: unknown): void {
     // Our own close stands once the server has it.
     const stands = this.#session.phase !== "leaving" || this.#outbox.isEmpty;
-    if (this.#verdict && stands) this.#finish();
-    else this.#end(1006, "", false);
+    if (this.#verdict && stands) return this.#finish();
+    const { trouble = { fault: "the connection ended", cause } } = this.#requests;
+    const isOpening = this.#session.phase === "opening";
+    this.#end([1006, "", false], failureOf(isOpening, fault ? { fault, cause } : trouble));
   }
 
   #finish(): void {
-    this.#end(...this.#verdict!);
+    this.#end(this.#verdict!);
   }
 
   /** Stops everything on the network at once; the last events come in their turn. */
-  #end(...verdict: Verdict): void {
+  #end(verdict: Verdict, failure?: Failure): void {
     if (this.#session.isOver) return;
-    const hasFailed = verdict[0] === 1006 && this.#session.phase !== "plain leaving";
     this.#session.enter("ended");
     clearTimeout(this.#deadline);
     this.link.end();
@@ -980,7 +1025,7 @@ class Course implements LinkHost {
     this.#pauses.end();
     this.#keeper.end();
     if (!this.#uplink.isTakingLeave) this.#host.onSilence();
-    this.#host.onEnd(verdict, hasFailed);
+    this.#host.onEnd(verdict, failure);
   }
 }
 
@@ -1054,10 +1099,9 @@ class Link implements Carrier, EventTaker, Holder {
         if (isOurs ? this.#session.isEnding : !this.#host.onBreak()) return;
         connection = await (successor ?? this.#resume(why));
       }
-    } catch {
-      // Whatever it was, the page learns no more of it than of a failed WebSocket. Once the server's
-      // close has come, our answer to that goes on by itself.
-      if (!this.#session.isEnding) this.#host.onFail();
+    } catch (error) {
+      // Once the server's close has come, our answer to that goes on by itself.
+      if (!this.#session.isEnding) this.#host.onFail(undefined, error);
     }
   }
 
@@ -1086,7 +1130,7 @@ class Link implements Carrier, EventTaker, Holder {
 
   /** Something does not fit: "The client ends the stream and resumes, once …; the second time it fails with 1006." */
   distrust(): void {
-    if (++this.#damages > 1) this.#host.onFail();
+    if (++this.#damages > 1) this.#host.onFail("the event stream is damaged");
     else this.hangUp();
   }
 
@@ -1226,9 +1270,9 @@ class Link implements Carrier, EventTaker, Holder {
   #accept(connection: Exchange): Exchange {
     if (!connection.isStream) {
       connection.end();
-      throw new Error(`Refused: ${connection.status}`);
+      throw new Error("Refused");
     }
-    this.#limit = setTimeout(() => this.#host.onFail(), OPEN_TIMEOUT_MS);
+    this.#limit = setTimeout(() => this.#host.onFail(NOTHING_CAME), OPEN_TIMEOUT_MS);
     if (connection.isFull) {
       return this.#await(connection, connection.isPoll ? OPEN_TIMEOUT_MS : undefined);
     }
@@ -1262,7 +1306,7 @@ class Link implements Carrier, EventTaker, Holder {
     clearTimeout(this.#limit);
     if (!protocol || this.#host.offered.includes(protocol)) return this.#host.onOpen(protocol);
     this.abandon();
-    this.#host.onFail();
+    this.#host.onFail("the server chose a subprotocol that was not offered");
   }
 
   // Reading
@@ -1289,7 +1333,7 @@ class Link implements Carrier, EventTaker, Holder {
         const decoded = text.decode(value, { stream: true });
         parser.push(first && decoded[0] === "\uFEFF" ? decoded.slice(1) : decoded);
         first &&= !decoded;
-        if (parser.partial > MAX_EVENT_CHARACTERS) this.#host.onFail();
+        if (parser.partial > MAX_EVENT_CHARACTERS) this.#host.onFail("an event has no end");
         connection.isMidway = !!parser.partial && connection.position === position;
         const { length } = value; // whose buffer the next reading takes
         // The next chunk waits until this one is dispatched.
@@ -1543,7 +1587,7 @@ class Events {
     }
     if (type.startsWith("duplex-")) return;
     // Any other event stream: we could not send.
-    if (!this.#session.token && this.#host.sends) return this.#host.onFail();
+    if (!this.#session.token && this.#host.sends) return this.#host.onFail(ONLY_RECEIVES);
     if (!type || type === "message") this.#inbox.add(data);
   }
 
@@ -1609,7 +1653,7 @@ interface UplinkHost {
   onFarewell(): void;
   /** The server has ended the session, as it says itself. */
   onOver(code: number, reason: string): void;
-  onFail(): void;
+  onFail(fault?: string, cause?: unknown): void;
 }
 
 /** The connection that an {@link Uplink} goes with. */
@@ -1639,6 +1683,7 @@ class Uplink {
   readonly #keeper: Keeper;
   readonly #carrier: Carrier;
   readonly #host: UplinkHost;
+  readonly #onError = (error: unknown): void => this.#host.onFail(undefined, error);
 
   /** There is a connection, whose session is open or resumed. */
   isLinked = false;
@@ -1810,11 +1855,11 @@ class Uplink {
     if (!posts && !this.isLinked) return;
     if (this.#outbox.isDue && !this.#stream && !this.#batch && !this.#isPausing) {
       const sending = posts ? this.#post() : this.#postStream();
-      return void sending.catch(() => this.#host.onFail()); // an own fetch may answer with anything
+      return void sending.catch(this.#onError); // an own fetch may answer with anything
     }
     // "A POST with control frames alone may run beside it."
     if (!this.#receipts.isOwed || this.#control) return;
-    this.#postControl().catch(() => this.#host.onFail());
+    this.#postControl().catch(this.#onError);
   }
 
   /** At once, since the server may wait for it; or what carried the last one may be lost. */
@@ -2851,6 +2896,8 @@ class Requests {
   #type: string;
   /** A request waits for its answer. */
   onSilence: ((isUplink: boolean) => void) | undefined;
+  /** Of the last request, if it came to nothing. */
+  trouble: Trouble | undefined;
   /** Answers of 401 in a row. */
   #denials = 0;
 
@@ -2882,10 +2929,12 @@ class Requests {
     const end = new Promise<undefined>((resolve) =>
       signal.addEventListener("abort", () => resolve(undefined))
     );
+    let fault = "the option headers failed";
     try {
       const headers = new Headers(await Promise.race([this.#given(), end]));
       this.#setHeaders(headers, !!body, details.headers);
       signal.throwIfAborted();
+      fault = "a request failed";
       if (answerTimeout) exchange.endIn(answerTimeout);
       const asked = send(this.target, {
         method: body ? "POST" : "GET",
@@ -2906,11 +2955,24 @@ class Requests {
       // "Only the server's word is final", once there is a session.
       exchange.isTrusted = !!exchange.response && (!this.#session.terms || exchange.isOurs);
       if (exchange.isTrusted) this.#denials = exchange.status === 401 ? this.#denials + 1 : 0;
-    } catch {
+      this.trouble = this.#troubleOf(exchange, !!details.headers?.accept);
+    } catch (error) {
       // as good as an answer that says nothing
+      const cause = withoutQuery(error, new URL(this.target).search);
+      this.trouble = signal.aborted ? { fault: NO_ANSWER } : { fault, cause };
     } finally {
       clearTimeout(silence || undefined);
     }
+  }
+
+  /** Of an answer, if it is not the one that was hoped for. */
+  #troubleOf(exchange: Exchange, wantsStream: boolean): Trouble | undefined {
+    const { response, rawStatus } = exchange;
+    if (!response) return { fault: NO_ANSWER };
+    const { level } = this.#session;
+    if (wantsStream ? exchange.isStream : level.confirmed(exchange, 0) !== undefined) return;
+    const fault = response.ok ? NO_STREAM : `the answer was ${rawStatus || "a redirect"}`;
+    return { fault, status: rawStatus || undefined };
   }
 
   /** "A client that is refused with that type … MAY say multipart/related instead." */
@@ -3475,6 +3537,12 @@ function defineMembers(socket: { prototype: object }): void {
     Object.defineProperty(prototype, name, { enumerable: true });
   }
   Object.defineProperty(prototype, Symbol.toStringTag, { value: "WebSocket", configurable: true });
+  // By such a method Deno's EventTarget shows itself, whatever else there is.
+  for (const symbol of Object.getOwnPropertySymbols(EventTarget.prototype)) {
+    if (symbol.description!.endsWith("CustomInspect")) {
+      Object.defineProperty(prototype, symbol, { value: undefined });
+    }
+  }
 }
 
 /** What `send` takes; whatever is no bytes is a string. */
@@ -3524,6 +3592,55 @@ function refuseMixed({ protocol, hostname }: URL): void {
   if (location?.protocol === "https:" && protocol === "ws:" && !isLocal) {
     throw new DOMException("A page of https: may not use ws:", "SecurityError");
   }
+}
+
+/** What they may be, where that can be told. */
+const OPTIONS: Readonly<Record<keyof WebSocketSSEOptions, string>> = {
+  protocols: "",
+  headers: "",
+  credentials: "omit, same-origin or include",
+  bidir: "",
+  bdir: "",
+  stream: "",
+  transport: "auto, duplex, stream, post or poll",
+  persist: "",
+  fetch: "a function",
+  signal: "",
+};
+
+/** Another name is warned of, once: later versions may know it. */
+function checkOptions(options: WebSocketSSEOptions, warn: (text: string) => void): void {
+  const names = Object.keys(OPTIONS);
+  for (const [name, value] of Object.entries(options)) {
+    if (names.includes(name)) checkOption(name as keyof WebSocketSSEOptions, value);
+    else if (!told.has(name)) {
+      told.add(name);
+      warn(`is asked for with an unknown option "${name}"; there are ${names.join(", ")}`);
+    }
+  }
+}
+
+function checkOption(name: keyof WebSocketSSEOptions, value: unknown): void {
+  const choice = OPTIONS[name];
+  if (!choice || value === undefined || value === null) return;
+  const isOne = choice === "a function"
+    ? typeof value === "function"
+    : choice.split(/, | or /).includes(value as string);
+  if (!isOne) throw new TypeError(`The option ${name} is ${choice}`);
+}
+
+const told: Set<string> = new Set();
+
+function failureOf(isOpening: boolean, { fault, cause, status }: Trouble): Failure {
+  const message = `${isOpening ? "Not opened" : "Lost"}: ${fault}`;
+  return { message, error: new Error(message, cause === undefined ? {} : { cause }), status };
+}
+
+/** Deno and Bun name the whole URL in what their `fetch` throws; its query is often secret. */
+function withoutQuery(error: unknown, query: string): unknown {
+  if (!query || !(error instanceof Error)) return error;
+  const { name, message, cause, code } = error as Error & { code?: unknown };
+  return Object.assign(new Error(message.replaceAll(query, "?…"), { cause }), { name, code });
 }
 
 function checkProtocols(value: string | string[]): string[] {

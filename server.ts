@@ -2356,8 +2356,11 @@ abstract class Session {
 
   /** What is held back is too much: it is dropped, and the client is told so. */
   overflow(): void {
-    const ending = { code: 1013, reason: "Too much buffered", sent: this.outbox.last };
-    this.startClosing({ ...ending, isSudden: true });
+    const { last } = this.outbox;
+    const ending = { code: 1013, reason: "Too much buffered", sent: last, isSudden: true };
+    // A close that was due after it, of which nobody has heard, has no more to come after.
+    if (this.isOpen) this.startClosing(ending);
+    else this.ending = ending;
     this.finish();
   }
 

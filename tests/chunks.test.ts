@@ -23,8 +23,10 @@ test("an event that never ends fails the socket, and its stream is cancelled", a
     fetch: () =>
       Promise.resolve(new Response(body, { headers: { "content-type": "text/event-stream" } })),
   });
+  let told = "";
+  socket.addEventListener("error", ({ message }) => told = message);
   const { code, wasClean } = await once<CloseEvent>(socket, "close", { timeout: 20_000 });
-  assertEquals([code, wasClean], [1006, false]);
+  assertEquals([code, wasClean, told], [1006, false, "Lost: an event has no end"]);
   assert(cancelled);
   assertLess(given, 140);
 }, { timeout: 30_000 });

@@ -11,7 +11,7 @@ interface Told {
 }
 
 const GIVES =
-  /\bnew (Refusal|TypeError|RangeError|DOMException|Error)\(|\bconsole\.(?:warn|error)\(|\bwarn(?:Once)?\(/g;
+  /\bnew (Refusal|TypeError|RangeError|DOMException|Error)\(|\b(onFail)\(|\b(fault)(?: =|:) |\bconsole\.(?:warn|error)\(|\bwarn(?:Once)?\(/g;
 const PART = /\$\{(?:[^{}`]|`(?:\$\{[^}]*\}|[^`])*`)*\}/;
 const LITERAL = new RegExp(`"(?:[^"\\\\\\n]|\\\\.)*"|\`(?:${PART.source}|[^\`$])*\``);
 /** A literal, sums of them, or the name of a constant. */
@@ -28,11 +28,12 @@ export function messagesOf(source: string): Told[] {
       .map(([, name, sum]) => [name!, textOf(sum!)]),
   );
   return [...code.matchAll(GIVES)].flatMap((match) => {
-    const args = argumentsAt(code, match.index + match[0].length);
+    const type = match[1];
+    const tellsWhy = !!(match[2] ?? match[3]); // what an `error` event tells
+    const args = argumentsAt(code, match.index + match[0].length, match[3] ? "{;,}" : "{)");
     const texts = [...args.matchAll(TOKENS)]
       .map(([token]) => /^["`]/.test(token) ? textOf(token) : constants.get(token))
       .filter((text) => text !== undefined && /\w/.test(text)) as string[];
-    const type = match[1];
     if (type === "DOMException") {
       const name = texts.pop()!;
       return texts.map((message) => ({ message, kind: name }));
@@ -41,13 +42,13 @@ export function messagesOf(source: string): Told[] {
     const status = [...new Set(statuses)].join(" or ");
     return texts.map((message) => ({
       message,
-      kind: type === "Refusal" ? status : type ?? "console",
+      kind: type === "Refusal" ? status : type ?? (tellsWhy ? "error event" : "console"),
     }));
   });
 }
 
-/** Until the parenthesis closes, or an object begins: that holds headers, codes and causes. */
-function argumentsAt(code: string, start: number): string {
+/** Until it is closed, or an object begins: that holds headers, codes and causes. */
+function argumentsAt(code: string, start: number, ends: string): string {
   let depth = 1;
   for (let at = start; at < code.length; at++) {
     const literal = /["`]/.test(code[at]!) && new RegExp(LITERAL.source, "y");
@@ -55,7 +56,8 @@ function argumentsAt(code: string, start: number): string {
       literal.lastIndex = at;
       at += (literal.exec(code)?.[0].length ?? 1) - 1;
     } else if (code[at] === "(") depth++;
-    else if (code[at] === "{" || code[at] === ")" && --depth === 0) return code.slice(start, at);
+    else if (depth === 1 && ends.includes(code[at]!)) return code.slice(start, at);
+    else if (code[at] === ")") depth--;
   }
   return "";
 }
@@ -105,6 +107,10 @@ test("what gives a message is found in whatever form it is written", () => {
     "this.warn(TEXT);",
     '  // throw new Error("a comment");',
     'new Error(`(${deep(1)}) "quoted"`, { cause: "no message" })',
+    'host.onFail("ended", "cause");',
+    "host.onFail(TEXT, cause);",
+    "fault = isOne ? `of ${one}` : TEXT;",
+    'return { fault: "as a field", cause: "no message" };',
   ].join("\n");
   assertEquals(messagesOf(source), [
     { message: "plain", kind: "TypeError" },
@@ -116,5 +122,11 @@ test("what gives a message is found in whatever form it is written", () => {
     { message: "[x] … failed:", kind: "console" },
     { message: "a constant, over two lines", kind: "console" },
     { message: '(…) "quoted"', kind: "Error" },
+    { message: "ended", kind: "error event" },
+    { message: "cause", kind: "error event" },
+    { message: "a constant, over two lines", kind: "error event" },
+    { message: "of …", kind: "error event" },
+    { message: "a constant, over two lines", kind: "error event" },
+    { message: "as a field", kind: "error event" },
   ]);
 });

@@ -1,6 +1,6 @@
 /** Faults of sessions that were found by use: how they close, what they hold, who makes room for whom. */
 import type { Peer } from "../server.ts";
-import { assert, assertEquals, assertLess, test, until } from "./harness.ts";
+import { assert, assertEquals, assertGreater, assertLess, test, until } from "./harness.ts";
 import { adapter, Queue } from "./pair.ts";
 import { closePayload, frame, from, FULL, post, streamOf, UPLINK, WireClient } from "./wire.ts";
 
@@ -289,4 +289,32 @@ test("all together hold back no more than maxTotalBufferedAmount; who takes noth
   assertEquals(await closes.next(), 1013);
   assertEquals(peers[0]!.websocket.readyState, 1, "who reads stays");
   assert(sent > 40);
+});
+
+test("a peer that closes, and does not take what comes before, gives way to others", async (t) => {
+  const closes = new Queue<number | undefined>();
+  const peers: Peer[] = [];
+  const ws = adapter(t, {
+    maxTotalBufferedAmount: 100_000,
+    hooks: {
+      open: (peer) => void peers.push(peer),
+      close: (_, { code }) => closes.push(code),
+    },
+  });
+  const away = await WireClient.open(ws.fetch, HOME);
+  const reading = t.use(await WireClient.open(ws.fetch, HOME));
+  for (let i = 0; i < 3; i++) await ws.fetch(new Request(HOME, { headers: FULL })); // never read
+  await away.events.cancel();
+  await until(() => ws.stats().sessions.away === 1);
+  const [first, other, ...rest] = peers as [Peer, Peer, ...Peer[]];
+  for (const peer of [first, ...rest]) {
+    peer.send("x".repeat(26_000));
+    peer.close(4000, "after it");
+    assertEquals(peer.websocket.readyState, 2);
+  }
+  for (let i = 0; i < 20; i++) {
+    assertGreater(Number(other.send("y".repeat(2000))), 0);
+    assertEquals((await reading.message()).length, 2000);
+  }
+  assertEquals(await closes.next(), 1013);
 });

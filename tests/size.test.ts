@@ -5,7 +5,7 @@ import { assertLessOrEqual, test } from "./harness.ts";
 
 /** In bytes: 3 % above what is there, so that growth is noticed. */
 const budgets = {
-  "client.ts": 15_000,
+  "client.ts": 16_100,
   "server.ts": 18_100,
   "cluster.ts": 11_000,
   "stream.ts": 2_000,

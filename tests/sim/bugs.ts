@@ -82,6 +82,12 @@ export const BUGS: readonly Bug[] = [
     "if (now >= this.deadline) return this.terminate();",
     "",
   ),
+  server(
+    "all sessions together have no bound",
+    140,
+    "    if (ledger.total > settings.maxTotalBufferedAmount) this.host.relieve();\n",
+    "",
+  ),
   client(
     "an ACK is lost with the batch that carried it",
     3749,

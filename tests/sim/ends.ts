@@ -56,7 +56,9 @@ export class Client {
   ending: Ending | undefined;
   /** It has sent a message that is larger than the server takes. */
   oversized = false;
-  readonly abort: AbortController = new AbortController();
+  /** Its signal was aborted before it had ended. */
+  aborted = false;
+  readonly #abort = new AbortController();
   readonly #stage: Stage;
 
   constructor(
@@ -66,7 +68,7 @@ export class Client {
   ) {
     this.#stage = stage;
     this.number = number;
-    const socket = this.socket = connect(number, this.abort.signal);
+    const socket = this.socket = connect(number, this.#abort.signal);
     socket.binaryType = "arraybuffer";
     for (const name of ["open", "error", "drop", "resume"] as const) {
       socket.addEventListener(name, () => {
@@ -123,6 +125,11 @@ export class Client {
     else this.socket.close(code, reason);
   }
 
+  abort(): void {
+    this.aborted ||= !this.ending;
+    this.#abort.abort();
+  }
+
   #take(data: unknown): void {
     if (this.counts.close) this.#stage.violated("order", `${this}: a message after close`);
     if (!this.counts.open) this.#stage.violated("order", `${this}: a message before open`);
@@ -157,6 +164,17 @@ export class Server implements Instance {
     this.owner = owner;
     const { server } = stage.scenario;
     this.adapter = product.sseAdapter({ ...options, ...server, bidir: true, hooks: this.#hooks() });
+  }
+
+  /** What its sessions hold back, in bytes of payload. */
+  get held(): number {
+    return this.sessions.reduce((sum, { peer }) => sum + peer.bufferedAmount, 0);
+  }
+
+  /** The same, by the most that the adapter may count for it. */
+  get mostHeld(): number {
+    const sent = this.sessions.map(({ sent, publications }) => sent.length + publications.length);
+    return this.held + MESSAGE_COST * sent.reduce((sum, n) => sum + n, 0);
   }
 
   /** Never throws, says its documentation; then it must not. */
@@ -256,17 +274,19 @@ export class Session {
     this.sent.push(data);
     this.largestDown = Math.max(this.largestDown, eventSizeOf(data));
     this.#stage.note(`${this} sends ${this.sent.length}: ${show(data)}`);
-    const { maxBufferedAmount } = this.#stage.scenario.server;
-    const most = this.peer.bufferedAmount;
+    const { maxBufferedAmount, maxTotalBufferedAmount } = this.#stage.scenario.server;
+    const { mostHeld } = this.server; // this message is counted, too
     if (this.peer.send(data) === 0) {
       this.sent.pop();
-      // What waits costs a little more than its bytes.
-      const waiting = this.sent.length + this.publications.length;
-      const full = most + MESSAGE_COST * waiting > maxBufferedAmount;
-      if (!full) this.#stage.violated("send refused", `${this}`);
+      const bound = Math.min(maxBufferedAmount, maxTotalBufferedAmount);
+      if (mostHeld <= bound) this.#stage.violated("send refused", `${this}`);
     }
     if (this.peer.bufferedAmount > maxBufferedAmount + this.largestDown) {
       this.#stage.violated("bound", `${this}: bufferedAmount ${this.peer.bufferedAmount}`);
+    }
+    const { held } = this.server;
+    if (held > maxTotalBufferedAmount + this.largestDown) {
+      this.#stage.violated("bound", `${this.server.owner}: all hold ${held}`);
     }
   }
 

@@ -21,7 +21,7 @@ export function unfinished(world: World, client: Client): string | undefined {
   const session = world.sessionOf(client);
   if (client.ending) {
     if (!session || session.ending || session.server.killed) return;
-    if (client.ending.code === 1006) return; // how should the server know?
+    if (client.ending.code === 1006 || client.aborted) return; // how should the server know?
     return `${session} has not ended, though its client has`;
   }
   const isDark = world.servers.every(({ down }) => down); // by whom should it hear?
@@ -171,13 +171,14 @@ function isUnheard({ scenario, network }: World, client: Client, session: Sessio
 
 /** "Close codes of the server's own": where something gave a reason for them. */
 function isOfTheServer({ scenario }: World, client: Client, session: Session): boolean {
+  const { maxBufferedAmount, maxTotalBufferedAmount } = scenario.server;
   switch (client.ending!.code) {
     case 1009:
       return client.oversized;
     case 1011:
       return !!session.failing;
     case 1013:
-      return scenario.server.maxBufferedAmount < LITTLE;
+      return Math.min(maxBufferedAmount, maxTotalBufferedAmount) <= LITTLE;
     default:
       return false;
   }
@@ -236,7 +237,7 @@ const EXCUSES: Record<string, Excuse> = {
   /** It was asked for. */
   "terminated": (_, __, session) => !!session?.terminated,
   /** It was asked for at the client, and the server is not told. */
-  "aborted": (_, { abort }) => abort.signal.aborted,
+  "aborted": (_, { aborted }) => aborted,
   /** The state of its sessions is gone with an instance. */
   "killed": (_, __, session) => !!session?.server.killed,
   /** As a WebSocket's handshake: what answers it last is final. */

@@ -42,6 +42,7 @@ export interface ServerTraits {
   window: number;
   maxMessageSize: number;
   maxBufferedAmount: number;
+  maxTotalBufferedAmount: number;
 }
 
 /** How hooks behave: probabilities, and times in ms. */
@@ -105,6 +106,7 @@ export function drawScenario(
   const instances = dice.chance(0.25) ? 3 : 1;
   const clients = dice.weighted({ 1: 6, 2: 3, 3: 1 });
   const server = drawServer(dice);
+  limitAll(diceFor(seed, 6), server);
   const traits = drawTraits(dice, level === "plain", quiet ?? false);
   if (dice.chance(0.03)) makeLong(dice, server, traits);
   const length = dice.int(200, 3000);
@@ -131,7 +133,7 @@ export function drawScenario(
 
 function drawServer(dice: Dice): ServerTraits {
   const heartbeatInterval = dice.weighted({ 15000: 4, 5000: 2, 1000: 1, 300: 1 });
-  return {
+  const server = {
     heartbeatInterval: Number(heartbeatInterval),
     idleTimeout: Number(dice.weighted({ 60: 6, 20: 1, 5: 1 })),
     resumeTimeout: Number(dice.weighted({ 30000: 12, 60000: 2, 15000: 2, 0: 0.3 })),
@@ -139,6 +141,12 @@ function drawServer(dice: Dice): ServerTraits {
     maxMessageSize: 128 * 1024,
     maxBufferedAmount: dice.chance(0.95) ? 16 * 1024 * 1024 : dice.int(0, 4096),
   };
+  return { ...server, maxTotalBufferedAmount: server.maxBufferedAmount };
+}
+
+/** A few messages reach the bound of all sessions, too: by dice of its own, so seeds stay what they were. */
+function limitAll(dice: Dice, server: ServerTraits): void {
+  if (dice.chance(0.05)) server.maxTotalBufferedAmount = dice.int(0, 65536);
 }
 
 function drawTraits(dice: Dice, plain: boolean, quiet: boolean): Traits {

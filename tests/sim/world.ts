@@ -267,7 +267,7 @@ export class World implements Stage {
       case "client sends too much":
         return client.sendTooMuch();
       case "client aborts":
-        return client.abort.abort();
+        return client.abort();
       case "client closes":
         return client.close(seed);
       case "all shut down":
