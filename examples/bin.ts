@@ -8,7 +8,8 @@ import { parseArgs } from "node:util";
 import { bun } from "./bun-host.ts";
 import type { Where } from "./network.ts";
 import { node } from "./node-host.ts";
-import { start, toPort, whereFrom } from "./start.ts";
+import { toPort, whereFrom } from "./serving.ts";
+import { EVERYWHERE, start } from "./start.ts";
 
 const HELP = `Serves the chat example of duplex-sse.
 
@@ -38,7 +39,7 @@ function parse(): Where | undefined {
       },
     });
     if (values.help) return void process.stdout.write(HELP);
-    const { hostname, port } = whereFrom(process.env);
+    const { hostname, port } = whereFrom(process.env, EVERYWHERE);
     return {
       hostname: values.hostname ?? hostname,
       port: values.port === undefined ? port : toPort(values.port),

@@ -6,7 +6,8 @@
  *     npm install
  *     deno run -A examples/cluster.ts    (or: bun examples/cluster.ts)
  *
- * `REDIS_PORT` names a Redis that runs already; else this starts `redis-server` for itself.
+ * It listens where `HOST` and `PORT` say; 127.0.0.1 and 8000 by default. `REDIS_PORT` names a Redis
+ * that runs already; else this starts `redis-server` for itself.
  */
 
 import { type ChildProcess, spawn } from "node:child_process";
@@ -18,6 +19,8 @@ import { redis } from "crossws/sync";
 import { Redis } from "ioredis";
 import { cluster } from "../cluster.ts";
 import { sseAdapter } from "../mod.ts";
+import type { Where } from "./network.ts";
+import { serving, whereFrom } from "./serving.ts";
 
 const PAGE = `<!doctype html>
 <meta charset="utf-8">
@@ -39,12 +42,11 @@ const PAGE = `<!doctype html>
 </script>
 `;
 
-const { INSTANCE, REDIS_PORT, PORT } = process.env;
-if (INSTANCE) runInstance(INSTANCE, Number(REDIS_PORT));
-else await runAll(REDIS_PORT ? Number(REDIS_PORT) : await startRedis());
+const { INSTANCE, REDIS_PORT } = process.env;
+await serving(() => INSTANCE ? runInstance(INSTANCE, Number(REDIS_PORT)) : runAll());
 
 /** One instance: nothing in it knows of the others but `sync`. */
-function runInstance(name: string, redisPort: number): void {
+function runInstance(name: string, redisPort: number): () => Promise<void> {
   const client = new Redis(redisPort, "127.0.0.1");
   client.on("error", () => {}); // it connects again, and onError is told of what failed meanwhile
   const ws = sseAdapter({
@@ -60,25 +62,30 @@ function runInstance(name: string, redisPort: number): void {
       },
     },
   });
-  const port = serve(0, ws.fetch);
-  console.log(port);
+  console.log(serve({ hostname: "127.0.0.1", port: 0 }, ws.fetch));
+  return () => ws.close(1012, "Restarting", { signal: AbortSignal.timeout(3_000) });
 }
 
-/** The instances, and the proxy in front of them. */
-async function runAll(redisPort: number): Promise<void> {
-  const ports = await Promise.all(["1", "2", "3"].map((name) => startInstance(name, redisPort)));
+/** The instances, and the proxy in front of them, which ends when they have. */
+async function runAll(): Promise<() => Promise<unknown>> {
+  const where = whereFrom(process.env, "127.0.0.1");
   const script = stripTypes(
     await readFile(fileURLToPath(new URL("../client.ts", import.meta.url).href), "utf8"),
   );
+  const ports: number[] = [];
   let turn = 0;
-  const port = serve(Number(PORT ?? 8000), (request, info) => {
+  const port = serve(where, (request, info) => {
     const { pathname, search } = new URL(request.url);
     if (pathname === "/") return text("text/html", PAGE);
     if (pathname === "/client.js") return text("text/javascript", script);
     (info as { timeout?(request: Request, seconds: number): void })?.timeout?.(request, 0); // Bun
     return forward(request, `http://127.0.0.1:${ports[turn++ % ports.length]}${pathname}${search}`);
   });
-  console.log(`Chat on http://127.0.0.1:${port}/, at ports ${ports.join(", ")}`);
+  const redisPort = REDIS_PORT ? Number(REDIS_PORT) : await startRedis();
+  const instances = ["1", "2", "3"].map((name) => startInstance(name, redisPort));
+  ports.push(...await Promise.all(instances.map(({ port }) => port)));
+  console.log(`Chat on http://${where.hostname}:${port}/, at ports ${ports.join(", ")}`);
+  return () => Promise.all(instances.map(({ end }) => end()));
 }
 
 async function forward(request: Request, target: string): Promise<Response> {
@@ -95,23 +102,34 @@ async function forward(request: Request, target: string): Promise<Response> {
 }
 
 /** This file once more, as an instance; what it says first is its port. */
-function startInstance(name: string, redisPort: number): Promise<number> {
+function startInstance(
+  name: string,
+  redisPort: number,
+): { port: Promise<number>; end(): Promise<void> } {
   const file = fileURLToPath(import.meta.url);
   const child = spawn(process.execPath, "Deno" in globalThis ? ["run", "-A", file] : [file], {
     env: { ...process.env, INSTANCE: name, REDIS_PORT: `${redisPort}` },
     stdio: ["ignore", "pipe", "inherit"],
+    detached: true, // a terminal's SIGINT is for us, who pass it on
   });
+  const ended = new Promise<void>((resolve) => child.once("exit", () => resolve()));
   endWithUs(child);
-  return new Promise((resolve, reject) => {
+  const port = new Promise<number>((resolve, reject) => {
     child.on("error", reject);
     child.on("exit", () => reject(new Error(`Instance ${name} ended`)));
     child.stdout!.once("data", (line) => resolve(Number(String(line))));
   });
+  const end = () => {
+    child.kill("SIGTERM");
+    return ended;
+  };
+  return { port, end };
 }
 
 async function startRedis(): Promise<number> {
   const port = 16379;
-  const child = spawn("redis-server", ["--port", `${port}`, "--bind", "127.0.0.1", "--save", ""]);
+  const args = ["--port", `${port}`, "--bind", "127.0.0.1", "--save", ""];
+  const child = spawn("redis-server", args, { detached: true });
   endWithUs(child);
   return await new Promise((resolve) => {
     child.on("error", () => {
@@ -127,19 +145,17 @@ async function startRedis(): Promise<number> {
 
 function endWithUs(child: ChildProcess): void {
   process.on("exit", () => child.kill());
-  for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => process.exit());
 }
 
 /** Either runtime's server; says its port. */
 function serve(
-  port: number,
+  where: Where,
   fetch: (request: Request, info?: unknown) => Response | Promise<Response>,
 ): number {
   const { Bun } = globalThis as { Bun?: { serve(options: unknown): { port: number } } };
-  const options = { hostname: "127.0.0.1", port };
   return Bun
-    ? Bun.serve({ ...options, fetch }).port
-    : Deno.serve({ ...options, onListen: () => {} }, fetch).addr.port;
+    ? Bun.serve({ ...where, fetch }).port
+    : Deno.serve({ ...where, onListen: () => {} }, fetch).addr.port;
 }
 
 function text(type: string, body: string): Response {

@@ -82,7 +82,7 @@ test(
 const REFUSED = "has been blocked by CORS policy";
 
 test("Chromium: another origin is refused while cors is off", async (t) => {
-  t.expect(REFUSED, "Failed to load resource");
+  t.expect(REFUSED, "Failed to load resource", "Not opened: a request failed");
   let hooks = 0;
   const api = await site(t, { hooks: { upgrade: () => void hooks++ } });
   const { tab } = await visit(t, (await site(t)).url);
@@ -90,10 +90,13 @@ test("Chromium: another origin is refused while cors is off", async (t) => {
   assertEquals(await closed(tab), { code: 1006, reason: "", wasClean: false });
   assertEquals(await log(tab), ["error", { code: 1006, reason: "", wasClean: false }]);
   assertEquals([hooks, api.peers.all.length], [0, 0]);
+  // The browser knows more than it tells its pages, and writes that to the same place.
+  const { host } = new URL(api.url);
+  assertEquals(await tab.run(() => globalThis.warnings), [`${host} Not opened: a request failed`]);
 }, { timeout, skip });
 
 test("Chromium: another origin on the allow-list, with credentials", async (t) => {
-  t.expect(REFUSED, "Failed to load resource");
+  t.expect(REFUSED, "Failed to load resource", "Not opened: a request failed");
   const { page, tab } = await visit(t, (await site(t)).url);
   const { origin } = new URL(page.url());
   let cookie: string | null = null;

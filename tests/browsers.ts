@@ -73,11 +73,7 @@ export function browserTests(browser: string, open: Browser, options: BrowserOpt
   for (const { protocol, tls, http2, spoken } of protocols) {
     const transport: Transport = streams && spoken === "h2" ? "stream" : "post";
     const check = (name: string, body: (t: TestContext) => Promise<void>) =>
-      test(`${browser} over ${protocol}: ${name}`, (t) => {
-        // A fault of the client's, to be mended.
-        if (transport === "stream") t.expect("Error: Abandoned", "net::ERR_FAILED");
-        return body(t);
-      }, { timeout, skip });
+      test(`${browser} over ${protocol}: ${name}`, body, { timeout, skip });
 
     /** A window that shows the page of a site. */
     const visit = async (t: TestContext, url: string): Promise<Tab> => {

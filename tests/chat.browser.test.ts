@@ -30,7 +30,7 @@ type Server = "deno" | "bun" | "node-24";
 
 /** What a page says in its console while the network is cut. */
 const CUT = [
-  /status of 503|ERR_(CONNECTION_|EMPTY_RESPONSE|INCOMPLETE_CHUNKED|SOCKET_NOT)|WebSocket is closed|WebSocket connection to/,
+  /status of 503|ERR_(CONNECTION_|EMPTY_RESPONSE|INCOMPLETE_CHUNKED|SOCKET_NOT)|WebSocket is closed|Not opened: |WebSocket connection to/,
 ];
 
 /** Starts the demo on a free port. */

@@ -163,7 +163,6 @@ for (const { name, configuration, transport } of cases) {
   test(
     `Chromium over HTTP/2 by ${name}, as ${configuration}: 5 MB up, and back, by ${transport}`,
     async (t) => {
-      t.expect("Error: Abandoned"); // a fault of the client's, to be mended
       const received: string[] = [];
       const { port, requests } = await site(t, {
         message: (peer, message) => {

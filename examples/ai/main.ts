@@ -3,7 +3,7 @@
  *
  *     deno run -A examples/ai/main.ts    (or: bun examples/ai/main.ts, node examples/ai/main.ts)
  *
- * `AI_PROVIDER` and `AI_MODEL` choose another model than the mock: see model.ts.
+ * It listens where `HOST` and `PORT` say; 127.0.0.1 and 8000 by default. `AI_PROVIDER` and `AI_MODEL` choose another model than the mock: see model.ts.
  */
 
 import { createServer } from "node:http";
@@ -11,11 +11,13 @@ import * as nodeModule from "node:module";
 import type { AddressInfo } from "node:net";
 import process from "node:process";
 import { toNodeHandler } from "../../node.ts";
+import type { Where } from "../network.ts";
+import { serving, whereFrom } from "../serving.ts";
 import { aiChat } from "./chat.ts";
 
 type Fetch = (request: Request, info?: unknown) => Promise<Response>;
 
-const { HOST: hostname = "127.0.0.1", PORT = "8000", AI_PROVIDER, AI_MODEL } = process.env;
+const { AI_PROVIDER, AI_MODEL } = process.env;
 const { Bun } = globalThis as unknown as {
   Bun?: {
     serve(options: object): { port: number };
@@ -26,28 +28,29 @@ const { Bun } = globalThis as unknown as {
 const model = AI_PROVIDER
   ? await (await import("./model.ts")).modelOf(AI_PROVIDER, AI_MODEL ?? "")
   : undefined;
-const { fetch, close } = aiChat(stripTypes, model);
-const port = await listen((request, info) =>
-  new URL(request.url).pathname === "/"
-    ? Promise.resolve(new Response(null, { status: 302, headers: { location: "/ai/" } }))
-    : fetch(request, info)
-);
-console.log(`Chat on http://${hostname}:${port}/ai/`);
-
-for (const signal of ["SIGINT", "SIGTERM"] as const) {
-  process.once(signal, async () => { // a second one ends it at once
-    await close();
-    process.exit();
-  });
-}
+await serving(async () => {
+  const { fetch, close } = aiChat(stripTypes, model);
+  const where = whereFrom(process.env, "127.0.0.1");
+  const port = await listen(
+    where,
+    (request, info) =>
+      new URL(request.url).pathname === "/"
+        ? Promise.resolve(new Response(null, { status: 302, headers: { location: "/ai/" } }))
+        : fetch(request, info),
+  );
+  console.log(`Chat on http://${where.hostname}:${port}/ai/`);
+  return close;
+});
 
 /** Returns the port. */
-async function listen(fetch: Fetch): Promise<number> {
-  const where = { hostname, port: Number(PORT) };
+async function listen(where: Where, fetch: Fetch): Promise<number> {
   if ("Deno" in globalThis) return Deno.serve({ ...where, onListen: () => {} }, fetch).addr.port;
   if (Bun) return Bun.serve({ ...where, fetch }).port;
   const server = createServer(toNodeHandler({ fetch }));
-  await new Promise<void>((resolve) => server.listen(where.port, hostname, resolve));
+  await new Promise<void>((resolve, reject) => {
+    server.once("error", reject);
+    server.listen(where.port, where.hostname, resolve);
+  });
   return (server.address() as AddressInfo).port;
 }
 
