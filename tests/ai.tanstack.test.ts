@@ -52,7 +52,7 @@ async function recipe(t: TestContext): Promise<(url: string) => Promise<Connecti
   assert(text);
   const input = text.replace(
     'new WebSocketSSE("/chat")',
-    "new WebSocketSSE(globalThis.page.url, globalThis.page)",
+    "new WebSocketSSE(globalThis.page.url, { signal: globalThis.page.signal })",
   );
   assert(input !== text);
   const bundled = await esbuild([
