@@ -654,7 +654,7 @@ export class WebSocketSSE extends EventTarget {
   }
 
   /** For `console.log` of runtimes. A URL's credentials and query are often secret. */
-  [INSPECT as never](): unknown {
+  #shown(): unknown {
     const { readyState, protocol, transport, bufferedAmount, isWaiting } = this;
     const url = this.#url.href.replace(/\/\/.*@|[?].*/g, (part) => part[0] === "?" ? "?…" : "//");
     const { phase } = this.#session;
@@ -665,6 +665,11 @@ export class WebSocketSSE extends EventTarget {
 
   static {
     defineMembers(this);
+    Object.defineProperty(this.prototype, INSPECT, {
+      value(this: WebSocketSSE) {
+        return this.#shown();
+      },
+    });
   }
 
   #handlerOf<E>(type: string): EventHandler<E> {

@@ -136,7 +136,7 @@ test("the tarball holds what users need, and nothing else", async (t) => {
     [
       ...["CHANGELOG.md", "LICENSE", "PROTOCOL.md", "README.md", "package.json"],
       ...["bin.js", "bun-host.js", "chat.html", "chat.js", "demo.js", "network.js", "node-host.js"],
-      "start.js",
+      ...["serving.js", "start.js"],
       ...["chat.js", "message.js", "mock.js", "page.html"], // of examples/ai
       ...entries.flatMap((entry) => [`${entry}.d.ts`, `${entry}.js`]),
     ].sort(),
