@@ -48,8 +48,6 @@ export interface Speed {
 const PATIENCE = 1_000;
 /** Before a page that has lost its answer asks for it again. */
 const RETRY = 20;
-/** Between two instances that are replaced. */
-const STEP = 1_000;
 /** A page gives up after so many times what the answer takes, but not before so many ms. */
 const ENDURANCE = 3;
 const LEAST_ENDURANCE = 15_000;
@@ -230,7 +228,7 @@ const reloads: Interruption = {
 const deploy: Interruption = {
   name: "a rolling deploy of three instances",
   async run(t, kind, shared, { pace }) {
-    const model = new Model(Math.max(300, Math.round(5 * STEP / pace)), pace);
+    const model = new Model(300, pace);
     const launch = () => CONTENDERS[kind].serve(t, model, shared);
     const instances = [await launch(), await launch(), await launch()];
     await sleep(200); // their subscriptions
@@ -241,7 +239,7 @@ const deploy: Interruption = {
     await until(() => page.best >= 0, { timeout: LEAST_ENDURANCE });
     const retiring: Promise<void>[] = [];
     for (const at of [0, 1, 2]) {
-      await sleep(STEP);
+      await sleep(50 * pace);
       const next = await launch();
       await sleep(100); // its subscriptions
       page.interrupted();
