@@ -23,6 +23,7 @@
  * @module
  */
 import { type Claim, type Counts, type MoveHead, type Mover, Moves } from "./handover.ts";
+import type { Parking, ParkingAdapter } from "./parking.ts";
 import type {
   ClusterStats,
   ErrorContext,
@@ -46,7 +47,9 @@ const RESERVED = "\0";
 const NAMESPACE = "\0duplex";
 /** Addressed to every instance; and what may be. */
 const ALL = "*";
-const TO_ALL: Set<string> = new Set(["publication", "present", "bye", "where"]);
+const TO_ALL: Set<string> = new Set(["publication", "present", "bye", "hello", "where"]);
+/** Asked as if it were an instance: the parking store. */
+const STORE = "";
 
 /** A fragment begins with the version, the id of its message, its index and how many there are. */
 const ID_SIZE = 16;
@@ -156,6 +159,13 @@ export interface ClusterOptions {
   maxPayload?: number;
   /** How long another instance has to answer, in ms, before a client is told 503. Default: 5000. */
   timeout?: number;
+  /** Where sessions wait whose clients are away when their instance ends: `parking(store)`. */
+  parking?: ParkingAdapter;
+}
+
+interface Settings {
+  timeout: number;
+  parking: ParkingAdapter | undefined;
 }
 
 /** What stands at the head of a message. All but publications and "unknown" are authenticated. */
@@ -254,7 +264,7 @@ export function cluster(adapter: ClusterAdapter, options: ClusterOptions = {}): 
     const instance = id.replaceAll("-", "").slice(0, 16);
     const driver = adapter({ id: instance });
     const most = maxPayload ?? driver.maxPayload ?? DEFAULT_MAX_PAYLOAD;
-    return new Router(instance, driver, most, timeout);
+    return new Router(instance, driver, most, { timeout, parking: options.parking });
   };
 }
 
@@ -279,12 +289,15 @@ class Router implements RoutingDriver {
   readonly #presence: Presence;
   readonly #searches: Searches;
   #migration!: Migration;
+  readonly #parks: ParkingAdapter | undefined;
   /** What came in and is not done with. */
   readonly #work: Set<Promise<void>> = new Set();
   #timer: ReturnType<typeof setInterval> | undefined;
   #closed = false;
 
-  constructor(instance: string, driver: ClusterDriver, maxPayload: number, timeout: number) {
+  constructor(instance: string, driver: ClusterDriver, maxPayload: number, options: Settings) {
+    const { timeout } = options;
+    this.#parks = options.parking;
     this.#instance = instance;
     this.#driver = driver;
     this.#timeout = timeout;
@@ -298,13 +311,10 @@ class Router implements RoutingDriver {
     this.#searches = new Searches(timeout, (key, id, session) => {
       if (!this.#host.movable || this.#bus.busy) return;
       this.#send(ALL, key, { kind: "where", id, session, from: instance });
+      this.#migration.look(session);
     });
-    this.#subscription = new Subscription(
-      driver,
-      instance,
-      this.#report,
-      (message) => this.#receive(message),
-    );
+    const receive = (message: SyncMessage) => this.#receive(message);
+    this.#subscription = new Subscription(driver, instance, this.#report, receive);
   }
 
   // --- As a driver ---
@@ -312,19 +322,21 @@ class Router implements RoutingDriver {
   attach(host: RoutingHost): void {
     this.#host = host;
     this.#names = new Names((token) => host.has(token));
-    const send: Send = (to, key, head, body) => void this.#send(to, key, head, body);
     this.#migration = new Migration(this.#instance, this.#timeout, {
       host,
       names: this.#names,
       presence: this.#presence,
       searches: this.#searches,
-      send,
+      send: (to, key, head, body) => void this.#send(to, key, head, body),
+      wake: () => this.#startTimer(),
+      parks: this.#parks,
     });
     this.#bus.take(host.maxMessageSize + 2 * MAX_BATCH); // a routed body, and a head
   }
 
   own(token: string): void {
     this.#names.own(token);
+    this.parking?.arrived(token);
     this.#startTimer(); // to be present
   }
 
@@ -359,12 +371,17 @@ class Router implements RoutingDriver {
     await this.#bus.publishParts(encodePublication(message, this.#instance, n), place);
   }
 
+  get parking(): Parking | undefined {
+    return this.#migration.parking;
+  }
+
   stats(): ClusterStats {
     const { pending, pendingBytes } = this.#bus;
     return {
       instances: this.#presence.size,
       relayed: this.#relays.size,
       served: this.#served.size,
+      parked: this.parking?.size ?? 0,
       pending,
       pendingBytes,
     };
@@ -392,36 +409,35 @@ class Router implements RoutingDriver {
 
   async adopt(token: string, claim: Claim, take: Take): Promise<void> {
     if (this.#closed || !this.#subscription.stands || this.#bus.behind) return;
-    const session = await nameOf(token);
-    const owner = await this.#migration.ownerOf(token, session).catch(() => {}); // `route` says it
-    if (!owner) return;
     this.#startTimer();
-    this.#presence.asked(owner);
-    const adopting = this.#migration.adopt(token, session, owner, claim, take);
-    const id = this.#migration.moves.asking(session);
-    const heard = id !== undefined && this.#searches.begin(id, session, await keyOf(token));
-    await adopting.finally(() => heard && heard());
+    await this.#migration.bring(token, claim, take);
   }
 
-  async settled(token: string): Promise<void> {
-    await this.#settled(await nameOf(token));
+  async settled(token: string, resumes: boolean): Promise<void> {
+    await this.#migration.settled(token, await nameOf(token), resumes);
   }
 
-  async #settled(session: string): Promise<void> {
-    const moving = this.#migration.moves.moving(session);
-    if (moving) await within(moving, this.#timeout);
+  tokenHere(token: string): string {
+    // "A token's mark … is another one in each answer" where there is a store.
+    return `${this.#instance}${this.parking?.mark() ?? ""}.${secretOf(token)}`;
+  }
+
+  async isAlone(): Promise<boolean> {
+    return this.#host.movable && await this.#presence.isAlone(this.#timeout);
   }
 
   async route(request: Request, token: string, namespace: string): Promise<Response> {
     try {
       const session = await nameOf(token);
-      await this.#settled(session); // another request may just have asked for it
+      await this.#migration.settled(token, session); // another request may just have asked for it
       if (this.#host.owns(token)) return await this.#host.fetch(request, namespace);
       const owner = await this.#migration.ownerOf(token, session);
       // It may come back, or be where it was sent.
-      if (this.#migration.moves.moving(session)) return unavailable();
+      if (this.#migration.isMoving(token, session)) return unavailable();
       // "Its owner is gone: 404", as from an instance that knows nothing of it, such as this one.
-      if (!owner || owner === this.#instance) return noSession();
+      if (!owner || owner === this.#instance) {
+        return this.#migration.hides(request) ? unavailable() : noSession();
+      }
       const body = await this.#bodies.read(request, this.#host.maxMessageSize + MAX_BATCH);
       if (body instanceof Response) return body;
       if (this.#closed || this.#bus.behind || this.#relays.size >= MAX_RELAYS) return unavailable();
@@ -487,18 +503,20 @@ class Router implements RoutingDriver {
     checkTime(head.time);
     if (this.#closed) return; // silence is 503 there
     // "A request for a session that is on its way waits" until it is known where it is.
-    await this.#settled(head.session);
-    if (this.#migration.moves.moving(head.session)) return; // silence is 503 there
-    const to = this.#migration.moves.whereabouts(head.session);
+    await this.#migration.settled(known.token, head.session);
+    if (this.#migration.isMoving(known.token, head.session)) return; // silence is 503 there
+    const to = this.#migration.whereabouts(known.token, head.session);
     if (to !== undefined && !this.#host.has(known.token)) {
-      return void await this.#send(head.from, key, { kind: "moved", id: head.id, to });
+      if (to !== STORE) await this.#send(head.from, key, { kind: "moved", id: head.id, to });
+      return;
     }
     this.#replays.check(head);
     this.#startTimer(); // to forget it, though nothing is relayed
     await this.#answer(head, key, await this.#serveHere(head, known.token, message.body));
   }
 
-  async #sayUnknown({ id, from }: { id: string; from: string }): Promise<void> {
+  async #sayUnknown({ id, from, session }: { id: string; from: string; session: string }) {
+    if (this.parking?.isLanding(session)) return; // soon it is here
     if (!this.#bus.busy) await this.#tell(from, { kind: "unknown", id }); // anybody can ask
   }
 
@@ -537,10 +555,8 @@ class Router implements RoutingDriver {
   // --- Sessions that move ---
 
   async #onMove(message: Incoming, head: MoveHead): Promise<void> {
-    if (head.kind === "adopt") {
-      if (!await this.#names.find(head.session)) return this.#sayUnknown(head);
-      this.#startTimer();
-    }
+    const known = head.kind !== "adopt" || await this.#names.find(head.session);
+    if (!known) return this.#sayUnknown(head);
     await this.#migration.receive(message, head);
     this.#presence.heard(head.from);
   }
@@ -673,11 +689,10 @@ class Router implements RoutingDriver {
     this.#replays.forget();
     const holding = this.#host.size > 0;
     if (!this.#bus.stuck) this.#presence.tick(period, holding); // else nobody could be heard
-    const { moves } = this.#migration;
-    moves.tick(period);
+    this.#migration.tick(period);
     const busy = holding || this.#presence.waits || this.#relays.size || this.#served.size ||
       this.#replays.size;
-    if (busy || this.#bus.assembling || moves.remembers) return;
+    if (busy || this.#bus.assembling || this.#migration.remembers) return;
     clearInterval(this.#timer);
     this.#timer = undefined;
   }
@@ -1074,17 +1089,23 @@ interface Surroundings {
   readonly presence: Presence;
   readonly searches: Searches;
   readonly send: Send;
+  /** Has time go on. */
+  readonly wake: () => void;
+  readonly parks: ParkingAdapter | undefined;
 }
 
 /** Carries the moves of `handover.ts` over the backplane, with what the server packs and takes. */
 class Migration implements Mover<SyncMessage> {
   readonly moves: Moves<SyncMessage>;
+  readonly parking: Parking | undefined;
   readonly #instance: string;
   readonly #host: RoutingHost;
   readonly #names: Names;
   readonly #presence: Presence;
   readonly #searches: Searches;
   readonly #send: Send;
+  readonly #timeout: number;
+  readonly #wake: () => void;
   /** Sessions that were asked for, by name, and what takes them into service. */
   readonly #wanted: Map<string, { token: string; take: Take }> = new Map();
   /** Their tokens, and since when: their givers may ask whether they have come. */
@@ -1095,19 +1116,76 @@ class Migration implements Mover<SyncMessage> {
   constructor(
     instance: string,
     timeout: number,
-    { host, names, presence, searches, send }: Surroundings,
+    { host, names, presence, searches, send, wake, parks }: Surroundings,
   ) {
     this.#instance = instance;
+    this.#timeout = timeout;
+    this.#wake = wake;
     this.#host = host;
     this.#names = names;
     this.#presence = presence;
     this.#searches = searches;
     this.#send = send;
     this.moves = new Moves(instance, timeout, host.resumeTimeout, this);
+    this.parking = parks?.({
+      ...{ instance, host, wake, digest, seal, unseal, encodePacked },
+      now: () => this.now(),
+      counts: () => this.counts(),
+      asks: (session) => this.moves.asking(session) !== undefined,
+      take: (session, state, counts) => this.#takeParked(session, state, counts),
+      confirm: (to, id, session) =>
+        this.send(to, { kind: "adopted", id, session, from: this.#instance }),
+    });
   }
 
   /** Resolves when the session is here, or stays where it is. */
-  async adopt(token: string, session: string, owner: string, claim: Claim, take: Take) {
+  async bring(token: string, claim: Claim, take: Take): Promise<void> {
+    const session = await nameOf(token);
+    if (this.parking && !this.hintOf(token, session)) { // nobody needs to be asked first
+      await this.#adopt(token, session, STORE, claim, take);
+      if (this.#host.owns(token)) return;
+    }
+    const owner = await this.ownerOf(token, session).catch(() => {}); // `route` says it
+    if (!owner) return;
+    this.#presence.asked(owner);
+    const adopting = this.#adopt(token, session, owner, claim, take);
+    const id = this.moves.asking(session);
+    const heard = id !== undefined && this.#searches.begin(id, session, await keyOf(token));
+    await adopting.finally(() => heard && heard());
+  }
+
+  /**
+   * "A session belongs where its stream is": an uplink waits until a resumption has told that, unless
+   * its token tells that the client has heard of another instance.
+   */
+  async settled(token: string, session: string, resumes = false): Promise<void> {
+    const wants = resumes || !token.startsWith(this.#instance);
+    const parked = wants ? this.parking?.want(token) : this.parking?.moving(token);
+    if (parked) await within(parked, this.#timeout);
+    const moving = this.moves.moving(session);
+    if (moving) await within(moving, this.#timeout);
+  }
+
+  tick(period: number): void {
+    this.moves.tick(period);
+    this.parking?.tick(period);
+  }
+
+  /** Something is kept that a tick will forget. */
+  get remembers(): boolean {
+    return this.moves.remembers || !!this.parking?.remembers;
+  }
+
+  isMoving(token: string, session: string): boolean {
+    return !!(this.moves.moving(session) ?? this.parking?.moving(token));
+  }
+
+  /** "An uplink takes nothing out of the store", and one that fails says nothing of what it has. */
+  hides({ headers }: Request): boolean {
+    return !!this.parking && (this.parking.failing || !headers.has("x-duplex-attempt"));
+  }
+
+  async #adopt(token: string, session: string, owner: string, claim: Claim, take: Take) {
     this.#remember(session, token);
     const wanted = { token, take };
     this.#wanted.set(session, wanted);
@@ -1140,6 +1218,10 @@ class Migration implements Mover<SyncMessage> {
       (await this.#names.find(head.session))?.token;
     if (token === undefined) return; // its end is known no more: the asker finds out by its request
     await authenticate(await keyOf(token), message);
+    this.#wake();
+    if (head.kind === "adopted") this.parking?.taken(token, head.id, head.from);
+    // Silence: then all are asked, and the store.
+    if (head.kind === "adopt" && this.parking && !await this.parking.want(token)) return;
     const here = head.kind === "state" && head.status === "here";
     this.moves.receive(head, here ? await unseal(token, message.body) : EMPTY);
   }
@@ -1149,16 +1231,27 @@ class Migration implements Mover<SyncMessage> {
    * know, and of an instance that is gone others may. Undefined: it is nowhere.
    */
   async ownerOf(token: string, session: string): Promise<string | undefined> {
-    const owner = this.moves.whereabouts(session) ?? token.slice(0, 16);
-    if (!this.#presence.isGone(owner)) return owner;
-    return this.#host.movable ? await this.#searches.find(session, await keyOf(token)) : undefined;
+    return this.hintOf(token, session) ||
+      (this.#host.movable ? await this.#searches.find(session, await keyOf(token)) : undefined);
+  }
+
+  /** The instance that is to be asked first, unless it is gone. */
+  hintOf(token: string, session: string): string | undefined {
+    const owner = this.whereabouts(token, session) ?? token.slice(0, 16);
+    return this.#presence.isGone(owner) ? undefined : owner;
+  }
+
+  whereabouts(token: string, session: string): string | undefined {
+    return this.moves.whereabouts(session) ?? this.parking?.whereabouts(token);
   }
 
   /** "Whoever has the session answers moved", and nobody else. */
   async locate(message: Incoming, { id, session, from }: WhereHead): Promise<void> {
-    const known = await this.#names.find(session);
-    if (!known || from === this.#instance || !this.#host.owns(known.token)) return;
-    const key = await (known.key ??= keyOf(known.token));
+    const token = (await this.#names.find(session))?.token ?? this.#asked.get(session)?.token;
+    if (token === undefined || from === this.#instance) return;
+    const holds = this.moves.holds(session) || this.parking?.holds(token, session);
+    if (!this.#host.owns(token) && !holds) return;
+    const key = await keyOf(token);
     await authenticate(key, message);
     this.#send(from, key, { kind: "moved", id, to: this.#instance });
   }
@@ -1192,6 +1285,12 @@ class Migration implements Mover<SyncMessage> {
 
   send(to: string, head: MoveHead, state?: Bytes): void {
     const token = this.#tokenOf(head.session);
+    if (to === STORE) {
+      if (head.kind === "adopt") {
+        this.parking!.look(head, token).then((found) => found || this.moves.unknown(head.id));
+      }
+      return; // it needs no confirmation
+    }
     const sending = async () => {
       const body = state && await seal(token, state);
       this.#send(to, await keyOf(token), head, body);
@@ -1228,6 +1327,22 @@ class Migration implements Mover<SyncMessage> {
   quiet(time: number): string[] {
     const now = clock();
     return [...this.#counts].filter(([, { at }]) => now - at >= time).map(([from]) => from);
+  }
+
+  // --- The parking store ---
+
+  /** Whoever is asked for the session says nothing: it may have parked it, and be frozen. */
+  look(session: string): void {
+    const namespace = this.moves.claimOf(session)?.namespace;
+    if (namespace !== undefined) this.parking?.look({ session, namespace }, this.#tokenOf(session));
+  }
+
+  /** The store answers for who has parked the session: nothing is to come of whom we never heard. */
+  async #takeParked(session: string, state: Bytes, counts: Counts): Promise<void> {
+    const id = this.moves.asking(session)!;
+    const head = { kind: "state", status: "here", id, session, from: STORE, counts } as const;
+    this.moves.receive({ ...head, time: this.now(), quiet: Object.keys(counts) }, state);
+    await this.moves.moving(session);
   }
 
   /** Of a session that is here, was, or was asked for. */
@@ -1290,8 +1405,11 @@ class Searches {
     const id = hex(crypto.getRandomValues(new Uint8Array(ID_SIZE)));
     let resolve!: (owner?: string) => void;
     const where = new Promise<string | undefined>((settle) => resolve = settle);
+    // It may have gone from who was not asked yet to who had answered, or the question got lost.
+    const again = setTimeout(() => this.#ask(key, id, session), this.#patience / 2);
     const forget = () => {
       clearTimeout(timer);
+      clearTimeout(again);
       this.#bySession.delete(session);
       this.#byId.delete(id);
       this.#waits.delete(end);
@@ -1303,6 +1421,7 @@ class Searches {
     const settle = (owner?: string) => {
       resolve(owner);
       clearTimeout(timer);
+      clearTimeout(again);
       timer = setTimeout(forget, this.#patience);
     };
     let timer = setTimeout(settle, this.#patience);
@@ -1379,6 +1498,8 @@ class Presence {
   /** How long this instance has been listening, and has not said that it is there. By ticks. */
   #age = 0;
   #silence = PRESENCE_PERIOD;
+  /** Told of the next sign. */
+  #signed = () => {};
 
   constructor(instance: string, voice: Voice) {
     this.#instance = instance;
@@ -1388,6 +1509,7 @@ class Presence {
   /** Whether the instance has left, or is silent for so long that it must have died. */
   isGone(instance: string): boolean {
     if (instance === this.#instance) return false;
+    if (instance === STORE) return true;
     const other = this.#others.get(instance);
     if (other) return other.left || other.age >= GONE;
     return !this.#voice.addresses && this.#age >= GONE;
@@ -1429,6 +1551,7 @@ class Presence {
   }
 
   hear(instance: string, commitment: string): void {
+    this.#signed();
     // "A sign shows that its instance is there, and nothing else": nobody has authenticated it.
     if (this.#voice.addresses) return this.heard(instance);
     this.commit(instance, commitment);
@@ -1472,7 +1595,15 @@ class Presence {
 
   /** "A sign", to who has asked for it. */
   async greet(to: string): Promise<void> {
-    this.#voice.tell(to, await this.#present());
+    if (to !== this.#instance) this.#voice.tell(to, await this.#present());
+  }
+
+  /** "Where nobody says so within 300 ms" there is no other instance. */
+  async isAlone(timeout: number): Promise<boolean> {
+    if (this.size) return false;
+    const sign = new Promise<void>((resolve) => this.#signed = resolve);
+    this.#voice.tellAll({ kind: "hello", from: this.#instance });
+    return !await within(sign, Math.min(WHERE_AFTER, timeout));
   }
 
   /** The commitment, for an instance that has not been told it. */

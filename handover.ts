@@ -168,6 +168,11 @@ export class Moves<Message> {
     return this.size + this.#taken.size + this.#moved.size > 0;
   }
 
+  /** Whether the session is in this instance's hands, though not in service. */
+  holds(session: string): boolean {
+    return this.#limbos.has(session) || !!this.#adoptions.get(session)?.arrived;
+  }
+
   /** The instance that the session went to from here, as far as this one knows. */
   whereabouts(session: string): string | undefined {
     return this.#moved.get(session);
@@ -214,6 +219,11 @@ export class Moves<Message> {
   /** The id by which the session has been asked for, and is waited for. */
   asking(session: string): string | undefined {
     return this.#adoptions.get(session)?.id;
+  }
+
+  /** As which client. */
+  claimOf(session: string): Claim | undefined {
+    return this.#adoptions.get(session)?.claim;
   }
 
   /** And the session of such an id. */
@@ -392,8 +402,9 @@ export class Moves<Message> {
       const { arrived } = adoption;
       const patience = arrived ? Math.min(CATCH_UP, this.#timeout) : this.#timeout;
       if (adoption.age < patience) continue;
-      // Where publications do not come here that the session has had, it stays: at most once.
-      if (arrived && this.#caughtUp(arrived, true)) this.#take(adoption);
+      // Where publications do not come here that the session has had, it stays: at most once. What
+      // was parked cannot stay.
+      if (arrived && (!arrived.from || this.#caughtUp(arrived, true))) this.#take(adoption);
       else this.#end(adoption);
     }
     for (const limbo of [...this.#limbos.values()]) {

@@ -85,7 +85,7 @@ const HOOK_TYPES = {
 /** How `console.log` asks Node, Deno and Bun alike. */
 const INSPECT: symbol = Symbol.for("nodejs.util.inspect.custom");
 
-const TOKEN_GRAMMAR = /^[0-9a-f]{16}\.[0-9a-f]{32}$/;
+const TOKEN_GRAMMAR = /^[0-9a-f]{16,24}\.[0-9a-f]{32}$/;
 const OPENING_GRAMMAR = /^[0-9a-f]{32}$/;
 const EVENT_ID_GRAMMAR = /^([0-9a-f]{32})\.(0|[1-9]\d{0,15})$/;
 const NUMBER_GRAMMAR = /^(0|[1-9]\d{0,15})$/;
@@ -453,8 +453,11 @@ export interface RoutingHost {
   has(token: string): boolean;
   /** Whether the token is that of a session in service here. */
   owns(token: string): boolean;
-  /** Takes a session out of service and returns it; undefined: it cannot move now. */
-  pack(token: string, claim: Claim): Packed | undefined;
+  /**
+   * Takes a session out of service and returns it; undefined: it cannot move now. Without a claim
+   * only while its client is away, or this instance about to end.
+   */
+  pack(token: string, claim?: Claim): Packed | undefined;
   /** Puts a packed session back in service. */
   restore(token: string): void;
   /** Forgets a packed session: another instance has it, or it is lost. */
@@ -471,8 +474,14 @@ export interface RoutingDriver extends SyncDriver {
   attach(host: RoutingHost): void;
   /** A session has begun here. */
   own(token: string): void;
-  /** Resolves when it is known where a session on its way is; soon for any other. */
-  settled(token: string): Promise<void>;
+  /** Resolves when it is known where a session on its way is; soon for any other. Who resumes wants it. */
+  settled(token: string, resumes: boolean): Promise<void>;
+  /** Where sessions wait that no instance has, if there is such a place. */
+  readonly parking?: SessionParking | undefined;
+  /** Whether no other instance is there. */
+  isAlone(): Promise<boolean>;
+  /** The next token of a session here: its second half stays, wherever it goes. */
+  tokenHere(token: string): string;
   /** Asks for a session, which is given to `take` with the publications that it has missed. */
   adopt(
     token: string,
@@ -483,6 +492,16 @@ export interface RoutingDriver extends SyncDriver {
   route(request: Request, token: string, namespace: string): Promise<Response>;
   /** What it knows of the other instances, and does for them. */
   stats(): ClusterStats;
+}
+
+/** A store for sessions that no instance has: see `parking`. */
+export interface SessionParking {
+  /** How many of this instance are there. */
+  readonly size: number;
+  /** The session has lost its connection. */
+  away(token: string): void;
+  /** Parks a session, since this instance ends. Resolves when that is done, or has failed. */
+  park(token: string, leaves: boolean): Promise<void>;
 }
 
 /** Where the client of a session stands, as its resumption says. */
@@ -499,6 +518,10 @@ export interface Claim {
 export interface Packed {
   /** The peer's. */
   id: string;
+  /** The session's. */
+  namespace: string;
+  /** Those that its client may come with; none go along where it has just come. */
+  tokens: string[];
   /** As `upgrade` and the hooks left it. */
   context: PeerContext;
   /** The subprotocol chosen, or "". */
@@ -657,6 +680,8 @@ export interface ClusterStats {
   readonly relayed: number;
   /** Streams of this instance's sessions, now, whose clients are connected to other instances. */
   readonly served: number;
+  /** Sessions of this instance in the parking store, now, as far as it knows. */
+  readonly parked: number;
   /** Publishes that the driver has not settled, now. */
   readonly pending: number;
   /** Their bytes. */
@@ -902,8 +927,8 @@ class Requests {
     const { request, wire: { attempt, lastEventId }, runtime } = asked;
     const admission = await this.#admissions.admit(request);
     const { namespace } = admission;
-    await router.settled(token);
     const resumes = attempt !== undefined && lastEventId !== undefined;
+    await router.settled(token, resumes);
     const movable = isMovable(admission.hooks);
     if (movable) this.#registry.movable = true; // what is published meanwhile must not be lost
     if (resumes && movable && this.#registry.adopts(token)) {
@@ -912,8 +937,10 @@ class Requests {
         this.#adopt(asked, admission, packed, missed);
       }));
     }
-    if (this.#registry.find(token)) return await this.#route(request, runtime, namespace);
-    return await router.route(request, token, namespace);
+    const found = this.#registry.find(token);
+    if (!found) return await router.route(request, token, namespace);
+    if (resumes) this.#registry.rename(found, token);
+    return await this.#route(request, runtime, namespace);
   }
 
   /** A session of another instance goes on here. Its resumption follows. */
@@ -926,7 +953,7 @@ class Requests {
     const context = { ...admission.context, ...packed.context };
     const { id, protocol, heartbeatInterval } = packed;
     const session = new FullSession(this.#registry, {
-      token: this.#registry.tokenHere(wire.token!),
+      token: wire.token!, // it is told its own when it is named, below
       name: "",
       request,
       admission: { ...admission, context, protocol },
@@ -1016,6 +1043,7 @@ class Requests {
     }
     session.heard();
     this.#registry.confirmed(session);
+    if (asked.admitted === undefined) this.#registry.rename(session, wire.token!);
     if (!wire.isPoll) this.#registry.tally.resumptions++;
     const stream = session.attach(wire.attempt, wire.lastEventId, wire.isPoll ? "news" : "lost");
     if (request.method === "POST" && request.body) session.readDuplex(request);
@@ -1112,6 +1140,9 @@ class Requests {
     const peer = known instanceof Tombstone ? undefined : known.peer;
     const namespace = admitted ?? (await this.#admissions.admit(request, peer)).namespace;
     const found = this.#registry.find(token); // again: it may have closed while the hook was thinking
+    if (!found && known instanceof FullSession && !known.over) {
+      throw new Refusal(503, "The session moves"); // or it may have gone
+    }
     return found?.namespace === (found instanceof Tombstone ? digest(namespace) : namespace)
       ? found
       : undefined;
@@ -1119,7 +1150,8 @@ class Requests {
 
   #headersOf(session: Session): Headers {
     const full = session instanceof FullSession;
-    return streamHeaders(full, full || this.#settings.bidir ? session.token : undefined);
+    if (full) return streamHeaders(true, session.tokens.at(-1));
+    return streamHeaders(false, this.#settings.bidir ? session.token : undefined);
   }
 
   // --- Refusals ---
@@ -1464,9 +1496,10 @@ class Registry implements Host {
     return `${this.#instance ??= randomHex(8)}.${randomHex(16)}`;
   }
 
-  /** The name of another instance's session here: a token's second half stays, wherever it goes. */
-  tokenHere(token: string): string {
-    return `${this.#instance}.${secretOf(token)}`;
+  /** Its client has come with this token, and is told the next one. */
+  rename(session: Found, token: string): void {
+    const next = this.#topics.backplane?.router?.tokenHere(token);
+    if (next && session instanceof FullSession) session.tokens = [token, next];
   }
 
   get size(): number {
@@ -1478,20 +1511,22 @@ class Registry implements Host {
     const closing = this.#closing.size;
     const peers = this.#sessions.size - closing;
     const { closed, refusals, ...counts } = this.tally;
+    const cluster = this.#topics.backplane?.router?.stats();
+    const moving = this.#limbo.size - (cluster?.parked ?? 0);
     return {
-      sessions: { connected: peers - away, away, closing, moving: this.#limbo.size },
+      sessions: { connected: peers - away, away, closing, moving },
       peers,
       bufferedAmount: this.ledger.total,
       ...counts,
       closed: { ...closed },
       refusals: { ...refusals },
-      cluster: this.#topics.backplane?.router?.stats(),
+      cluster,
     };
   }
 
   /** Whether the token is of this instance, whatever has become of its session. */
   issued(token: string): boolean {
-    return token.startsWith(`${this.#instance}.`);
+    return token.startsWith(`${this.#instance}`);
   }
 
   add(session: FullSession | PlainSession): void {
@@ -1562,6 +1597,11 @@ class Registry implements Host {
     } else if (phase === "gone" && this.#lingering.delete(session)) this.#tellIfEmpty();
   }
 
+  dropped(session: Session): void {
+    this.tally.drops++;
+    this.#topics.backplane?.router?.parking?.away(session.token);
+  }
+
   /** Forgets a session that has ended; its tombstone tells those who missed the end. */
   bury(session: Session, ending: Ending | undefined): void {
     this.#leave(session);
@@ -1624,10 +1664,11 @@ class Registry implements Host {
     return this.#state === "handing over" && session.isMovable && session.readyState === OPEN;
   }
 
-  pack(token: string, claim: Claim): Packed | undefined {
+  pack(token: string, claim?: Claim): Packed | undefined {
     const secret = secretOf(token);
     const session = this.#sessions.get(secret);
     if (!(session instanceof FullSession)) return;
+    if (!claim && this.#state === "open" && !this.#isAway(session)) return;
     const packed = session.pack(claim);
     if (!packed) return;
     const { namespace } = session;
@@ -1664,29 +1705,40 @@ class Registry implements Host {
     return limbo;
   }
 
+  #isAway(session: Session): boolean {
+    return this.#away.has(session) || this.#strangers.has(session);
+  }
+
   /** Sends the sessions that can move to other instances, not all at once, and waits for that. */
-  async #handOver(signal?: AbortSignal): Promise<void> {
+  async #handOver(backplane: Backplane, signal?: AbortSignal): Promise<void> {
     this.#state = "handing over";
     const asked = new Map<FullSession, Renewal>();
     const begun = clock();
     const end = begun + Math.min(this.settings.resumeTimeout, HANDOVER_TIMEOUT);
     let nextRound = begun;
+    const { parking } = backplane.router!;
     const remain = () =>
-      this.#limbo.size || [...asked.keys()].some((session) => session.readyState === OPEN);
+      this.#limbo.size > (parking?.size ?? 0) ||
+      [...asked.keys()].some((one) => one.readyState === OPEN && !(parking && this.#isAway(one)));
     const look = () => new Promise((resolve) => setTimeout(resolve, HANDOVER_LOOK));
     const isOver = () => clock() >= end || signal?.aborted;
     while (this.#arrivals.size && !isOver()) await look();
-    do {
+    // Nobody is asked to go where nobody else is: they would come back here.
+    const isAlone = await backplane.router!.isAlone();
+    while (!isAlone && !isOver()) {
       if (clock() >= nextRound) { // others may still have come, and some may not have heard it
         this.#askToGo(asked);
         nextRound = clock() + HANDOVER_ROUND;
       }
       if (!remain()) break;
       await look();
-    } while (!isOver());
+    }
     for (const { timer } of asked.values()) clearTimeout(timer);
+    const packed = () => [...this.#limbo.values()].map(({ session }) => session);
+    const left = [...this.#sessions.values(), ...packed()];
+    await Promise.all(left.map(({ token }) => parking?.park(token, true)));
     // Whoever was sent these has them, or nobody will.
-    for (const { session } of [...this.#limbo.values()]) this.release(session.token, "moved");
+    for (const { token } of packed()) this.release(token, "moved");
   }
 
   /** Asks the clients of sessions that can move to connect anew, if they were not asked lately. */
@@ -1796,7 +1848,8 @@ class Registry implements Host {
     { signal }: { signal?: AbortSignal } = {},
   ): Promise<void> {
     checkClose(code, reason);
-    if (this.#topics.backplane?.router && this.#state === "open") await this.#handOver(signal);
+    const { backplane } = this.#topics;
+    if (backplane?.router && this.#state === "open") await this.#handOver(backplane, signal);
     this.#state = "closing";
     for (const session of this.#sessions.values()) session.close(code, reason, true);
     const hurry = () => {
@@ -2171,6 +2224,8 @@ interface Host {
   readonly tally: Tally;
   /** It is in another phase. */
   moved(session: Session, phase: Phase): void;
+  /** It loses its connection. */
+  dropped(session: Session): void;
   /** It has ended, which is to be told to those who missed it. */
   bury(session: Session, ending: Ending | undefined): void;
   /** More waits in all than `maxTotalBufferedAmount`. */
@@ -2317,7 +2372,7 @@ abstract class Session {
     this.connection = undefined;
     if (this.isOver) return this.release();
     if (this.isPacked) return;
-    if (this.isOpen) this.host.tally.drops++;
+    if (this.isOpen) this.host.dropped(this);
     this.become(this.isOpen ? "away" : "closing away");
     this.deadline = Math.min(this.deadline, clock() + this.patience);
     if (!this.patience) this.terminate();
@@ -2617,6 +2672,8 @@ abstract class Session {
 class FullSession extends Session implements Receiver {
   /** The name that its client gave the opening, or "". */
   readonly opening: string;
+  /** The token that its client has come with, and the next, which it may not have heard of. */
+  tokens: string[];
   #wasHeard = false;
   #ackDue = false;
   #renewDue = false;
@@ -2636,6 +2693,7 @@ class FullSession extends Session implements Receiver {
   constructor(host: Host, opening: Opening) {
     super(host, opening);
     this.opening = opening.name;
+    this.tokens = [opening.token];
   }
 
   get wasHeard(): boolean {
@@ -2665,19 +2723,19 @@ class FullSession extends Session implements Receiver {
   // --- To another instance, and from one ---
 
   /** The session as it stands, which is out of service from now on. Not while hooks are at work. */
-  pack({ attempt, received, namespace }: Claim): Packed | undefined {
+  pack(claim?: Claim): Packed | undefined {
     if (!this.isMovable || !this.isOpen || this.unhandledBytes || this.#pendingControls) return;
-    if (attempt < this.attempt || !this.canResumeFrom(received)) return;
-    if (namespace !== this.namespace) return;
+    if (claim ? !this.#meets(claim) : this.#isLeft) return;
     this.callHooks("suspend");
     if (!this.isOpen) return; // it failed, or has closed the peer
     const { id } = this.peer;
     const context = this.#packContext();
     if (!context) return;
-    const { protocol, heartbeatInterval, uplink, outbox } = this;
+    const { namespace, protocol, heartbeatInterval, uplink, outbox } = this;
     const { frames, firstUnacked, nextUngiven } = outbox.pack();
     const packed: Packed = {
-      ...{ id, context, protocol, topics: [...this.topics], heartbeatInterval },
+      ...{ id, namespace, tokens: claim ? [] : this.tokens },
+      ...{ context, protocol, topics: [...this.topics], heartbeatInterval },
       ...{ received: uplink.received, handled: uplink.handled, firstUnacked, nextUngiven, frames },
     };
     // The connection stays, though nothing more goes over it: a platform freezes who has none.
@@ -2685,6 +2743,10 @@ class FullSession extends Session implements Receiver {
     this.become("limbo");
     this.wake();
     return packed;
+  }
+
+  #meets({ attempt, received, namespace }: Claim): boolean {
+    return attempt >= this.attempt && this.canResumeFrom(received) && namespace === this.namespace;
   }
 
   /** What is no JSON stays, and says so once. */

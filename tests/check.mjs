@@ -15,6 +15,7 @@ const modules = [
   "stream.ts",
   "cluster.ts",
   "drivers.ts",
+  "parking.ts",
   "ai.ts",
   "node.ts",
 ];

@@ -104,6 +104,7 @@ test("README.md's snippets type-check, as do the examples in doc comments", asyn
     "stream.ts",
     "cluster.ts",
     "drivers.ts",
+    "parking.ts",
     "ai.ts",
     "node.ts",
   ];

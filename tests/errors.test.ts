@@ -81,7 +81,17 @@ function rowsOf(page: string, file: string): Told[] {
 
 const key = ({ message, kind }: Told) => `${kind}: ${message}`;
 
-for (const file of ["client.ts", "stream.ts", "server.ts", "cluster.ts", "ai.ts", "node.ts"]) {
+for (
+  const file of [
+    "client.ts",
+    "stream.ts",
+    "server.ts",
+    "cluster.ts",
+    "parking.ts",
+    "ai.ts",
+    "node.ts",
+  ]
+) {
   test(`docs/errors.md explains every message of ${file}, and none that it does not give`, async () => {
     const source = await readFile(join(root, file), "utf8");
     const page = await readFile(join(root, "docs/errors.md"), "utf8");

@@ -224,7 +224,7 @@ test("chats tell of each stage, with the chat and who asked", async (t) => {
   assert(told.every(([message]) => message === "oops"));
 });
 
-for (const file of ["server.ts", "cluster.ts", "handover.ts", "ai.ts", "node.ts"]) {
+for (const file of ["server.ts", "cluster.ts", "handover.ts", "parking.ts", "ai.ts", "node.ts"]) {
   test(`${file} writes to the console in a function alone that asks for onError`, async () => {
     assertEquals(astray(await readFile(join(root, file), "utf8")), []);
   });

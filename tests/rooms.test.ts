@@ -19,6 +19,7 @@ const FILES: Record<string, { rooms: number; functions: number }> = {
   "cluster.ts": { rooms: 12, functions: 100 },
   "handover.ts": { rooms: 3, functions: 20 },
   "drivers.ts": { rooms: 6, functions: 25 },
+  "parking.ts": { rooms: 6, functions: 20 },
   "node.ts": { rooms: 4, functions: 10 },
   "ai.ts": { rooms: 9, functions: 60 },
 };

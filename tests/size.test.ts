@@ -6,8 +6,8 @@ import { assertLessOrEqual, test } from "./harness.ts";
 /** In bytes: 3 % above what is there, so that growth is noticed. */
 const budgets = {
   "client.ts": 16_100,
-  "server.ts": 18_100,
-  "cluster.ts": 11_000,
+  "server.ts": 18_400,
+  "cluster.ts": 11_900,
   "stream.ts": 2_000,
 };
 

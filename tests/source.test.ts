@@ -112,7 +112,7 @@ test("every name of the vocabulary is used, or at least known, in both files", a
   }
 });
 
-test("what a cluster needs of server.ts is at most 100 lines", async () => {
+test("what a cluster needs of server.ts is at most 115 lines", async () => {
   const lines = (await read("server.ts")).split("\n");
   const seam = new Set<number>();
   for (const [at, line] of lines.entries()) {
@@ -125,11 +125,11 @@ test("what a cluster needs of server.ts is at most 100 lines", async () => {
     const last = line.endsWith("{") ? lines.findIndex((l, i) => i > at && l.startsWith(close)) : at;
     for (let i = first; i <= last; i++) seam.add(i);
   }
-  assertLessOrEqual(seam.size, 100);
+  assertLessOrEqual(seam.size, 115);
   assertGreater(seam.size, 40, "the seam is somewhere else");
 });
 
-for (const file of [...files, "cluster.ts", "handover.ts"]) {
+for (const file of [...files, "cluster.ts", "handover.ts", "parking.ts"]) {
   const document = files.includes(file) ? "PROTOCOL.md" : "docs/cluster-protocol.md";
   test(`what ${file} quotes stands in ${document}`, async () => {
     const spec = normal(await read(document));

@@ -1,0 +1,585 @@
+/**
+ * A parking store: a session whose client is away when its instance ends, or is about to be frozen,
+ * waits in a store that all instances share, for the instance that its client comes to.
+ *
+ * Four lines make a store of Redis, PostgreSQL, Deno KV or a Durable Object: docs/scale.md has them.
+ * docs/cluster-protocol.md specifies what is put there; its sentences are quoted here.
+ *
+ * @example
+ * ```ts ignore
+ * import { sseAdapter } from "jsr:@duplex/sse/server";
+ * import { cluster } from "jsr:@duplex/sse/cluster";
+ * import { parking } from "jsr:@duplex/sse/parking";
+ * import { redis } from "npm:crossws/sync";
+ * import { Redis } from "npm:ioredis";
+ *
+ * const client = new Redis();
+ * const store = {
+ *   put: (key, bytes, ttl) => client.set(key, Buffer.from(bytes), "PX", ttl),
+ *   take: (key) => client.getdelBuffer(key),
+ * };
+ *
+ * const ws = sseAdapter({
+ *   bidir: true,
+ *   sync: cluster(redis({ client, channel: "chat" }), { parking: parking(store) }),
+ *   hooks: { revive() {}, message: (peer, message) => peer.send(message.text()) },
+ * });
+ * ```
+ *
+ * @module
+ */
+
+import type { Packed, RoutingHost, SessionParking } from "./server.ts";
+
+// --- Limits ---
+
+/** In bytes: what a session takes, with what its client has not acknowledged. */
+const DEFAULT_MAX_SIZE = 1024 * 1024;
+/** And all that are on their way to the store. */
+const MAX_PENDING_BYTES = 64 * 1024 * 1024;
+/** In ms, like all times here: how long the store has for each step. */
+const DEFAULT_TIMEOUT = 2_000;
+/** How much longer than its client is waited for a session stays in the store. */
+const SLACK = 30_000;
+/** How long an instance knows which sessions have left it for the store. */
+const MEMORY = 90_000;
+const MAX_REMEMBERED = 100_000;
+
+const encoder: TextEncoder = new TextEncoder();
+const decoder: TextDecoder = new TextDecoder();
+
+// --- Types ---
+
+type Bytes = Uint8Array<ArrayBuffer>;
+
+/** A value, or the promise of one. */
+export type MaybePromise<T> = T | Promise<T>;
+
+/** Where sessions wait. All instances share it; keys are hexadecimal, values sealed. */
+export interface ParkingStore {
+  /** Keeps the bytes for so long, in ms. Resolves when they are there; rejects where that is not known. */
+  put(key: string, bytes: Uint8Array<ArrayBuffer>, ttl: number): MaybePromise<unknown>;
+  /**
+   * Removes the bytes and returns them, in one step: of all that ask for a key, one gets it, once.
+   * Nothing where there are none, or no more.
+   */
+  take(key: string): MaybePromise<Uint8Array | null | undefined>;
+}
+
+/** Options of {@link parking}. */
+export interface ParkingOptions {
+  /**
+   * Parks a session as soon as its client is away, and not only when the instance ends: for
+   * platforms that freeze an instance which has no request. Default: false.
+   */
+  whenAway?: boolean;
+  /** Told of each parking that the platform is to wait for before it freezes: its own `waitUntil`. */
+  waitUntil?(work: Promise<void>): void;
+  /** The largest session that is parked, in bytes. Default: 1 MiB. */
+  maxSize?: number;
+  /** How long the store has for each step of a parking, in ms. Default: 2000. */
+  timeout?: number;
+}
+
+/** What parking needs of its instance. */
+export interface Quay {
+  /** The instance's id. */
+  readonly instance: string;
+  /** The server: what of it concerns sessions out of service. */
+  readonly host: Pick<RoutingHost, "resumeTimeout" | "pack" | "restore" | "release" | "report">;
+  /** By the clock of the day, in ms. */
+  now(): number;
+  /** Has time go on. */
+  wake(): void;
+  /** How many publications of each instance have been delivered here. */
+  counts(): Readonly<Record<string, number>>;
+  /** Whether the session is asked for here. */
+  asks(session: string): boolean;
+  /** Takes a session into service that is asked for here. Resolves when that is done. */
+  take(
+    session: string,
+    state: Uint8Array<ArrayBuffer>,
+    counts: Readonly<Record<string, number>>,
+  ): Promise<void>;
+  /** Tells the instance that parked the session that it was taken here. */
+  confirm(to: string, id: string, session: string): void;
+  /** SHA-256. */
+  digest(text: string): Promise<Uint8Array<ArrayBuffer>>;
+  /** With a key that the token alone gives. */
+  seal(token: string, bytes: Uint8Array<ArrayBuffer>): Promise<Uint8Array<ArrayBuffer>>;
+  /** The reverse; rejects what is not by that key. */
+  unseal(token: string, bytes: Uint8Array<ArrayBuffer>): Promise<Uint8Array<ArrayBuffer>>;
+  /** As the bytes of a `state`. */
+  encodePacked(packed: Packed): Uint8Array<ArrayBuffer>;
+}
+
+/** What {@link parking} makes, for the option of the same name of `cluster`. */
+export type ParkingAdapter = (quay: Quay) => Parking;
+
+/** Who asks for a session. */
+export interface Asking {
+  /** Its name on the backplane. */
+  readonly session: string;
+  /** The one that `upgrade` has given the client here. */
+  readonly namespace: string;
+}
+
+/** What a value in the store begins with. */
+interface Label {
+  readonly kind: "session" | "pointer";
+  readonly id: string;
+  readonly from: string;
+  readonly namespace: string;
+  /** By the clock of the day: until when it may be taken. */
+  readonly until: number;
+  /** The names of the pointers, which tell it from an older state of the session. */
+  readonly keys: readonly string[];
+  /** The publications that the session has had. */
+  readonly counts: Readonly<Record<string, number>>;
+}
+
+/** A session from the store. */
+interface Landing extends Label {
+  readonly state: Bytes;
+}
+
+/**
+ * Where a parked session is: storing (nobody could take it but its instance) → pointing → parked →
+ * reclaiming; "left" when its instance is about to end, and will not take it back.
+ */
+type Phase = "storing" | "pointing" | "parked" | "reclaiming" | "left";
+
+interface Parked {
+  readonly id: string;
+  readonly token: string;
+  readonly since: number;
+  phase: Phase;
+  /** Of the phase, by ticks. */
+  age: number;
+  /** The instance is about to end. */
+  leaves: boolean;
+  /** Somebody waits for it. */
+  wanted: boolean;
+  /** When it is known what has become of the parking, and of the session. */
+  readonly stored: Deferred;
+  readonly end: Deferred;
+}
+
+// --- Public surface ---
+
+/**
+ * Makes the `parking` option of `cluster` out of a store. Sessions whose hooks have `revive` are
+ * parked there when their instance ends and no other has taken them.
+ *
+ * A store that fails is told to `onError`: then sessions are what they are without it.
+ *
+ * @throws {RangeError} if `maxSize` or `timeout` is below 1.
+ */
+export function parking(store: ParkingStore, options: ParkingOptions = {}): ParkingAdapter {
+  const { maxSize = DEFAULT_MAX_SIZE, timeout = DEFAULT_TIMEOUT } = options;
+  if (!(maxSize >= 1)) throw new RangeError("maxSize must be a number of at least 1");
+  if (!(timeout >= 1)) throw new RangeError("timeout must be a number of at least 1");
+  return (quay) => new Parking(store, quay, { ...options, maxSize, timeout });
+}
+
+// --- Parking: sessions between two instances ---
+
+/** The sessions of one instance that are parked, and its way to those that others have parked. */
+export class Parking implements SessionParking {
+  readonly #store: ParkingStore;
+  readonly #quay: Quay;
+  readonly #options: ParkingOptions & { maxSize: number; timeout: number };
+  /** By the half of the token that stays. */
+  readonly #parked: Map<string, Parked> = new Map();
+  /** Where those went that were taken elsewhere: "" where that is not known. */
+  readonly #gone: Map<string, { to: string; since: number }> = new Map();
+  /** Sessions that are being taken out of the store here, by name. */
+  readonly #landing: Map<string, Promise<boolean>> = new Map();
+  #pendingBytes = 0;
+  #failing = false;
+
+  /** @ignore `parking` makes it. */
+  constructor(
+    store: ParkingStore,
+    quay: Quay,
+    options: ParkingOptions & { maxSize: number; timeout: number },
+  ) {
+    this.#store = store;
+    this.#quay = quay;
+    this.#options = options;
+  }
+
+  /** Sessions of this instance that wait in the store, as far as it knows. */
+  get size(): number {
+    let size = 0;
+    for (const { phase } of this.#parked.values()) if (phase !== "left") size++;
+    return size;
+  }
+
+  /** Something is kept that a tick will look at. */
+  get remembers(): boolean {
+    return this.#parked.size + this.#gone.size > 0;
+  }
+
+  /** The store has failed when it was asked last: what it did not return may be there. */
+  get failing(): boolean {
+    return this.#failing;
+  }
+
+  /** What stands behind the instance in a token, another each time. */
+  mark(): string {
+    return hex(crypto.getRandomValues(new Uint8Array(4)));
+  }
+
+  /** Whether the session of this name is in this instance's hands, on its way out of the store. */
+  isLanding(session: string): boolean {
+    return this.#landing.has(session);
+  }
+
+  /** Whether the session is in this instance's hands, or it can take it back. */
+  holds(token: string, session: string): boolean {
+    return this.#landing.has(session) || this.moving(token) !== undefined;
+  }
+
+  /** The end of the session's stay, if it is parked: then it is here, or is known not to be. */
+  moving(token: string): Promise<void> | undefined {
+    const parked = this.#parked.get(secretOf(token));
+    return parked && parked.phase !== "left" ? parked.end.promise : undefined;
+  }
+
+  /** Where a session went that was parked here: "" where that is not known; undefined: it was not. */
+  whereabouts(token: string): string | undefined {
+    const secret = secretOf(token);
+    return this.#parked.get(secret)?.phase === "left" ? "" : this.#gone.get(secret)?.to;
+  }
+
+  // --- The instance that has the session ---
+
+  /** Its client is away: what is done about it in this task comes first. */
+  away(token: string): void {
+    if (!this.#options.whenAway) return;
+    const task = new Promise((resolve) => setTimeout(resolve));
+    const work = task.then(() => this.park(token, false));
+    this.#options.waitUntil?.(work);
+  }
+
+  /** Parks the session, if it can be packed. Resolves when that is done, or has failed. */
+  async park(token: string, leaves: boolean): Promise<void> {
+    const secret = secretOf(token);
+    const before = this.#parked.get(secret);
+    if (before) {
+      before.leaves ||= leaves;
+      if (before.phase === "parked") this.#settle(before);
+      return await before.stored.promise;
+    }
+    const packed = this.#quay.host.pack(token);
+    if (!packed) return;
+    const state = this.#quay.encodePacked(packed);
+    const size = state.length;
+    const parked: Parked = {
+      ...{ id: hex(crypto.getRandomValues(new Uint8Array(16))), token, leaves },
+      ...{ since: this.#now, phase: "storing", age: 0, wanted: false },
+      ...{ stored: deferred(), end: deferred() },
+    };
+    this.#parked.set(secret, parked);
+    this.#quay.wake();
+    if (size > this.#options.maxSize || this.#pendingBytes + size > MAX_PENDING_BYTES) {
+      this.#report(new RangeError(`A session of ${size} bytes is too large to be parked`));
+      return this.#back(parked);
+    }
+    this.#pendingBytes += size;
+    this.#put(parked, packed, state).finally(() => this.#pendingBytes -= size);
+    return await parked.stored.promise;
+  }
+
+  /**
+   * "First the session, under a name that nobody else knows; then the pointer to it." So what fails
+   * before the pointer has failed for good, and what fails afterwards is decided by who takes it.
+   */
+  async #put(parked: Parked, { namespace, tokens }: Packed, state: Bytes): Promise<void> {
+    const { id, token, since } = parked;
+    const { instance: from, host } = this.#quay;
+    const ttl = host.resumeTimeout + SLACK;
+    const counts = this.#quay.counts();
+    const seal = (kind: Label["kind"], keys: string[], rest?: Bytes) => {
+      const label = { kind, id, from, namespace, until: since + ttl, keys, counts };
+      return this.#quay.seal(token, encode(label, rest));
+    };
+    try {
+      const keys = await Promise.all(tokens.map((one) => this.#keyOf(one)));
+      await this.#store.put(id, await seal("session", keys, state), ttl);
+      if (!isStill(parked, "storing")) return; // too late: it is in service again
+      this.#enter(parked, "pointing");
+      const pointer = await seal("pointer", keys);
+      await Promise.all(keys.map((key) => this.#store.put(key, pointer, ttl)));
+      this.#failing = false;
+      if (!isStill(parked, "pointing")) return;
+      this.#enter(parked, "parked");
+      this.#settle(parked);
+    } catch (error) {
+      this.#fail(error);
+      this.#giveUp(parked);
+    }
+  }
+
+  #enter(parked: Parked, phase: Phase): void {
+    parked.phase = phase;
+    parked.age = 0;
+  }
+
+  /** It is parked: somebody may have asked for it meanwhile. */
+  #settle(parked: Parked): void {
+    parked.stored.resolve();
+    if (parked.leaves) {
+      this.#enter(parked, "left");
+      this.#quay.host.release(parked.token, "moved");
+      parked.end.resolve();
+    } else if (parked.wanted) this.#reclaim(parked);
+  }
+
+  /** Nobody can have taken what nothing points to; else the store says whether somebody has. */
+  #giveUp(parked: Parked): void {
+    if (parked.phase === "storing") this.#back(parked);
+    else if (parked.phase === "pointing") this.#reclaim(parked);
+  }
+
+  /** Somebody wants the session here. Resolves when it is here, or elsewhere; false: elsewhere. */
+  async want(token: string): Promise<boolean> {
+    const parked = this.#parked.get(secretOf(token));
+    if (parked && parked.phase !== "left") {
+      parked.wanted = true;
+      if (parked.phase === "storing") this.#back(parked);
+      else if (parked.phase === "parked") this.#reclaim(parked);
+      await parked.end.promise;
+    }
+    return this.whereabouts(token) === undefined;
+  }
+
+  /** It "takes it back as anybody takes it": who was frozen finds out so that its session has left. */
+  async #reclaim(parked: Parked): Promise<void> {
+    this.#enter(parked, "reclaiming");
+    let bytes: Uint8Array | null | undefined;
+    try {
+      bytes = await this.#store.take(parked.id);
+      this.#failing = false;
+    } catch (error) {
+      this.#fail(error);
+      if (!this.#has(parked)) return;
+      this.#enter(parked, "parked"); // asked again by the next tick
+      if (parked.leaves) this.#settle(parked);
+      return;
+    }
+    if (!this.#has(parked)) return;
+    if (bytes) this.#back(parked);
+    else this.#leave(parked, "");
+  }
+
+  /** Another instance says that it has taken the session. */
+  taken(token: string, id: string, by: string): void {
+    const parked = this.#parked.get(secretOf(token));
+    if (parked?.id === id && parked.phase !== "storing") this.#leave(parked, by);
+  }
+
+  #has(parked: Parked): boolean {
+    return this.#parked.get(secretOf(parked.token)) === parked && parked.phase !== "left";
+  }
+
+  #back(parked: Parked): void {
+    this.#forget(parked);
+    this.#quay.host.restore(parked.token);
+    parked.end.resolve();
+  }
+
+  #leave(parked: Parked, to: string): void {
+    const wasHere = parked.phase !== "left";
+    this.#forget(parked);
+    if (this.#gone.size >= MAX_REMEMBERED) this.#gone.delete(this.#gone.keys().next().value!);
+    this.#gone.set(secretOf(parked.token), { to, since: this.#now });
+    if (wasHere) this.#quay.host.release(parked.token, "moved");
+    parked.end.resolve();
+  }
+
+  #forget(parked: Parked): void {
+    this.#parked.delete(secretOf(parked.token));
+    parked.stored.resolve();
+  }
+
+  /** The session is here, from wherever it came. */
+  arrived(token: string): void {
+    this.#gone.delete(secretOf(token));
+  }
+
+  // --- The instance that its client comes to ---
+
+  /** Looks for a session in the store, and takes it. False: it is not there. */
+  async look(asking: Asking, token: string): Promise<boolean> {
+    const { session } = asking;
+    let landing = this.#landing.get(session);
+    if (!landing) {
+      landing = this.#fetch(asking, token).finally(() => this.#landing.delete(session));
+      this.#landing.set(session, landing);
+    }
+    return await landing;
+  }
+
+  async #fetch(asking: Asking, token: string): Promise<boolean> {
+    try {
+      const found = await this.#take(asking, token);
+      this.#failing = false;
+      if (!found) return false;
+      if (!await this.#land(asking.session, found)) await this.#putBack(token, found);
+      return true;
+    } catch (error) {
+      this.#fail(error);
+      return false;
+    }
+  }
+
+  /** "Who takes the session has it": the pointer alone decides nothing. */
+  async #take({ namespace }: Asking, token: string): Promise<Landing | undefined> {
+    const key = await this.#keyOf(token);
+    const pointer = await this.#store.take(key);
+    if (!pointer) return;
+    const [{ id, until, namespace: own }] = await this.#open(token, pointer, "pointer", key);
+    const left = until - this.#now;
+    if (left <= 0) return;
+    const returned = () => this.#store.put(key, copy(pointer), left);
+    if (own !== namespace) return void await returned();
+    let bytes: Uint8Array | null | undefined;
+    try {
+      bytes = await this.#store.take(id);
+    } catch (error) {
+      await returned();
+      throw error;
+    }
+    if (!bytes) return;
+    const [label, state] = await this.#open(token, bytes, "session", key);
+    if (label.id !== id) throw new Error("What is parked is not what its name says");
+    return { ...label, state };
+  }
+
+  /** The store answers for who has parked the session, as any owner does. */
+  async #land(session: string, { id, from, state, counts }: Landing): Promise<boolean> {
+    if (!this.#quay.asks(session)) return false;
+    await this.#quay.take(session, state, counts);
+    this.#quay.confirm(from, id, session);
+    return true;
+  }
+
+  /** Nobody waits for it here any more: it waits for the next who does, under another name. */
+  async #putBack(token: string, { state, ...label }: Landing): Promise<void> {
+    const left = label.until - this.#now;
+    const id = hex(crypto.getRandomValues(new Uint8Array(16)));
+    const seal = (kind: Label["kind"], rest?: Bytes) =>
+      this.#quay.seal(token, encode({ ...label, id, kind }, rest));
+    await this.#store.put(id, await seal("session", state), left);
+    await this.#store.put(await this.#keyOf(token), await seal("pointer"), left);
+  }
+
+  async #open(
+    token: string,
+    bytes: Uint8Array,
+    kind: Label["kind"],
+    key: string,
+  ): Promise<[Label, Bytes]> {
+    const opened = decode(await this.#quay.unseal(token, copy(bytes)));
+    // "Each says which pointers belong to it": nothing older can stand in for it.
+    if (opened[0].kind === kind && opened[0].keys.includes(key)) return opened;
+    throw new Error("What is parked is not what its name says");
+  }
+
+  /** "The pointer's name is made of the whole token", which each answer to a resumption renews. */
+  async #keyOf(token: string): Promise<string> {
+    return hex((await this.#quay.digest(`duplex-sse park ${token}`)).subarray(0, 16));
+  }
+
+  // --- Failures and time ---
+
+  #fail(error: unknown): void {
+    this.#failing = true;
+    this.#report(error);
+  }
+
+  #report(error: unknown): void {
+    this.#quay.host.report(error, { stage: "delivery" });
+  }
+
+  get #now(): number {
+    return this.#quay.now();
+  }
+
+  /** Ticks, not clocks: while this process was frozen, it was not the store that was slow. */
+  tick(period: number): void {
+    const now = this.#now;
+    const { resumeTimeout } = this.#quay.host;
+    for (const parked of [...this.#parked.values()]) {
+      parked.age += period;
+      const { phase, age, since } = parked;
+      if ((phase === "storing" || phase === "pointing") && age > this.#options.timeout) {
+        this.#fail(new Error("The store of parked sessions does not answer"));
+        this.#giveUp(parked);
+      } else if (phase === "left") {
+        if (age > MEMORY) this.#forget(parked);
+      } else if (phase === "parked" && age > MEMORY && now - since > resumeTimeout + MEMORY) {
+        this.#leave(parked, ""); // the store does not answer, and has it no more
+      } else if (phase === "parked" && (parked.wanted || now - since > resumeTimeout)) {
+        // "After the resume timeout an instance takes back what nobody has come for."
+        this.#reclaim(parked);
+      }
+    }
+    for (const [secret, { since }] of this.#gone) {
+      if (now - since <= MEMORY) break;
+      this.#gone.delete(secret);
+    }
+  }
+}
+
+/** Meanwhile it may have gone on. */
+function isStill({ phase }: Parked, then: Phase): boolean {
+  return phase === then;
+}
+
+// --- Values in the store ---
+
+/** The length of the label, the label, and what it stands on. */
+function encode(label: Label, rest: Bytes = new Uint8Array()): Bytes {
+  const head = encoder.encode(JSON.stringify(label));
+  const bytes = new Uint8Array(4 + head.length + rest.length);
+  new DataView(bytes.buffer).setUint32(0, head.length);
+  bytes.set(head, 4);
+  bytes.set(rest, 4 + head.length);
+  return bytes;
+}
+
+function decode(bytes: Bytes): [Label, Bytes] {
+  const end = 4 + new DataView(bytes.buffer, bytes.byteOffset).getUint32(0);
+  return [JSON.parse(decoder.decode(bytes.subarray(4, end))), bytes.slice(end)];
+}
+
+/** A driver's bytes may be a view of something larger, or shared. */
+function copy(bytes: Uint8Array): Bytes {
+  return new Uint8Array(bytes);
+}
+
+// --- Small things ---
+
+/** As of `Promise.withResolvers`, which Node 20 has not. */
+interface Deferred {
+  readonly promise: Promise<void>;
+  readonly resolve: () => void;
+}
+
+function deferred(): Deferred {
+  let resolve!: () => void;
+  const promise = new Promise<void>((settle) => resolve = settle);
+  return { promise, resolve };
+}
+
+function hex(bytes: Uint8Array): string {
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** The half of a token that stays the same wherever the session is. */
+function secretOf(token: string): string {
+  return token.slice(token.indexOf(".") + 1);
+}

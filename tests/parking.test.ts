@@ -1,0 +1,499 @@
+/**
+ * Sessions that wait in a store while no instance has them: parked by an instance that ends, or
+ * that may be frozen, and taken by the one that their client comes to. The store may fail at each
+ * step, and anybody may read and write there.
+ */
+import { cluster } from "../cluster.ts";
+import { parking, type ParkingOptions, type ParkingStore } from "../parking.ts";
+import type { Peer } from "../server.ts";
+import { MemoryBus, type RoundRobin, roundRobin } from "./bus.ts";
+import {
+  assert,
+  assertEquals,
+  assertGreater,
+  assertLess,
+  assertMatch,
+  assertThrows,
+  sleep,
+  test,
+  type TestContext,
+  until,
+} from "./harness.ts";
+import { listen, type Pair } from "./pair.ts";
+import { type WireClient, wireClient } from "./wire.ts";
+
+/** What is done in place of a step of the store. */
+type Fault = (step: "put" | "take", key: string, go: () => unknown) => unknown;
+
+/** A store in memory, with its history. */
+class MemoryStore implements ParkingStore {
+  readonly values: Map<string, Uint8Array> = new Map();
+  /** All that was ever put. */
+  readonly history: [key: string, bytes: Uint8Array, ttl: number][] = [];
+  fault: Fault = (_step, _key, go) => go();
+
+  async put(key: string, bytes: Uint8Array<ArrayBuffer>, ttl: number): Promise<void> {
+    this.history.push([key, bytes, ttl]);
+    await this.fault("put", key, () => void this.values.set(key, bytes));
+  }
+
+  async take(key: string): Promise<Uint8Array | undefined> {
+    return await this.fault("take", key, () => {
+      const bytes = this.values.get(key);
+      this.values.delete(key);
+      return bytes;
+    }) as Uint8Array | undefined;
+  }
+}
+
+interface Fleet {
+  readonly bus: MemoryBus;
+  readonly store: MemoryStore;
+  readonly instances: Pair<Record<string, unknown>>[];
+  readonly told: string[];
+  readonly errors: string[];
+  readonly proxy: RoundRobin;
+  /** Instances to which the backplane brings nothing. */
+  readonly deaf: Set<number>;
+  start(): Promise<void>;
+}
+
+/** Instances that count a session's messages in its context, and echo them. */
+async function start(
+  t: TestContext,
+  { count = 2, resumeTimeout = 30_000, patience = 5_000, ...options }:
+    & ParkingOptions
+    & { count?: number; resumeTimeout?: number; patience?: number } = {},
+): Promise<Fleet> {
+  t.defer(() => sleep(200)); // last of all, what is being sealed
+  const store = new MemoryStore();
+  const deaf = new Set<number>();
+  const ids: string[] = [];
+  const bus = new MemoryBus(t);
+  const told: string[] = [];
+  const errors: string[] = [];
+  const instances: Pair<Record<string, unknown>>[] = [];
+  const launch = async () => {
+    const at = instances.length;
+    const pair: Pair<Record<string, unknown>> = await listen(t, {
+      resumeTimeout,
+      heartbeatInterval: 1_000,
+      sync: cluster((context) => {
+        ids.push(context.id);
+        const driver = bus.adapter(context);
+        return {
+          ...driver,
+          subscribe: (deliver) =>
+            driver.subscribe((message) => deaf.has(at) ? undefined : deliver(message)),
+        };
+      }, { timeout: patience, parking: parking(store, options) }),
+      onError: (error) => void errors.push((error as Error).message),
+      hooks: {
+        open(peer) {
+          told.push(`open ${at}`);
+          peer.context.count = 0;
+          peer.subscribe("all");
+        },
+        message(peer, message) {
+          const count = peer.context.count as number + 1;
+          peer.context.count = count;
+          peer.send(`${message.text()} ${count} at ${at}`);
+        },
+        close: (_, { code }) => void told.push(`close ${at} ${code}`),
+        suspend: () => void told.push(`suspend ${at}`),
+        revive: () => void told.push(`revive ${at}`),
+      },
+    });
+    instances.push(pair);
+    await sleep(50, t.signal); // subscriptions tell nobody when they stand
+  };
+  for (let at = 0; at < count; at++) await launch();
+  const proxy = await roundRobin(t, instances.map(({ port }) => port));
+  proxy.choose = () => 0;
+  return {
+    ...{ bus, store, instances, told, errors, proxy, deaf },
+    async start() {
+      await launch();
+      proxy.ports.push(instances.at(-1)!.port);
+    },
+  };
+}
+
+function peersOf({ ws }: Pair<Record<string, unknown>>): Peer<Record<string, unknown>>[] {
+  return [...ws.peers.values()].flatMap((peers) => [...peers]);
+}
+
+/** The client is away, and its instance knows that. */
+async function leave(instance: Pair<Record<string, unknown>>, client: WireClient): Promise<void> {
+  await client.drop();
+  await until(() => {
+    for (const peer of peersOf(instance)) peer.ping(); // Deno looks then
+    return !instance.ws.stats().sessions.connected;
+  });
+}
+
+/** Waits until the instances know each other, and shuts one down. */
+async function close({ instances }: Fleet, at: number): Promise<void> {
+  const others = instances.filter((_, n) => n !== at);
+  await until(() => others.every(({ ws }) => ws.stats().cluster!.instances > 0));
+  await instances[at]!.ws.close(1012);
+  await until(() => others.every(({ ws }) => !ws.stats().cluster!.instances));
+}
+
+const counts = ({ ws }: Pair<Record<string, unknown>>) => {
+  const { sessions, movedIn, movedOut, cluster } = ws.stats();
+  return { ...sessions, movedIn, movedOut, parked: cluster!.parked };
+};
+
+test("a session whose client is away at a shutdown is taken up by another instance", async (t) => {
+  const fleet = await start(t);
+  const { instances, told, proxy, errors, store } = fleet;
+  const [a, b] = instances as [Pair<never>, Pair<never>];
+  const client = await wireClient(t, `${proxy.url}/room`);
+  assertEquals(await client.send("one"), 204);
+  assertEquals(await client.message(), "one 1 at 0");
+  await leave(a, client);
+  a.ws.publish("all", "meanwhile");
+  const begun = performance.now();
+  await close(fleet, 0);
+  assertLess(performance.now() - begun, 4_000, "nobody is waited for");
+  assertEquals(counts(a), {
+    ...{ connected: 0, away: 0, closing: 0, moving: 0, movedIn: 0, movedOut: 1, parked: 0 },
+  });
+  assertEquals(store.values.size, 2);
+  proxy.choose = () => 1;
+  assertEquals(await client.send("early"), 503, "until the client has come back");
+  client.seq = 2;
+  const back = t.use(await client.resume(1, 1));
+  assertEquals(await back.message(), "meanwhile");
+  assertEquals(await back.send("two"), 204);
+  assertEquals(await back.message(), "two 2 at 1");
+  assertEquals(told, ["open 0", "suspend 0", "revive 1"]);
+  assertEquals([counts(b).connected, counts(b).movedIn, store.values.size], [1, 1, 0]);
+  assertEquals(errors, []);
+});
+
+test("a client that does not go at a shutdown is parked, too, and comes back later", async (t) => {
+  const { instances, told, proxy, start: launch } = await start(t, { count: 1 });
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await client.send("one");
+  const begun = performance.now();
+  await instances[0]!.ws.close(1012); // nobody else is there
+  assertLess(performance.now() - begun, 3_000, "who is alone waits for nobody");
+  assertEquals(await client.message(), "one 1 at 0");
+  assertEquals(await client.next(), undefined, "the stream has ended, without a close");
+  await launch();
+  proxy.choose = () => 1;
+  const back = t.use(await client.resume(1, 1));
+  await back.send("two");
+  assertEquals(await back.message(), "two 2 at 1");
+  assertEquals(told, ["open 0", "suspend 0", "revive 1"]);
+});
+
+test("where instances may freeze, a session is parked as its client leaves, and who thaws does nothing to it", async (t) => {
+  const work: Promise<void>[] = [];
+  const waitUntil = (parking: Promise<void>) => void work.push(parking);
+  const fleet = await start(t, { count: 3, whenAway: true, waitUntil });
+  const { instances: [a, b], told, proxy, errors, deaf, store } = fleet;
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await client.send("one");
+  await client.message();
+  await leave(a!, client);
+  assertEquals(work.length, 1);
+  await Promise.all(work);
+  assertEquals([counts(a!).parked, counts(a!).moving, store.values.size], [1, 0, 2]);
+  deaf.add(0); // it is frozen
+  proxy.choose = () => 1;
+  const back = t.use(await client.resume(1, 1));
+  await back.send("two");
+  assertEquals(await back.message(), "two 2 at 1");
+  deaf.delete(0); // it thaws, and has not been told
+  assertEquals(counts(a!).parked, 1);
+  // What comes there finds the session where it is.
+  proxy.choose = () => 0;
+  assertEquals(await back.send("three"), 204);
+  assertEquals(await back.message(), "three 3 at 1");
+  const home = t.use(await client.resume(2, 3));
+  await home.send("four");
+  assertEquals(await home.message(), "four 4 at 0");
+  assertEquals(counts(a!).parked, 0);
+  assertEquals(told, ["open 0", "suspend 0", "revive 1", "suspend 1", "revive 0"]);
+  assertEquals([peersOf(b!).length, errors], [0, []]);
+});
+
+test("a client that comes back to the instance that has parked its session finds it there", async (t) => {
+  const { instances: [a], told, proxy, store } = await start(t, { whenAway: true });
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await leave(a!, client);
+  await until(() => counts(a!).parked === 1);
+  a!.ws.publish("all", "meanwhile");
+  const back = t.use(await client.resume(1, 0));
+  assertEquals(await back.message(), "meanwhile");
+  assert(back.token !== client.token && back.token.slice(-32) === client.token.slice(-32));
+  assertEquals(told, ["open 0", "suspend 0", "revive 0"]);
+  assertEquals([counts(a!).parked, store.values.size], [0, 1], "a pointer to nothing");
+});
+
+test("an instance that is asked for a session that it has parked takes it back, and gives it away", async (t) => {
+  const { instances: [a], told, proxy } = await start(t, { whenAway: true });
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await leave(a!, client);
+  await until(() => counts(a!).parked === 1);
+  a!.ws.publish("all", "meanwhile");
+  proxy.choose = () => 1;
+  const back = t.use(await client.resume(1, 0));
+  assertEquals(await back.message(), "meanwhile", "nothing is lost while it is there");
+  assertEquals(told.filter((call) => !/^(suspend|revive) 0/.test(call)), ["open 0", "revive 1"]);
+});
+
+test("a client that never comes back is told to the hooks of the instance that parked its session", async (t) => {
+  const { instances: [a], told } = await start(t, { whenAway: true, resumeTimeout: 400, count: 1 });
+  const client = await wireClient(t, a!.url);
+  await leave(a!, client);
+  await until(() => told.includes("close 0 1006"));
+  assertEquals(told, ["open 0", "suspend 0", "revive 0", "close 0 1006"]);
+});
+
+for (const step of ["the session", "the pointer"]) {
+  for (const how of ["fails", "is executed, and its answer lost", "never answers"]) {
+    test(`a session goes on where it is when ${step} is put and that ${how}`, async (t) => {
+      const fleet = await start(t, { whenAway: true, timeout: 200 });
+      const { instances: [a], told, proxy, errors, store } = fleet;
+      let puts = 0;
+      store.fault = (kind, _key, go) => {
+        if (kind === "take" || ++puts !== (step === "the session" ? 1 : 2)) return go();
+        if (how === "never answers") return new Promise(() => {});
+        if (how !== "fails") go();
+        throw new Error("the store failed");
+      };
+      const client = await wireClient(t, `${proxy.url}/room`);
+      await leave(a!, client);
+      await until(() => told.includes("revive 0"));
+      proxy.choose = () => 1;
+      const back = t.use(await client.resume(1, 0));
+      await back.send("one");
+      assertEquals(await back.message(), "one 1 at 1");
+      assertEquals(told, ["open 0", "suspend 0", "revive 0", "suspend 0", "revive 1"]);
+      assertGreater(errors.length, 0);
+      assertEquals(counts(a!).parked, 0);
+    });
+  }
+}
+
+test("a store that is away costs nobody a session that would do without it", async (t) => {
+  const { instances: [a], told, proxy, store, errors } = await start(t, {
+    ...{ whenAway: true, timeout: 200 },
+  });
+  store.fault = () => {
+    throw new Error("the store is away");
+  };
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await leave(a!, client);
+  proxy.choose = () => 1;
+  const back = t.use(await client.resume(1, 0));
+  await back.send("one");
+  assertEquals(await back.message(), "one 1 at 1");
+  await a!.ws.close(1012);
+  const calls = ["open 0", "suspend 0", "revive 0", "suspend 0", "revive 1"];
+  assertEquals(told, calls);
+  assertEquals([...new Set(errors)], ["the store is away"]);
+});
+
+test("while the store does not say whether it has a session, its client is not told that it is over", async (t) => {
+  const fleet = await start(t);
+  const { instances: [a], proxy, store, errors } = fleet;
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await leave(a!, client);
+  await close(fleet, 0);
+  const { fault } = store;
+  store.fault = () => {
+    throw new Error("the store is away");
+  };
+  proxy.choose = () => 1;
+  const status = () => client.resume(1, 0).then(() => 200, ({ status }) => status as number);
+  assertEquals(await status(), 503);
+  store.fault = fault;
+  t.use(await client.resume(2, 0));
+  assertGreater(errors.length, 0);
+  store.values.clear();
+});
+
+test("who reads the store learns names, sizes and times, and who writes there forges nothing", async (t) => {
+  const fleet = await start(t);
+  const { instances: [a], proxy, store, errors, told } = fleet;
+  const client = await wireClient(t, `${proxy.url}/room`);
+  const [peer] = peersOf(a!);
+  peer!.context.password = "hunter2";
+  await leave(a!, client);
+  peer!.send("a secret");
+  await close(fleet, 0);
+  for (const [key, bytes, ttl] of store.history) {
+    assertMatch(key, /^[0-9a-f]{32}$/);
+    assertEquals(ttl, 60_000);
+    const text = new TextDecoder("latin1").decode(bytes);
+    for (const word of ["hunter2", "secret", "password", "room", client.token.slice(17)]) {
+      assert(!text.includes(word) && !key.includes(word), word);
+    }
+  }
+  const honest = new Map(store.values);
+  const [[own], [pointer]] = [...honest] as [[string, unknown], [string, unknown]];
+  const forgeries: (() => void)[] = [
+    () =>
+      store.values.set(own, store.values.get(own)!.map((byte, i) => i === 40 ? byte ^ 1 : byte)),
+    () => store.values.set(own, honest.get(pointer)!),
+    () => store.values.set(pointer, honest.get(own)!),
+    () => store.values.set(pointer, new Uint8Array(100)),
+    () => store.values.set(pointer, new Uint8Array()),
+  ];
+  proxy.choose = () => 1;
+  for (const [attempt, forge] of forgeries.entries()) {
+    for (const [key, bytes] of honest) store.values.set(key, bytes);
+    forge();
+    const refused = await client.resume(attempt + 1, 0).then(() => 200, ({ status }) => status);
+    assert([404, 503].includes(refused as number), `${refused}`);
+    assertGreater(errors.splice(0).length, forge === forgeries[2] ? -1 : 0);
+  }
+  for (const [key, bytes] of honest) store.values.set(key, bytes);
+  const back = t.use(await client.resume(9, 0));
+  assertEquals(await back.message(), "a secret");
+  assertEquals(told, ["open 0", "suspend 0", "revive 1"]);
+});
+
+test("an old state is taken by nobody, though it is put back where it was", async (t) => {
+  const fleet = await start(t, { count: 3, whenAway: true, patience: 800 });
+  const { instances: [a, b], proxy, store, told, deaf } = fleet;
+  const first = await wireClient(t, `${proxy.url}/room`);
+  await leave(a!, first);
+  await until(() => store.values.size === 2);
+  const old = new Map(store.values);
+  proxy.choose = () => 1;
+  deaf.add(0);
+  const second = t.use(await first.resume(1, 0));
+  await second.send("one");
+  assertEquals(await second.message(), "one 1 at 1");
+  for (const [key, bytes] of old) store.values.set(key, bytes);
+  deaf.add(1); // the instance that has it says nothing
+  proxy.choose = () => 2;
+  const refused = await second.resume(2, 1).then(() => 200, ({ status }) => status);
+  assertEquals(refused, 503);
+  assertEquals(told, ["open 0", "suspend 0", "revive 1"]);
+  assertEquals(peersOf(b!).length, 1);
+  // And so at the instance that it is parked at again.
+  deaf.clear();
+  await leave(b!, second);
+  await until(() => counts(b!).parked === 1);
+  deaf.add(1);
+  const third = t.use(await second.resume(3, 1));
+  await third.send("two");
+  assertEquals(await third.message(), "two 2 at 2");
+}, { timeout: 20_000 });
+
+test("an old state is taken by nobody, though it is put in the place of the newer", async (t) => {
+  const fleet = await start(t, { whenAway: true, patience: 800 });
+  const { instances: [a], proxy, store, told, deaf, errors } = fleet;
+  const first = await wireClient(t, `${proxy.url}/room`);
+  await leave(a!, first);
+  await until(() => store.values.size === 2);
+  const [[, state], [, pointer]] = [...store.values] as [
+    [string, Uint8Array],
+    [string, Uint8Array],
+  ];
+  const [[id]] = [...store.values] as [[string, unknown]];
+  const second = t.use(await first.resume(1, 0)); // where it was
+  await second.send("one");
+  assertEquals(await second.message(), "one 1 at 0");
+  store.values.clear();
+  await leave(a!, second);
+  await until(() => store.values.size === 3);
+  const [, ...pointers] = store.values.keys();
+  for (const key of pointers) store.values.set(key, pointer);
+  store.values.set(id, state);
+  deaf.add(0);
+  proxy.choose = () => 1;
+  const refused = await second.resume(2, 1).then(() => 200, ({ status }) => status);
+  assertEquals(refused, 503);
+  assertEquals(
+    new Set(errors.map((error) => error.slice(0, 14))),
+    new Set(["What is parked", "No answer from"]),
+  );
+  assertEquals(told, ["open 0", "suspend 0", "revive 0", "suspend 0"]);
+  proxy.choose = () => 0; // which is no worse off
+  const third = t.use(await second.resume(3, 1));
+  await third.send("two");
+  assertEquals(await third.message(), "two 2 at 0");
+});
+
+test("of many that ask for a parked session at once one gets it", async (t) => {
+  const fleet = await start(t, { count: 4 });
+  const { instances, proxy, told, errors } = fleet;
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await leave(instances[0]!, client);
+  await close(fleet, 0);
+  let turn = 0;
+  proxy.choose = () => 1 + turn++ % 3;
+  const attempts = Array.from(
+    { length: 9 },
+    (_, n) =>
+      client.resume(n + 1, 0).then((back) => (t.use(back), 200), ({ status }) => status as number),
+  );
+  const statuses = await Promise.all(attempts);
+  assert(statuses.every((status) => [200, 409, 503].includes(status)), `${statuses}`);
+  const back = t.use(await client.resume(20, 0));
+  await back.send("one");
+  assertMatch(await back.message(), /^one 1 at/);
+  assertEquals(instances.slice(1).flatMap(peersOf).length, 1);
+  assertEquals(told.filter((call) => /open|close/.test(call)), ["open 0"]);
+  assertEquals(errors, []);
+});
+
+test("who resumes in another namespace gets nothing out of the store, and leaves it there", async (t) => {
+  const fleet = await start(t);
+  const { instances: [a], proxy, told } = fleet;
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await leave(a!, client);
+  await close(fleet, 0);
+  proxy.choose = () => 1;
+  const headers = {
+    ...{ accept: "text/event-stream", "x-duplex-version": "1", "x-crossws-id": client.token },
+    ...{ "x-duplex-attempt": "1", "last-event-id": "0" },
+  };
+  const refused = await fetch(`${proxy.url}/other`, { headers });
+  await refused.text();
+  assertEquals(refused.status, 404);
+  t.use(await client.resume(2, 0));
+  assertEquals(told, ["open 0", "suspend 0", "revive 1"]);
+});
+
+test("a session that is too large stays, and that is told", async (t) => {
+  const { instances: [a], proxy, errors, told, store } = await start(t, {
+    ...{ whenAway: true, maxSize: 2_000 },
+  });
+  const client = await wireClient(t, `${proxy.url}/room`);
+  peersOf(a!)[0]!.context.much = "x".repeat(3_000);
+  await leave(a!, client);
+  await until(() => errors.length === 1);
+  assertMatch(errors[0]!, /too large to be parked/);
+  assertEquals([store.values.size, told], [0, ["open 0", "suspend 0", "revive 0"]]);
+  t.use(await client.resume(1, 0));
+});
+
+test("parking's options are checked", () => {
+  const store = new MemoryStore();
+  for (const bad of [{ maxSize: 0 }, { timeout: NaN }]) {
+    assertThrows(() => parking(store, bad), RangeError);
+  }
+});
+
+test("an instance that is alone closes its sessions at once where there is no store", async (t) => {
+  const bus = new MemoryBus(t);
+  t.defer(() => sleep(200));
+  const { ws, url } = await listen(t, { sync: cluster(bus.adapter), hooks: { revive() {} } });
+  await sleep(50, t.signal);
+  const client = await wireClient(t, url);
+  const begun = performance.now();
+  const closing = ws.close(1012, "", { signal: AbortSignal.timeout(8_000) });
+  assertEquals(await client.closed(), 1012);
+  assertLess(performance.now() - begun, 3_000);
+  await client.close(1012);
+  await closing;
+});
