@@ -939,7 +939,7 @@ class Requests {
     }
     const found = this.#registry.find(token);
     if (!found) return await router.route(request, token, namespace);
-    if (resumes) this.#registry.rename(found, token);
+    if (resumes) this.#rename(found, token);
     return await this.#route(request, runtime, namespace);
   }
 
@@ -1043,7 +1043,7 @@ class Requests {
     }
     session.heard();
     this.#registry.confirmed(session);
-    if (asked.admitted === undefined) this.#registry.rename(session, wire.token!);
+    if (asked.admitted === undefined) this.#rename(session, wire.token!);
     if (!wire.isPoll) this.#registry.tally.resumptions++;
     const stream = session.attach(wire.attempt, wire.lastEventId, wire.isPoll ? "news" : "lost");
     if (request.method === "POST" && request.body) session.readDuplex(request);
@@ -1146,6 +1146,12 @@ class Requests {
     return found?.namespace === (found instanceof Tombstone ? digest(namespace) : namespace)
       ? found
       : undefined;
+  }
+
+  /** Its client has come with this token, and is told the next one. */
+  #rename(session: Found, token: string): void {
+    const next = this.#topics.backplane?.router?.tokenHere(token);
+    if (next && session instanceof FullSession) session.tokens = [token, next];
   }
 
   #headersOf(session: Session): Headers {
@@ -1494,12 +1500,6 @@ class Registry implements Host {
 
   newToken(): string {
     return `${this.#instance ??= randomHex(8)}.${randomHex(16)}`;
-  }
-
-  /** Its client has come with this token, and is told the next one. */
-  rename(session: Found, token: string): void {
-    const next = this.#topics.backplane?.router?.tokenHere(token);
-    if (next && session instanceof FullSession) session.tokens = [token, next];
   }
 
   get size(): number {
