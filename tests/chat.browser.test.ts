@@ -13,6 +13,7 @@ import {
   assertMatch,
   binary,
   command,
+  deferred,
   freePort,
   needs,
   root,
@@ -195,6 +196,80 @@ test(
   },
   { timeout, skip },
 );
+
+testOnce(
+  "a page is loaded again in the middle of a conversation: nobody notices, and nothing is missing",
+  async (t) => {
+    const { url } = await run(t, "deno");
+    const ada = await enter(t, url, "Ada");
+    const grace = await enter(t, url, "Grace");
+    await say(ada, "One moment");
+    for (const page of [ada, grace]) {
+      await until(async () => `${await fates(page, "One moment")}` === "here,here");
+    }
+    await ada.fill("#text", "half a sen");
+    const away = deferred<() => void>();
+    await ada.route("**/about", async (route) => {
+      await new Promise<void>((resolve) => away.resolve(resolve));
+      await route.continue();
+    });
+    await ada.reload();
+    const load = await away.promise;
+    await say(grace, "Are you still there?");
+    await until(async () => `${await fates(grace, "Are you still there?")}` === "here,here");
+    load();
+    await sees(ada, said, ["One moment", "Are you still there?"]);
+    await until(async () => `${await fates(ada, "One moment")}` === "here,here");
+    assertEquals(await ada.inputValue("#text"), "half a sen");
+    assertMatch(
+      (await texts(ada, ".note"))[0]!,
+      /^This page was loaded again. Its session goes on/,
+    );
+    assertEquals(await ada.locator("[data-me]").count(), 1);
+    await say(ada, "I am");
+    for (const page of [ada, grace]) {
+      await sees(page, said, ["One moment", "Are you still there?", "I am"]);
+      await sees(page, "#people", ["2 here: Ada, Grace"]); // who comes anew stands last
+    }
+    await until(async () => (await fates(ada, "Are you still there?"))[0] === "lost", {
+      timeout: 20_000,
+    });
+    assertMatch((await fates(ada, "Are you still there?"))[1]!, /^(here|late)$/);
+    await picture(ada, "demo-reloaded");
+    for (const page of [ada, grace]) {
+      assertMatch((await texts(page, "#ours-sum"))[0]!, /^3 arrived0 lost/);
+      await sees(page, "#transport", ["post, resumed 0×"]);
+    }
+  },
+  { timeout, skip: skip ?? needs("deno") },
+);
+
+testOnce("twelve tabs of the demo talk over HTTP/1.1, and each hears all", async (t) => {
+  t.expect("keeps us waiting"); // while others have their turn
+  const { url } = await run(t, "deno");
+  const context = await browser.windows(t);
+  const pages = await Promise.all(Array.from({ length: 12 }, () => context.newPage()));
+  await Promise.all(pages.map((page) => page.goto(url)));
+  for (const page of pages) await sees(page, "#ours-state", ["open"]);
+  const texts = pages.map((_, n) => `from tab ${n + 1}`);
+  await Promise.all(pages.map((page, n) => say(page, texts[n]!)));
+  for (const page of pages) {
+    await page.waitForFunction(
+      () => {
+        const cells = document.querySelectorAll("#log td:last-child");
+        return cells.length === 12 &&
+          [...cells].every((cell) => /here|late/.test((cell as HTMLElement).dataset.fate!));
+      },
+      undefined,
+      { timeout: 30_000 },
+    );
+    assertEquals((await page.locator(said).allTextContents()).sort(), texts.toSorted());
+    assertMatch((await page.locator("#people").textContent())!, /^12 here: /);
+    assertMatch((await page.locator("#ours-sum").textContent())!, /^12 arrived0 lost/);
+    assertEquals(await page.locator("#transport").textContent(), "post, resumed 0×");
+    assertEquals(await page.locator(".note").count(), 0);
+  }
+}, { timeout, skip: skip ?? needs("deno") });
 
 test("the demo is used by keyboard, and read by a screen reader", async (t) => {
   const { url } = await run(t, "bun");
