@@ -30,9 +30,6 @@ const EXCEPT = [
   ": bufferedAmount never falls within a task$",
 ];
 
-/** It serves all its hosts by one name of its own. */
-const EXCEPT_IN_NEXT = "^credentials of the URL become Authorization";
-
 /** Ours on both versions of HTTP, and what others have made; at once what a line has. */
 const everywhere = [
   ["node:http", "srvx"],
@@ -80,13 +77,11 @@ async function bundle(t: TestContext, ...phases: string[][]): Promise<string> {
 
 /** Runs the suites of one host; what has failed. */
 async function failures(t: TestContext, node: Node, host: string, suite: string) {
-  const isNext = host === "next";
-  const except = isNext ? [...EXCEPT, EXCEPT_IN_NEXT] : EXCEPT;
   const child = await t.spawn(node, suite, {
     env: {
       DUPLEX_HOST: host,
-      DUPLEX_EXCEPT: except.join("|"),
-      ...isNext && { DUPLEX_NEXT: await buildNext(t) },
+      DUPLEX_EXCEPT: EXCEPT.join("|"),
+      ...host === "next" && { DUPLEX_NEXT: await buildNext(t) },
     },
   });
   const failures: string[] = [];
