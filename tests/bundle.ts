@@ -5,10 +5,12 @@
  * @module
  */
 import { spawn } from "node:child_process";
-import { mkdir, mkdtemp, rm, writeFile } from "node:fs/promises";
-import { join } from "node:path";
+import { mkdir, mkdtemp, writeFile } from "node:fs/promises";
+import { dirname, join } from "node:path";
 import process from "node:process";
 import { root } from "./harness.ts";
+import { recipes } from "./project.ts";
+import { withoutTypes } from "./spawn.ts";
 
 /** Runs esbuild in a folder; what it wrote to its output. */
 export function esbuild(args: string[], { input = "", cwd = root } = {}): Promise<string> {
@@ -19,28 +21,29 @@ export function esbuild(args: string[], { input = "", cwd = root } = {}): Promis
 export const NEXT_HANDLER = "duplexHandlerInNext";
 
 /**
- * An application of Next.js, with its own compiler: whatever is asked for goes to one route handler.
- * It lies in the project, since the compiler looks for its modules nowhere else.
+ * An application of Next.js, with its own compiler: one route handler for whatever is asked, and at
+ * /recipe the route of docs/frameworks.md. It lies in the project, since the compiler looks for its
+ * modules nowhere else; and there it takes no types. Whoever is the last removes it.
  */
-export async function buildNext(t: { defer(undo: () => unknown): void }): Promise<string> {
+export async function buildNext(): Promise<string> {
   const folder = await mkdtemp(join(root, "node_modules", ".duplex-next-"));
-  t.defer(() => rm(folder, { recursive: true }));
-  const route = join(folder, "app", "[[...path]]");
-  await mkdir(route, { recursive: true });
   const methods = ["DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"];
-  await writeFile(
-    join(route, "route.js"),
-    [
-      'export const dynamic = "force-dynamic";',
-      `const serve = (request) => globalThis.${NEXT_HANDLER}.getStore()(request);`,
-      `export { ${methods.map((method) => `serve as ${method}`).join(", ")} };`,
-    ].join("\n"),
-  );
-  await writeFile(join(folder, "package.json"), '{ "private": true, "type": "module" }');
-  await writeFile(
-    join(folder, "next.config.js"),
-    `export default { turbopack: { root: ${JSON.stringify(root)} } };`,
-  );
+  const files = {
+    "app/[[...path]]/route.js": `export const dynamic = "force-dynamic";
+      const serve = (request) => globalThis.${NEXT_HANDLER}.getStore()(request);
+      export { ${methods.map((method) => `serve as ${method}`).join(", ")} };`,
+    "app/recipe/route.js": `import { sseAdapter } from "../../../../server.ts";
+      import { room } from "../../../../tests/room.ts";
+      export const dynamic = "force-dynamic";
+      const ws = globalThis.ws ??= sseAdapter(room);
+      ${withoutTypes((await recipes("Next.js"))[0]!)}`,
+    "package.json": '{ "private": true, "type": "module" }',
+    "next.config.js": `export default { turbopack: { root: ${JSON.stringify(root)} } };`,
+  };
+  for (const [name, text] of Object.entries(files)) {
+    await mkdir(dirname(join(folder, name)), { recursive: true });
+    await writeFile(join(folder, name), text);
+  }
   await compile("next", ["build"], { cwd: folder, env: { NEXT_TELEMETRY_DISABLED: "1" } });
   return folder;
 }

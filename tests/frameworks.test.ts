@@ -3,13 +3,14 @@
  * under libraries that take a WebSocket class. None of them is told anything.
  */
 import { execFile } from "node:child_process";
-import { mkdir, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
+import { mkdir, mkdtemp, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { dirname, join } from "node:path";
+import { dirname, join, relative } from "node:path";
 import { promisify } from "node:util";
 import { Centrifuge } from "centrifuge";
 import { defineHooks } from "crossws";
 import { defineWebSocketHandler, H3 } from "h3";
+import { Application as Oak } from "@oakserver/oak";
 import { Hono } from "hono";
 import { WebSocket as PartySocket } from "partysocket";
 import { WebSocketSSE } from "../client.ts";
@@ -24,6 +25,7 @@ import {
   freePort,
   needs,
   root,
+  runtime,
   test,
   type TestContext,
   testOnce,
@@ -31,6 +33,7 @@ import {
   within,
 } from "./harness.ts";
 import { listen, Queue, shutDown } from "./pair.ts";
+import { mounts, recipes } from "./project.ts";
 import { room } from "./room.ts";
 import { withoutTypes } from "./spawn.ts";
 import { frame, wireClient } from "./wire.ts";
@@ -79,6 +82,31 @@ test("in Hono, beside other routes", async (t) => {
   assertEquals(new Set(addresses), new Set(["127.0.0.1"]));
 }, { timeout: 40_000 });
 
+/** So that one runtime of the tests does not start them all; and Oak's package is not made for Deno. */
+const testOnBun: typeof test = (...args) => {
+  if (runtime === "bun") test(...args);
+};
+
+testOnBun("in Oak, between middleware", async (t) => {
+  const ws = sseAdapter(room);
+  t.defer(() => shutDown(ws));
+  const app = new Oak();
+  const [code] = await mounts("Oak");
+  new Function("app", "ws", code!.replaceAll("!", ""))(app, ws);
+  app.use((c) => {
+    const { pathname } = c.request.url;
+    if (pathname === "/") c.response.body = "the page";
+    if (pathname === "/room") c.response.body = "about the room";
+  });
+  // Of npm, it answers with the classes of undici, whatever the runtime has.
+  const server = await t.serve(async (request) => {
+    const { body, status, headers } = (await app.handle(request as never))!;
+    return new Response(body as BodyInit | null, { status, headers: [...headers] });
+  });
+  await checkOthers(server.url);
+  await converse(t, server);
+}, { timeout: 40_000 });
+
 test("in h3, by the hooks of defineWebSocketHandler", async (t) => {
   const app = new H3();
   app.get("/", () => "the page");
@@ -123,6 +151,7 @@ for (
     "fastify",
     "koa",
     "hono",
+    "nestjs",
     "react-router",
   ]
 ) {
@@ -142,37 +171,73 @@ for (
   }, { timeout: 40_000 });
 }
 
-testOnce("in Nitro, built for Node", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "duplex-nitro-"));
+/** The framework's own compiler, in a folder that has these files and what this checkout has installed. */
+async function build(
+  t: TestContext,
+  files: Record<string, string>,
+  command: string[],
+): Promise<string> {
+  const folder = await mkdtemp(join(tmpdir(), "duplex-framework-"));
   t.defer(() => rm(folder, { recursive: true }));
-  const recipe = (await recipes("Nitro"))[0]!;
-  const files = {
+  const all = {
     "package.json": JSON.stringify({ private: true, type: "module" }),
-    "nitro.config.ts": 'export default { serverDir: "./" };',
-    "ws.ts": `import { sseAdapter } from "${root}/server.ts";
-      import { room } from "${root}/tests/room.ts";
-      const kept = globalThis as { ws?: ReturnType<typeof sseAdapter> };
-      export const ws = kept.ws ??= sseAdapter(room);`,
-    "routes/index.ts": 'export default () => "the page";',
-    "routes/room.ts": `import { defineHandler } from "nitro/h3";
-      import { ws } from "../ws.ts";
-      const socket = ${recipe.replace("export default ", "")};
-      export default defineHandler((event) =>
-        ws.handles(event.req) ? socket(event) : "about the room");`,
+    "ws.js": `import { sseAdapter } from "${relative(folder, root)}/server.ts";
+      import { room } from "${relative(folder, root)}/tests/room.ts";
+      export const ws = globalThis.ws ??= sseAdapter(room);`,
+    ...files,
   };
-  for (const [name, text] of Object.entries(files)) {
+  for (const [name, text] of Object.entries(all)) {
     await mkdir(dirname(join(folder, name)), { recursive: true });
     await writeFile(join(folder, name), text);
   }
   await symlink(join(root, "node_modules"), join(folder, "node_modules"));
-  const nitro = join(root, "node_modules", "nitro", "dist", "cli", "index.mjs");
-  await promisify(execFile)(binary("node-24")!, [nitro, "build"], { cwd: folder });
+  const [program, ...args] = command;
+  const script = [join(root, "node_modules", program!), ...args];
+  await promisify(execFile)(binary("node-24")!, script, { cwd: folder });
+  return folder;
+}
+
+/** What was built, until it answers. */
+async function launch(t: TestContext, script: string) {
   const port = await freePort();
-  const child = await t.spawn("node-24", join(folder, ".output", "server", "index.mjs"), {
-    env: { PORT: `${port}`, HOST: "127.0.0.1" },
+  await t.spawn("node-24", script, {
+    env: { PORT: `${port}`, HOST: "127.0.0.1", BODY_SIZE_LIMIT: "Infinity" },
   });
-  assertStringIncludes(await child.line(), `${port}`);
-  await checkOthers(`http://127.0.0.1:${port}`);
+  const url = `http://127.0.0.1:${port}`;
+  await until(() => fetch(url).then((answer) => answer.text(), () => ""), { timeout: 20_000 });
+  return { port, url };
+}
+
+testOnce("in Nitro, built for Node", async (t) => {
+  const recipe = (await recipes("Nitro"))[0]!;
+  const folder = await build(t, {
+    "nitro.config.ts": 'export default { serverDir: "./" };',
+    "routes/index.ts": 'export default () => "the page";',
+    "routes/room.ts": `import { defineHandler } from "nitro/h3";
+      import { ws } from "../ws.js";
+      const socket = ${recipe.replace("export default ", "")};
+      export default defineHandler((event) =>
+        ws.handles(event.req) ? socket(event) : "about the room");`,
+  }, ["nitro/dist/cli/index.mjs", "build"]);
+  const { port, url } = await launch(t, join(folder, ".output", "server", "index.mjs"));
+  await checkOthers(url);
+  await converse(t, { port });
+}, { timeout: 90_000, skip: needs("node-24") });
+
+testOnBun("in SvelteKit, built for Node", async (t) => {
+  const page = 'export const GET = () => new Response("the page");';
+  const folder = await build(t, {
+    "svelte.config.js": `import adapter from "@sveltejs/adapter-node";
+      export default { kit: { adapter: adapter() } };`,
+    "vite.config.js": `import { sveltekit } from "@sveltejs/kit/vite";
+      export default { plugins: [sveltekit()] };`,
+    "src/app.html": "%sveltekit.head%%sveltekit.body%",
+    "src/routes/+server.ts": page,
+    "src/routes/room/+server.ts": `import { ws } from "../../../ws.js";
+      ${(await recipes("SvelteKit"))[0]}`,
+  }, ["vite/bin/vite.js", "build"]);
+  const { port, url } = await launch(t, join(folder, "build", "index.js"));
+  assertEquals(await (await fetch(url)).text(), "the page");
   await converse(t, { port });
 }, { timeout: 90_000, skip: needs("node-24") });
 
@@ -211,13 +276,6 @@ for (const [framework, argument] of Object.entries(contracts)) {
     });
     await converse(t, server);
   }, { timeout: 40_000 });
-}
-
-/** The modules in the row of docs/frameworks.md that is a framework's. */
-async function recipes(framework: string): Promise<string[]> {
-  const text = await readFile(join(root, "docs/frameworks.md"), "utf8");
-  const row = text.split("\n").find((line) => line.startsWith(`| ${framework} `));
-  return Array.from(row!.split("|")[2]!.matchAll(/`(export [^`]+)`/g), (match) => match[1]!);
 }
 
 test("on Node, behind a body parser: 400, and one word to onError of what stands before us", async (t) => {

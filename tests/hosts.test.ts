@@ -9,12 +9,15 @@ import { buildNext, esbuild } from "./bundle.ts";
 import {
   assertEquals,
   assertGreater,
+  freePort,
   nodes,
   root,
   runtime,
   test,
   type TestContext,
+  testOnce,
 } from "./harness.ts";
+import { converse } from "./conversation.ts";
 import { hosts } from "./hosts.ts";
 
 const STANDARD = ["standard", "standard.close", "standard.options", "standard.send"];
@@ -39,6 +42,9 @@ const everywhere = [
 const within = ["express", "koa", "fastify"];
 
 type Node = typeof nodes[number];
+
+/** One application for all tests here. */
+let next: Promise<string> | undefined;
 
 interface Report {
   passed?: number;
@@ -81,7 +87,7 @@ async function failures(t: TestContext, node: Node, host: string, suite: string)
     env: {
       DUPLEX_HOST: host,
       DUPLEX_EXCEPT: EXCEPT.join("|"),
-      ...host === "next" && { DUPLEX_NEXT: await buildNext(t) },
+      ...host === "next" && { DUPLEX_NEXT: await (next ??= buildNext()) },
     },
   });
   const failures: string[] = [];
@@ -112,6 +118,21 @@ for (const node of nodes.filter((_, i) => i % 2 === (runtime === "deno" ? 0 : 1)
   suites(node, ["node:http2"], STANDARD);
 }
 if (runtime === "bun") suites("node-24", within, STANDARD);
+
+testOnce("in Next.js itself, by the route of docs/frameworks.md", async (t) => {
+  const port = await freePort();
+  const script = join(root, "node_modules", "next", "dist", "bin", "next");
+  const where = ["--port", `${port}`, "--hostname", "127.0.0.1"];
+  const args = ["start", await (next ??= buildNext()), ...where];
+  const child = await t.spawn("node-24", script, { args, env: { NEXT_TELEMETRY_DISABLED: "1" } });
+  while (!/Ready/.test(await child.line({ timeout: 20_000 })));
+  await converse(t, { port, path: "/recipe" });
+  assertEquals(child.stderr(), "");
+}, { timeout: 90_000 });
+
+test("the application of Next.js is removed", async () => {
+  if (next) await rm(await next, { recursive: true });
+});
 
 test("every host is tested", () => {
   assertEquals(

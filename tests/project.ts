@@ -29,3 +29,16 @@ export async function project(t: TestContext, files: Record<string, string>): Pr
   await symlink(join(root, "node_modules"), join(folder, "node_modules"));
   return folder;
 }
+
+/** The modules in the row of docs/frameworks.md that is a framework's. */
+export function recipes(framework: string): Promise<string[]> {
+  return mounts(framework, /`(export [^`]+)`/g);
+}
+
+/** All that stands in its second column as code. */
+export async function mounts(framework: string, code = /`([^`]+)`/g): Promise<string[]> {
+  const text = await readFile(join(root, "docs/frameworks.md"), "utf8");
+  const row = text.split("\n").find((line) => line.startsWith(`| ${framework} `));
+  const cell = row!.replace(/^\|[^|]*\|/, "").replace(/\|[^|]*\|$/, "");
+  return Array.from(cell.matchAll(code), (match) => match[1]!);
+}
