@@ -22,6 +22,7 @@ import {
   spawn,
   type SpawnOptions,
 } from "./spawn.ts";
+import { forgetTimers, untilNoTimers, watchTimers } from "./timers.ts";
 
 export {
   assert,
@@ -124,12 +125,17 @@ export class TestContext {
     await within(this.#stack.disposeAsync(), 10_000, "cleaning up");
     // Deno takes what is under way at this moment for left behind: a stream that was just
     // cancelled, or the signature of the message that tells of it. What leaks is still there after.
-    if (runtime === "deno") await new Promise((resolve) => setTimeout(resolve, SETTLING));
+    if (runtime !== "deno") return;
+    await new Promise((resolve) => setTimeout(resolve, SETTLING));
+    for (const place of await untilNoTimers(LINGERING)) console.log(`a timer is left:\n${place}`);
   }
 }
 
 /** In milliseconds. */
 const SETTLING = 10;
+
+/** In milliseconds: longer than any pause between two tries. */
+const LINGERING = 2_500;
 
 /** A child that ends by another one has crashed. */
 const ENDING = ["SIGTERM", "SIGKILL", "SIGINT"];
@@ -150,6 +156,7 @@ const declare = await declarer();
 async function declarer(): Promise<Declare> {
   if (runtime === "deno") {
     // Deno loads this for each file: what comes after its last test fails the file.
+    watchTimers();
     Deno.test?.afterAll?.(() => {
       const late = between.take();
       if (late.length > 0) throw new Error(`after the last test:\n${late.join("\n")}`);
@@ -188,6 +195,7 @@ export async function run(
   timeout: number,
 ): Promise<void> {
   notes.length = 0;
+  forgetTimers();
   const context = new TestContext(name);
   const failures: unknown[] = [];
   const leave = hear(context.complaints);
