@@ -1802,7 +1802,8 @@ class Uplink {
     this.hangUp();
     const { level, terms } = this.#session;
     const bytes = concat([level.seq(number), close]);
-    const deadline = clock() + (terms?.resumeTimeout ?? 0);
+    // "A closed session leaves a tombstone for the resume timeout (5 s where that is 0)."
+    const deadline = clock() + (terms ? terms.resumeTimeout || CLOSE_TIMEOUT_MS : 0);
     const pauses = this.#farewell = new Pauses(true);
     for (let retries = 1;; retries++) {
       const exchange = this.#control = new Exchange();

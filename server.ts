@@ -98,6 +98,7 @@ const NUMBERS = {
   heartbeatInterval: [15_000, 1, MAX_DELAY],
   resumeTimeout: [30_000, 0, MAX_DELAY],
   window: [256 * 1024, 1, MAX_DELAY],
+  maxWindow: [4 * 1024 * 1024, 1, MAX_DELAY],
   idleTimeout: [60, 0, Infinity],
   maxMessageSize: [1024 * 1024, 1, Infinity],
   maxBufferedAmount: [16 * 1024 * 1024, 0, Infinity],
@@ -115,6 +116,10 @@ const LEAVE_PATIENCE = 4_500;
 const PLAIN_PATIENCE = 5_000;
 /** What a plain session keeps for a native EventSource that reconnects. */
 const PLAIN_HISTORY = 64 * 1024;
+/** A window that is twice as large has to carry so much more, or it is halved again. */
+const GAIN = 1.1;
+/** After so many full rounds that is tried anew. */
+const TRIAL_EVERY = 8;
 /** The most that one chunk gathers, a single larger message aside. */
 const MAX_CHUNK = 256 * 1024;
 /** What a message that waits costs beside its bytes, roughly: small ones must not hold a hundred times the limit. */
@@ -615,8 +620,10 @@ export interface SSEOptions<Context = PeerContext> {
    * for platforms that cut streams, or to spread sessions. Default: never.
    */
   maxConnectionAge?: number | undefined;
-  /** Bytes that may be under way unacknowledged, each way. Default: 256 KiB. */
+  /** Bytes that may be under way unacknowledged, each way, at first. Default: 256 KiB. */
   window?: number | undefined;
+  /** What it grows to, to a client, where that carries more; not below `window`. Default: 4 MiB. */
+  maxWindow?: number | undefined;
   /**
    * Sessions at once. Beyond, whoever is away makes room, those first that never sent anything;
    * where all are connected, newcomers get 503. Default: 100,000.
@@ -1450,7 +1457,7 @@ type Found = FullSession | PlainSession | Tombstone;
 class Registry implements Host {
   readonly settings: Settings;
   readonly flusher: Flusher;
-  readonly ledger: Ledger = { total: 0 };
+  readonly ledger: Ledger = { total: 0, lent: 0 };
   readonly tally: Tally = newTally();
   readonly peers: Map<string, Set<Peer>> = new Map();
   readonly #topics: Topics;
@@ -2278,7 +2285,7 @@ abstract class Session {
   constructor(host: Host, opening: Opening) {
     const { token, request, admission, heartbeatInterval, remoteAddress } = opening;
     this.host = host;
-    this.outbox = new Outbox(host.ledger);
+    this.outbox = new Outbox(host.ledger, host.settings);
     this.hooks = admission.hooks;
     this.#inContext = snapshot();
     this.token = token;
@@ -2824,14 +2831,13 @@ class FullSession extends Session implements Receiver {
   }
 
   protected takeAlone(): Bytes | undefined {
-    return this.outbox.inFlight < this.host.settings.window ? this.outbox.take() : undefined;
+    return this.outbox.hasRoom() ? this.outbox.take() : undefined;
   }
 
   protected gather(parts: Bytes[]): void {
     if (this.controlDue) this.#gatherControl(parts);
     // "A sender below its window may begin one message of any size; at it, only control frames and CLOSE."
-    const { window } = this.host.settings;
-    for (let size = 0; this.outbox.due && size < MAX_CHUNK && this.outbox.inFlight < window;) {
+    for (let size = 0; this.outbox.due && size < MAX_CHUNK && this.outbox.hasRoom();) {
       const bytes = this.outbox.take();
       parts.push(bytes);
       size += bytes.length;
@@ -2981,6 +2987,7 @@ class FullSession extends Session implements Receiver {
       this.#renewAt = Infinity;
       this.renew();
     }
+    this.outbox.rest();
     super.tick(now);
   }
 }
@@ -3432,6 +3439,8 @@ class Connection {
 /** What all sessions hold back, in bytes: a message that many wait for is counted once. */
 interface Ledger {
   total: number;
+  /** By how much all windows have grown. */
+  lent: number;
 }
 
 /** An encoded message, shared by all who are sent it. */
@@ -3457,6 +3466,79 @@ class Encoded {
 
 const NOTHING: Encoded = new Encoded(EMPTY);
 
+/**
+ * What may be under way to a client: `window` at first, then twice as much each time that this
+ * carries more. A round lasts from the sending of a message until it is acknowledged.
+ */
+class Window {
+  size: number;
+  /** In this round something had to wait for room. */
+  isFull = false;
+  readonly #ledger: Ledger;
+  readonly #settings: Settings;
+  /** Whether twice the size carries more: what is acknowledged first went under the size before. */
+  #trial: "none" | "filling" | "running" = "none";
+  /** Full rounds until the next trial. */
+  #pause = 0;
+  /** Bytes a millisecond, of the last full round. */
+  #rate = 0;
+  /** The message whose acknowledgement ends this round, and when it was sent, if it was. */
+  #last = 0;
+  #since = 0;
+  #bytes = 0;
+
+  constructor(ledger: Ledger, settings: Settings) {
+    this.#ledger = ledger;
+    this.#settings = settings;
+    this.size = settings.window;
+  }
+
+  sent(number: number): void {
+    if (number !== this.#last) return;
+    this.#since = clock();
+    this.#bytes = 0;
+  }
+
+  /** So many bytes, up to this message; `next` is sent next. */
+  acknowledged(bytes: number, number: number, next: number): void {
+    this.#bytes += bytes;
+    if (number < this.#last) return;
+    if (this.isFull && this.#since) this.#judge(this.#bytes / (clock() - this.#since + 0.1));
+    this.#last = next;
+    this.#since = 0;
+    this.isFull = false;
+  }
+
+  #judge(rate: number): void {
+    if (this.#trial === "filling") return void (this.#trial = "running");
+    if (this.#trial === "none" && rate < this.#rate / 2) {
+      this.#resize(this.size * rate / this.#rate);
+    } else if (this.#trial === "running" && rate < GAIN * this.#rate) {
+      this.#trial = "none";
+      this.#pause = TRIAL_EVERY;
+      return void this.#resize(this.size / 2);
+    }
+    this.#rate = rate;
+    this.#trial = this.#pause-- <= 0 && this.#resize(2 * this.size) ? "filling" : "none";
+  }
+
+  /** Whether it is another size than before. */
+  #resize(wanted: number): boolean {
+    const { window, maxWindow, maxTotalBufferedAmount } = this.#settings;
+    const size = Math.round(Math.max(window, Math.min(wanted, maxWindow)));
+    const { total, lent } = this.#ledger;
+    const more = size - this.size;
+    if (!more || more > 0 && total + lent + more > maxTotalBufferedAmount / 2) return false;
+    this.#ledger.lent += more;
+    this.size = size;
+    return true;
+  }
+
+  close(): void {
+    this.#resize(0);
+  }
+}
+
 /** The messages that a session sends, by number, from the first that is not acknowledged. */
 class Outbox {
   /** The number of the first message kept. */
@@ -3468,7 +3550,10 @@ class Outbox {
   inFlight = 0;
   /** Encoded bytes that no connection has been given yet. */
   waiting = 0;
-  #ledger: Ledger;
+  readonly #ledger: Ledger;
+  readonly #settings: Settings;
+  /** Once a window was full. */
+  #window: Window | undefined;
   /** The number of the last message that the client is known to have. */
   #confirmed = 0;
   /** Encoded bytes of all that is kept. */
@@ -3476,8 +3561,9 @@ class Outbox {
   #messages: Encoded[] = [];
   #head = 0;
 
-  constructor(ledger: Ledger) {
+  constructor(ledger: Ledger, settings: Settings) {
     this.#ledger = ledger;
+    this.#settings = settings;
   }
 
   /** The number of the last message ever pushed. */
@@ -3495,6 +3581,24 @@ class Outbox {
     return this.waiting + MESSAGE_COST * (this.last - this.nextUngiven + 1);
   }
 
+  /** Whether the current connection may be given another message. */
+  hasRoom(): boolean {
+    if (this.inFlight < (this.#window?.size ?? this.#settings.window)) return true;
+    this.#window ??= new Window(this.#ledger, this.#settings);
+    this.#window.isFull = true;
+    return false;
+  }
+
+  /** A look at the clock: of a connection with nothing under way nobody knows what it carries. */
+  rest(): void {
+    if (this.inFlight === 0) this.#forgetWindow();
+  }
+
+  #forgetWindow(): void {
+    this.#window?.close();
+    this.#window = undefined;
+  }
+
   push(message: Encoded): void {
     message.hold(this.#ledger);
     this.#messages.push(message);
@@ -3508,6 +3612,7 @@ class Outbox {
 
   /** The next message, as given to the connection from now on. */
   take(): Bytes {
+    this.#window?.sent(this.nextUnsent);
     const message = this.#at(this.nextUnsent++);
     const { length } = message.bytes;
     this.inFlight += length;
@@ -3547,6 +3652,7 @@ class Outbox {
 
   /** A new connection goes on after this message. */
   rewind(received: number): void {
+    this.#forgetWindow();
     this.nextUnsent = received + 1;
     this.inFlight = 0;
   }
@@ -3565,6 +3671,7 @@ class Outbox {
   }
 
   clear(): void {
+    this.#forgetWindow();
     this.skip();
     this.acknowledge(this.last);
     this.nextUnsent = this.firstUnacked;
@@ -3573,12 +3680,14 @@ class Outbox {
   /** Lets go of everything up to this number. */
   acknowledge(number: number): void {
     const keep = Math.min(number, this.last);
+    const { inFlight } = this;
     for (; this.firstUnacked <= keep; this.firstUnacked++) {
       const { length } = this.#messages[this.#head]!.bytes;
       this.#kept -= length;
       if (this.firstUnacked < this.nextUnsent) this.inFlight -= length;
       this.#messages[this.#head++] = NOTHING; // frees what was there
     }
+    this.#window?.acknowledged(inFlight - this.inFlight, keep, this.nextUnsent);
     const { length } = this.#messages;
     if (this.#head === length || this.#head > 1024 && this.#head * 2 > length) {
       this.#messages = this.#messages.slice(this.#head);

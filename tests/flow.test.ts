@@ -21,6 +21,7 @@ import { adapter, closeAll, dial, shutDown } from "./pair.ts";
 import { post, streamOf, WireClient } from "./wire.ts";
 import { MB, type Measured, measured, type MeasuredState, RawStream, soak } from "./measured.ts";
 
+const HOME = "http://localhost/room";
 const WINDOW = 256 * 1024;
 const transports = ["duplex", "stream", "post"] as const;
 
@@ -410,6 +411,71 @@ test("a sender at the window goes on with control events, and below it begins on
   const rest = reader.read();
   await post("ACK 1\r\n2\r\n");
   assertEquals(new TextDecoder().decode((await rest).value), "data: c\n\n");
+});
+
+const ackOf = (number: number) => `ACK ${`${number}`.length}\r\n${number}\r\n`;
+
+/** How many messages of 1/10 window a client has unacknowledged, that acknowledges so many every 20 ms. */
+async function unacknowledged(t: TestContext, most: number, rounds: number): Promise<number[]> {
+  const unacknowledged: number[] = [];
+  const peers: Peer[] = [];
+  const ws = adapter(t, {
+    ...{ window: 10_000, maxWindow: 80_000 },
+    hooks: { open: (peer) => void peers.push(peer) },
+  });
+  const client = t.use(await WireClient.open(ws.fetch, HOME));
+  for (let i = 0; i < 2000; i++) peers[0]!.send("x".repeat(992)); // and 8 bytes around it
+  let received = 0;
+  const reading = (async () => {
+    while (await client.next("message")) received++;
+  })();
+  for (let round = 0, acknowledged = 0; round < rounds; round++) {
+    await sleep(20, t.signal);
+    unacknowledged.push(received - acknowledged);
+    acknowledged = Math.min(acknowledged + most, received);
+    assertEquals(await client.frames(ackOf(acknowledged)), [204, 0]);
+  }
+  await client.events.cancel();
+  await reading;
+  return unacknowledged;
+}
+
+test("a window grows while that carries more, up to maxWindow", async (t) => {
+  const counts = await unacknowledged(t, Infinity, 30);
+  assertEquals(counts[0], 10);
+  assertEquals(Math.max(...counts), 80);
+});
+
+test("a window does not grow for a client that is slow itself", async (t) => {
+  const counts = await unacknowledged(t, 5, 60);
+  assertEquals(counts[0], 10);
+  const half = counts.sort((a, b) => a - b)[30]!;
+  assertLessOrEqual(half, 20, `${counts}`); // a trial of twice the size aside
+});
+
+test("a window is what it was at first on the next connection", async (t) => {
+  const peers: Peer[] = [];
+  const ws = adapter(t, {
+    ...{ window: 10_000, maxWindow: 80_000 },
+    hooks: { open: (peer) => void peers.push(peer) },
+  });
+  const client = await WireClient.open(ws.fetch, HOME);
+  for (let i = 1; i <= 300; i++) peers[0]!.send("x".repeat(992));
+  let received = 0;
+  while (received < 200) {
+    for (let n = 0; n < 10; n++, received++) await client.message();
+    await client.frames(ackOf(received));
+  }
+  const again = t.use(await client.resume(1, received));
+  await client.events.cancel();
+  let more = 0;
+  const reading = (async () => {
+    while (await again.next("message")) more++;
+  })();
+  await sleep(100, t.signal);
+  assertEquals(more, 10);
+  await again.events.cancel();
+  await reading;
 });
 
 test("waitForDrain resolves at its threshold, and not before", async (t) => {

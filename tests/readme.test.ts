@@ -207,6 +207,7 @@ test("README.md's loop takes messages at its own pace, and the server waits for 
   let most = 0;
   const { url } = await listen(t, {
     window: 16 * 1024,
+    maxWindow: 16 * 1024,
     hooks: {
       async open(peer) {
         for (; sent < 200; sent++) {

@@ -48,9 +48,15 @@ export const BUGS: readonly Bug[] = [
   ),
   server(
     "the server keeps to no window",
-    62,
-    "size < MAX_CHUNK && this.outbox.inFlight < window;",
+    142,
+    "size < MAX_CHUNK && this.outbox.hasRoom();",
     "size < 64 * MAX_CHUNK;",
+  ),
+  server(
+    "a window grows for ever",
+    1840,
+    "Math.min(wanted, maxWindow)",
+    "wanted",
   ),
   server(
     "what was handled is not acknowledged",

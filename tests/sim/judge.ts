@@ -75,7 +75,9 @@ function judgeClient(world: World, client: Client): void {
     if (session.shutDown) judgeDelivery(world, client, session);
   }
   judgeEnd(world, client, session);
-  if (isQuiet(world) && !session.terminated) judgeQuiet(world, client);
+  // Whose end was excused has been without a connection.
+  const isFit = !session.terminated && client.ending!.code !== 1006;
+  if (isQuiet(world) && isFit) judgeQuiet(world, client);
 }
 
 /** "A prefix of what was sent, in order, undamaged, once." */
@@ -127,7 +129,7 @@ function judgeBounds(world: World, client: Client, session: Session): void {
   if (requests > MOST_REQUESTS) world.violated("bound", `${client}: ${requests} requests at once`);
   // Acknowledgements, and what a stream begins with, are in no window.
   const control = 40 * (client.sent.length + 10) + 1024;
-  const most = server.window + session.largestDown + control;
+  const most = Math.max(server.window, server.maxWindow) + session.largestDown + control;
   for (const trip of network.trips) {
     if (trip.client !== client.number || trip.mostDown <= most) continue;
     world.violated("bound", `${trip}: ${trip.mostDown} bytes down, of ${most}`);
@@ -219,10 +221,16 @@ function judgeQuiet(world: World, client: Client): void {
   const { resent, resumes } = client.socket.stats;
   const { instances, traits } = world.scenario;
   // There a stream is refused, or too slow to be told from one that is held.
-  const mayLeave = instances > 1 && traits.balance === "random" || traits.rate < Infinity;
+  const isRouted = instances > 1 && traits.balance === "random";
+  const isSlow = traits.rate < Infinity;
+  const mayLeave = isRouted || isSlow;
   // A server that has had too much takes no more of a batch: the rest goes again until that is heard.
   const isRefused = client.ending?.code === 1013;
-  if (drop || resumes) world.violated("quiet", `${client} was dropped ${drop} times`);
+  // "Reads the body whole": so long the owner of a session hears nothing of it.
+  const isUnheard = isRouted && isSlow;
+  if ((drop || resumes) && !isUnheard) {
+    world.violated("quiet", `${client} was dropped ${drop} times`);
+  }
   if (resent && !mayLeave && !isRefused && !client.oversized) {
     world.violated("quiet", `${client} sent ${resent} again`);
   }
@@ -261,7 +269,9 @@ const EXCUSES: Record<string, Excuse> = {
     faults.some((fault) => !!unnoticed(fault)),
   /** "But for one that closes at that moment, and whose connection (or the backplane …) breaks before it is told." */
   "shut down while closing": ({ network, scenario }, { closing, number, ending }, session) =>
-    (closing && network.wasHit(number) && session?.shutDown || scenario.backplane.loss > 0) &&
+    (closing && network.wasHit(number) && !!session?.shutDown || scenario.backplane.loss > 0 ||
+      // What it was told, and did not know, is lost with the instance.
+      !!closing && scenario.traits.rate < Infinity) &&
     session?.server.shutdown?.done !== undefined && session.server.shutdown.done < ending!.at,
   /** "Of whom nothing was heard for 12 s, by ticks of one's own clock, is gone." */
   "frozen for too long": ({ scenario: { instances, faults } }, _, session) =>
@@ -269,9 +279,12 @@ const EXCUSES: Record<string, Excuse> = {
     longest(
         faults.filter((fault) => fault.kind === "freeze" && fault.whose === session.server.owner),
       ) >= FROZEN,
-  /** Nobody waits for a client that was lost. */
-  "no resumption": ({ scenario, network }, client) =>
-    scenario.server.resumeTimeout === 0 && network.wasHit(client.number),
+  /** Nobody waits for a client that was lost, or asks again where an instance that is down says 503. */
+  "no resumption": ({ scenario: { server, traits }, network, servers }, { number }, session) =>
+    server.resumeTimeout === 0 &&
+    (network.wasHit(number) || servers.length > 1 && servers.some(({ shutdown }) => shutdown) ||
+      // Nor is a close's time long enough for what has to come before it.
+      traits.rate < Infinity && !!session?.closing),
   /** "Until the resume timeout is over." */
   "away too long": (world) => longest(world.scenario.faults) >= patienceOf(world),
 };

@@ -43,6 +43,7 @@ export interface ServerTraits {
   maxMessageSize: number;
   maxBufferedAmount: number;
   maxTotalBufferedAmount: number;
+  maxWindow: number;
 }
 
 /** How hooks behave: probabilities, and times in ms. */
@@ -141,7 +142,8 @@ function drawServer(dice: Dice): ServerTraits {
     maxMessageSize: 128 * 1024,
     maxBufferedAmount: dice.chance(0.95) ? 16 * 1024 * 1024 : dice.int(0, 4096),
   };
-  return { ...server, maxTotalBufferedAmount: server.maxBufferedAmount };
+  const { window, maxBufferedAmount } = server;
+  return { ...server, maxTotalBufferedAmount: maxBufferedAmount, maxWindow: 8 * window };
 }
 
 /** A few messages reach the bound of all sessions, too: by dice of its own, so seeds stay what they were. */
