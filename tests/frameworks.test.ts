@@ -10,7 +10,6 @@ import { promisify } from "node:util";
 import { Centrifuge } from "centrifuge";
 import { defineHooks } from "crossws";
 import { defineWebSocketHandler, H3 } from "h3";
-import { Application as Oak } from "@oakserver/oak";
 import { Hono } from "hono";
 import { WebSocket as PartySocket } from "partysocket";
 import { WebSocketSSE } from "../client.ts";
@@ -90,7 +89,8 @@ const testOnBun: typeof test = (...args) => {
 testOnBun("in Oak, between middleware", async (t) => {
   const ws = sseAdapter(room);
   t.defer(() => shutDown(ws));
-  const app = new Oak();
+  const { Application } = await import("@oakserver/oak");
+  const app = new Application();
   const [code] = await mounts("Oak");
   new Function("app", "ws", code!.replaceAll("!", ""))(app, ws);
   app.use((c) => {
@@ -349,6 +349,20 @@ test("partysocket reconnects after what we cannot resume", async (t) => {
   socket.addEventListener("close", () => closed.resolve());
   socket.close(1000);
   await within(closed.promise, 5_000, "closing");
+});
+
+test("partysocket tells of a refusal what it tells of a native WebSocket's", async (t) => {
+  const { url } = await t.serve(() => new Response("no", { status: 404 }));
+  const told = async (WebSocket: unknown) => {
+    const socket = new PartySocket(url, [], { WebSocket, maxRetries: 0 });
+    t.defer(() => socket.close());
+    const closes = new Queue<[code: number, reason: string, wasClean: boolean]>();
+    socket.addEventListener("close", (event) => {
+      closes.push([event.code, event.reason, event.wasClean]);
+    });
+    return await closes.next();
+  };
+  assertEquals(await told(awaited(t)), await told(WebSocket));
 });
 
 test("centrifuge connects, subscribes and publishes, and again after what we cannot resume", async (t) => {

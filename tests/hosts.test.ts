@@ -20,8 +20,8 @@ import {
 import { converse } from "./conversation.ts";
 import { hosts } from "./hosts.ts";
 
-const STANDARD = ["standard", "standard.close", "standard.options", "standard.send"];
-const BAD_INPUT = ["bad-input"];
+const STANDARD = ["", ".close", ".options", ".send"].map((part) => `standard${part}.test.ts`);
+const BAD_INPUT = ["bad-input.test.ts"];
 
 /** Of the suites, the tests that are not about a server, or about what Node has not. */
 const EXCEPT = [
@@ -59,8 +59,8 @@ async function bundle(t: TestContext, ...phases: string[][]): Promise<string> {
   await symlink(join(root, "node_modules"), join(folder, "node_modules"));
   const file = (name: string) => JSON.stringify(join(root, "tests", name));
   const code = phases.flatMap((names, i) => [
-    ...names.map((name) => `await import(${file(`${name}.test.ts`)});`),
-    `await run(${i === 0 ? 4 : 1});`,
+    ...names.map((name) => `await import(${file(name)});`),
+    `await run(${i === 0 && names.length > 1 ? 4 : 1});`,
   ]);
   await writeFile(
     join(folder, "suite.ts"),
@@ -101,9 +101,30 @@ async function failures(t: TestContext, node: Node, host: string, suite: string)
   return failures;
 }
 
+test("on Node, whatever nobody catches, and a warning, fails a host's suites", async (t) => {
+  t.expect("too many listeners", "--trace-warnings"); // as Node itself says it
+  const suite = await bundle(t, ["fixtures/planted.ts"]);
+  const child = await t.spawn("node-24", suite, {
+    env: { DUPLEX_HOST: "node:http", DUPLEX_EXCEPT: "" },
+  });
+  const reports: Report[] = [];
+  for await (const line of child.lines()) reports.push(JSON.parse(line));
+  const failed = reports.map(({ failed, error }) => `${failed}: ${error}`);
+  const planted = {
+    "a rejection": "Error: of nobody",
+    "an error in a timer": "Error: of nobody",
+    "a warning": "Warning: too many listeners",
+  };
+  for (const [name, error] of Object.entries(planted)) {
+    const isTold = (text: string) => text.startsWith(`planted: ${name}: ${error}\n`);
+    assertEquals(failed.filter(isTold).length, 1, `${name}: ${failed}`);
+  }
+}, { timeout: 30_000 });
+
 /** Each on several hosts at once: they wait more than they work. */
 function suites(node: Node, hosts: string[], ...phases: string[][]): void {
-  const names = phases.flat().map((name) => name.replace("standard.", "")).join(", ");
+  const names = phases.flat().map((name) => name.replace(/^standard\.(?!test)|\.test\.ts$/g, ""))
+    .join(", ");
   test(`on ${node}, by ${hosts.join(", ")}: ${names}`, async (t) => {
     t.expect("a request came for a session of another instance"); // which is part of bad input
     const suite = await bundle(t, ...phases);

@@ -4,7 +4,7 @@
  */
 import { execFile, spawn } from "node:child_process";
 import { existsSync, readdirSync } from "node:fs";
-import { mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { basename, dirname, join, relative } from "node:path";
 import { fileURLToPath, pathToFileURL } from "node:url";
@@ -122,6 +122,16 @@ const HEARD = "Ada: hello\n";
 /** Without types, for those who have none. */
 const script = (name: string) =>
   esbuild(["--loader=ts", "--target=esnext"], { input: program(name) });
+
+test("npm run pack before npm install says in a line what is missing", async (t) => {
+  const dir = await folder(t, { "package.json": "{}" });
+  await mkdir(join(dir, "scripts"));
+  const script = join(dir, "scripts", "pack.mjs");
+  await copyFile(join(root, "scripts", "pack.mjs"), script);
+  const { errors } = await run("node", [script], { cwd: dir, code: 1 });
+  const line = "The package is compiled by TypeScript, which is not installed: run npm install\n";
+  assertEquals(errors, line);
+});
 
 test("the tarball holds what users need, and nothing else", async (t) => {
   const dir = await project(t, {});
