@@ -6,7 +6,11 @@ import { redis } from "crossws/sync";
 import { Redis } from "ioredis";
 import { Buffer } from "node:buffer";
 import { createHash, createHmac, randomBytes } from "node:crypto";
+import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import process from "node:process";
+import { pathToFileURL } from "node:url";
 import { cluster, type ClusterAdapter, type ClusterOptions } from "../cluster.ts";
 import type { RoutingDriver, SSEOptions, SyncAdapter, SyncMessage } from "../server.ts";
 import { MemoryBus, RedisServer } from "./bus.ts";
@@ -15,8 +19,10 @@ import {
   assertEquals,
   assertLess,
   assertMatch,
+  assertNotEquals,
   deferred,
   needs,
+  root,
   test,
   type TestContext,
   until,
@@ -430,10 +436,24 @@ test("a message that is all head costs no time", async (t) => {
   assertEquals(errors, ["delivery: Garbage on the backplane"]);
 });
 
-const MOST = 100_000;
+/** Instead of 100,000, which takes a busy machine longer than the minute for which they are remembered. */
+const MOST = 2_000;
 
-/** An instance that is given a session's requests by the hundred thousand. */
+/** The module as it is, but for how many requests it remembers. */
+async function forgetful(t: TestContext): Promise<typeof cluster> {
+  const source = await readFile(join(root, "cluster.ts"), "utf8");
+  const code = source.replace("\nconst MAX_SEEN = 100_000;", `\nconst MAX_SEEN = ${MOST};`);
+  assertNotEquals(code, source);
+  const folder = await mkdtemp(join(tmpdir(), "duplex-cluster-"));
+  t.defer(() => rm(folder, { recursive: true }));
+  const file = join(folder, "cluster.ts");
+  await writeFile(file, code.replace(/(?<=from ")\.(?=\/)/g, pathToFileURL(root).href));
+  return (await import(pathToFileURL(file).href)).cluster;
+}
+
+/** An instance that is given as many of a session's requests as it remembers. */
 async function flooded(t: TestContext) {
+  const cluster = await forgetful(t);
   const errors: string[] = [];
   const got: string[] = [];
   const answers: number[] = [];
