@@ -212,7 +212,9 @@ export class Parking implements SessionParking {
   /** Sessions of this instance that wait in the store, as far as it knows. */
   get size(): number {
     let size = 0;
-    for (const { phase } of this.#parked.values()) if (phase !== "left") size++;
+    for (const { phase } of this.#parked.values()) {
+      if (phase === "parked" || phase === "reclaiming") size++;
+    }
     return size;
   }
 

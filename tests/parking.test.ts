@@ -65,7 +65,7 @@ async function start(
     & ParkingOptions
     & { count?: number; resumeTimeout?: number; patience?: number } = {},
 ): Promise<Fleet> {
-  t.defer(() => sleep(200)); // last of all, what is being sealed
+  t.defer(() => sleep(50)); // last of all, what is being sealed
   const store = new MemoryStore();
   const deaf = new Set<number>();
   const ids: string[] = [];
