@@ -1189,7 +1189,8 @@ class Migration implements Mover<SyncMessage> {
     this.#remember(session, token);
     const wanted = { token, take };
     this.#wanted.set(session, wanted);
-    await this.moves.adopt(session, owner, claim);
+    const mark = token.slice(0, token.indexOf("."));
+    await this.moves.adopt(session, owner, this.parking ? { ...claim, mark } : claim);
     if (this.#wanted.get(session) === wanted) this.#wanted.delete(session);
   }
 
@@ -1221,7 +1222,7 @@ class Migration implements Mover<SyncMessage> {
     this.#wake();
     if (head.kind === "adopted") this.parking?.taken(token, head.id, head.from);
     // Silence: then all are asked, and the store.
-    if (head.kind === "adopt" && this.parking && !await this.parking.want(token)) return;
+    if (head.kind === "adopt" && this.parking && !await this.parking.want(token, head.mark)) return;
     const here = head.kind === "state" && head.status === "here";
     this.moves.receive(head, here ? await unseal(token, message.body) : EMPTY);
   }

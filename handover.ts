@@ -34,6 +34,8 @@ export interface Claim {
   readonly attempt: number;
   readonly received: number;
   readonly namespace: string;
+  /** The first half of its token. */
+  readonly mark?: string;
 }
 
 /** What instances tell each other of a session: `from` says it, and `id` is the adoption's. */

@@ -145,13 +145,16 @@ interface Landing extends Label {
 
 /**
  * Where a parked session is: storing (nobody could take it but its instance) → pointing → parked →
- * reclaiming; "left" when its instance is about to end, and will not take it back.
+ * reclaiming → over; "left" when its instance is about to end, and will not take it back. What is
+ * over has no more steps, whatever the store says later.
  */
-type Phase = "storing" | "pointing" | "parked" | "reclaiming" | "left";
+type Phase = "storing" | "pointing" | "parked" | "reclaiming" | "left" | "over";
 
 interface Parked {
   readonly id: string;
   readonly token: string;
+  /** The first halves of those that its client may come with. */
+  readonly marks: readonly string[];
   readonly since: number;
   phase: Phase;
   /** Of the phase, by ticks. */
@@ -280,6 +283,7 @@ export class Parking implements SessionParking {
     const size = state.length;
     const parked: Parked = {
       ...{ id: hex(crypto.getRandomValues(new Uint8Array(16))), token, leaves },
+      marks: packed.tokens.map(markOf),
       ...{ since: this.#now, phase: "storing", age: 0, wanted: false },
       ...{ stored: deferred(), end: deferred() },
     };
@@ -345,14 +349,21 @@ export class Parking implements SessionParking {
     else if (parked.phase === "pointing") this.#reclaim(parked);
   }
 
-  /** Somebody wants the session here. Resolves when it is here, or elsewhere; false: elsewhere. */
-  async want(token: string): Promise<boolean> {
+  /**
+   * Somebody wants the session here, whose client has come with a token of this first half. Resolves
+   * when it is here, or elsewhere; false: elsewhere.
+   */
+  async want(token: string, mark: string = markOf(token)): Promise<boolean> {
     const parked = this.#parked.get(secretOf(token));
-    if (parked && parked.phase !== "left") {
-      parked.wanted = true;
-      if (parked.phase === "storing") this.#back(parked);
-      else if (parked.phase === "parked") this.#reclaim(parked);
-      await parked.end.promise;
+    const phase = parked?.phase ?? "over";
+    const canBeElsewhere = phase === "parked" || phase === "pointing";
+    if (phase === "storing") this.#back(parked!); // nobody can have taken it
+    // "A client that comes with another token" was told it by who has taken the session.
+    else if (canBeElsewhere && !parked!.marks.includes(mark)) this.#leave(parked!, "");
+    else if (phase !== "left" && phase !== "over") {
+      parked!.wanted = true;
+      if (phase === "parked") this.#reclaim(parked!);
+      await parked!.end.promise;
     }
     return this.whereabouts(token) === undefined;
   }
@@ -366,14 +377,19 @@ export class Parking implements SessionParking {
       this.#failing = false;
     } catch (error) {
       this.#fail(error);
-      if (!this.#has(parked)) return;
+      if (!isStill(parked, "reclaiming")) return;
       this.#enter(parked, "parked"); // asked again by the next tick
       if (parked.leaves) this.#settle(parked);
       return;
     }
-    if (!this.#has(parked)) return;
-    if (bytes) this.#back(parked);
-    else this.#leave(parked, "");
+    if (!isStill(parked, "reclaiming")) return;
+    if (!bytes) this.#leave(parked, "");
+    else if (parked.wanted || !this.#isLate(parked)) this.#back(parked);
+    else this.#leave(parked, "", "lost"); // its client has not come back
+  }
+
+  #isLate({ since }: Parked): boolean {
+    return this.#now - since > this.#quay.host.resumeTimeout;
   }
 
   /** Another instance says that it has taken the session. */
@@ -382,32 +398,31 @@ export class Parking implements SessionParking {
     if (parked?.id === id && parked.phase !== "storing") this.#leave(parked, by);
   }
 
-  #has(parked: Parked): boolean {
-    return this.#parked.get(secretOf(parked.token)) === parked && parked.phase !== "left";
-  }
-
   #back(parked: Parked): void {
     this.#forget(parked);
     this.#quay.host.restore(parked.token);
     parked.end.resolve();
   }
 
-  #leave(parked: Parked, to: string): void {
+  #leave(parked: Parked, to: string, end: "moved" | "lost" = "moved"): void {
     const wasHere = parked.phase !== "left";
     this.#forget(parked);
     if (this.#gone.size >= MAX_REMEMBERED) this.#gone.delete(this.#gone.keys().next().value!);
     this.#gone.set(secretOf(parked.token), { to, since: this.#now });
-    if (wasHere) this.#quay.host.release(parked.token, "moved");
+    if (wasHere) this.#quay.host.release(parked.token, end);
     parked.end.resolve();
   }
 
   #forget(parked: Parked): void {
+    this.#enter(parked, "over");
     this.#parked.delete(secretOf(parked.token));
     parked.stored.resolve();
   }
 
   /** The session is here, from wherever it came. */
   arrived(token: string): void {
+    const parked = this.#parked.get(secretOf(token));
+    if (parked) this.#leave(parked, ""); // it left, and nobody has told
     this.#gone.delete(secretOf(token));
   }
 
@@ -524,7 +539,7 @@ export class Parking implements SessionParking {
         if (age > MEMORY) this.#forget(parked);
       } else if (phase === "parked" && age > MEMORY && now - since > resumeTimeout + MEMORY) {
         this.#leave(parked, ""); // the store does not answer, and has it no more
-      } else if (phase === "parked" && (parked.wanted || now - since > resumeTimeout)) {
+      } else if (phase === "parked" && (parked.wanted || this.#isLate(parked))) {
         // "After the resume timeout an instance takes back what nobody has come for."
         this.#reclaim(parked);
       }
@@ -575,6 +590,11 @@ function deferred(): Deferred {
   let resolve!: () => void;
   const promise = new Promise<void>((settle) => resolve = settle);
   return { promise, resolve };
+}
+
+/** The half of a token that each answer to a resumption renews. */
+function markOf(token: string): string {
+  return token.slice(0, token.indexOf("."));
 }
 
 function hex(bytes: Uint8Array): string {

@@ -251,7 +251,7 @@ test("a client that never comes back is told to the hooks of the instance that p
   const client = await wireClient(t, a!.url);
   await leave(a!, client);
   await until(() => told.includes("close 0 1006"));
-  assertEquals(told, ["open 0", "suspend 0", "revive 0", "close 0 1006"]);
+  assertEquals(told, ["open 0", "suspend 0", "close 0 1006"]);
 });
 
 for (const step of ["the session", "the pointer"]) {
