@@ -473,7 +473,9 @@ class Chats {
     const shown: Shown[] = this.#others!.take(peer.id);
     for (const [run, key] of this.#unsettled) {
       const taken = run.take(peer.id);
-      if (taken) shown.push({ key, ...taken });
+      if (!taken) continue;
+      shown.push({ key, ...taken });
+      this.#others!.expect(taken);
     }
     if (shown.length > 0) Object.assign(peer.context, { [`${SHOWN} ${peer.id}`]: shown });
   }
@@ -486,8 +488,11 @@ class Chats {
     for (const { key, viewer: id, place } of shown) {
       const viewer = viewerAt(peer, requestOf(id));
       const run = this.#runs.get(key);
-      if (run) run.add(viewer, place);
-      else this.#others!.follow(key, viewer, place);
+      if (!run) this.#others!.follow(key, viewer, place);
+      else {
+        this.#others!.dismiss(id);
+        run.add(viewer, place);
+      }
     }
   }
 
@@ -502,8 +507,11 @@ class Chats {
     promise.catch(() => {}); // told by the race, where there is one
     try {
       if (signal?.aborted) await promise;
-      while (this.#unsettled.size > 0) {
-        await Promise.race([promise, ...[...this.#unsettled.keys()].map((run) => run.settled)]);
+      for (;;) {
+        const waits = [...this.#unsettled.keys()].map((run) => run.settled);
+        if (this.#others?.alone) waits.push(this.#others.alone);
+        if (waits.length === 0) break;
+        await Promise.race([promise, ...waits]);
       }
       await Promise.race([promise, this.#others?.said]);
     } finally {
@@ -543,6 +551,7 @@ type Word =
   | { kind: "none"; viewer: string; turn: number }
   | { kind: "show"; viewer: string; turn: number; at: Place; reply: Reply; place: Place }
   | { kind: "took"; viewer: string; turn: number; n: number }
+  | { kind: "had"; viewer: string; turn: number }
   | { kind: "stop"; viewer: string; from: string }
   | { kind: "stopped"; viewer: string }
   | { kind: "leave"; peer: string };
@@ -584,8 +593,9 @@ class Others {
   readonly #finding: Map<string, number> = new Map();
   /** Viewers here of runs elsewhere. */
   readonly #remotes: Map<string, Remote> = new Map();
-  /** Viewers elsewhere of runs here. */
+  /** Viewers elsewhere of runs here, until they have said that they had all. */
   readonly #guests: Map<string, Guest> = new Map();
+  #alone: Deferred<void> | undefined;
   /** Words that the driver has not yet published. */
   readonly #saying: Set<Promise<void>> = new Set();
   #timer: ReturnType<typeof setInterval> | undefined;
@@ -608,6 +618,25 @@ class Others {
   /** Resolves when all that was said is published. */
   get said(): Promise<unknown> {
     return Promise.all(this.#saying);
+  }
+
+  /** Resolves when nobody elsewhere has yet to be shown the end of a run; undefined: nobody has. */
+  get alone(): Promise<void> | undefined {
+    return this.#guests.size > 0 ? (this.#alone ??= deferred()).promise : undefined;
+  }
+
+  /** A viewer that was here will ask for the rest from elsewhere, which its instance may not outlive. */
+  expect({ viewer, place }: Omit<Shown, "key">): void {
+    this.#guests.set(viewer, new Guest(viewer, peerOf(viewer), 0, place, () => {}));
+    this.#watch();
+  }
+
+  /** A viewer elsewhere needs no more, or is here again. */
+  dismiss(viewer: string): void {
+    this.#guests.delete(viewer);
+    if (this.#guests.size > 0) return;
+    this.#alone?.resolve();
+    this.#alone = undefined;
   }
 
   /** Says that a run has begun: elsewhere, of one chat, none may be under way, and none be kept. */
@@ -695,11 +724,15 @@ class Others {
         return this.#onFind(word);
       case "took":
         return this.#guests.get(word.viewer)?.took(word.turn, word.n);
+      case "had":
+        if (this.#guests.get(word.viewer)?.turn === word.turn) this.dismiss(word.viewer);
+        return;
       case "stop":
         this.#home.shown.get(word.viewer)?.stop(word.viewer);
-        this.#guests.delete(word.viewer);
+        this.dismiss(word.viewer);
         return this.#say(word.from, { kind: "stopped", viewer: word.viewer });
       case "leave":
+        for (const [id, { peer }] of this.#guests) if (peer === word.peer) this.dismiss(id);
         return this.#home.leave(word.peer);
       default:
         return this.#onAnswer(word);
@@ -724,13 +757,13 @@ class Others {
   /** Shows a run that is here to a viewer elsewhere. */
   #onFind({ key, viewer, peer, from, owner, turn, place }: Find): void {
     const run = this.#home.runs.get(key);
-    this.#guests.delete(viewer);
-    if (!run && owner) return this.#say(from, { kind: "none", viewer, turn });
-    if (!run) return;
+    if (!run) {
+      if (owner) this.#say(from, { kind: "none", viewer, turn });
+      return this.dismiss(viewer);
+    }
     this.#say(from, { kind: "here", viewer, turn, from: this.#id });
     const guest = new Guest(viewer, peer, turn, place, (at, reply, place) => {
       this.#say(from, { kind: "show", viewer, turn, at, reply, place });
-      if (isLast(reply)) this.#guests.delete(viewer);
     });
     this.#guests.set(viewer, guest);
     this.#watch();
@@ -752,7 +785,10 @@ class Others {
     // One was lost; or it is of an answer to the same question as the one that we follow.
     if (!isSame(word.at, remote.place)) return this.#ask(remote);
     remote.show(word.reply, word.place);
-    if (isLast(word.reply)) return void this.#remotes.delete(word.viewer);
+    if (isLast(word.reply)) {
+      this.#remotes.delete(word.viewer);
+      return this.#say(remote.owner, { kind: "had", viewer: word.viewer, turn: remote.turn });
+    }
     if (remote.place.sequence - remote.taken >= WINDOW / 4) this.#confirm(remote);
   }
 
@@ -790,7 +826,7 @@ class Others {
       }
       for (const [id, guest] of this.#guests) {
         if (++guest.silences <= MAX_SILENCES) continue;
-        this.#guests.delete(id);
+        this.dismiss(id);
         this.#home.leave(guest.peer);
       }
       this.#watch();
@@ -895,7 +931,7 @@ class Guest implements Viewer {
   readonly id: string;
   readonly peer: string;
   silences = 0;
-  readonly #turn: number;
+  readonly turn: number;
   readonly #say: (at: Place, reply: Reply, place: Place) => void;
   #place: Place;
   #taken: number;
@@ -910,7 +946,7 @@ class Guest implements Viewer {
   ) {
     this.id = id;
     this.peer = peer;
-    this.#turn = turn;
+    this.turn = turn;
     this.#place = place;
     this.#taken = place.sequence;
     this.#say = say;
@@ -927,7 +963,7 @@ class Guest implements Viewer {
   }
 
   took(turn: number, n: number): void {
-    if (turn !== this.#turn) return;
+    if (turn !== this.turn) return;
     this.silences = 0;
     this.#taken = n;
     if (this.full()) return;

@@ -3,7 +3,7 @@
  * whatever the backplane loses; a session that moves takes along what it is shown.
  */
 import { cluster } from "../cluster.ts";
-import type { SyncMessage } from "../server.ts";
+import type { Message, Peer, SyncMessage } from "../server.ts";
 import { type BusOptions, MemoryBus, roundRobin } from "./bus.ts";
 import { chaos, mulberry32, pickSeed } from "./chaos.ts";
 import {
@@ -11,6 +11,7 @@ import {
   chats,
   Gate,
   type Options,
+  question,
   raw,
   read,
   send,
@@ -239,6 +240,50 @@ test(
   },
   { timeout: 30_000 },
 );
+
+for (const first of ["its own", "another"]) {
+  test(`an instance waits for a viewer that is on its way from ${first} to a third`, async (t) => {
+    const bus = new MemoryBus(t);
+    const gate = new Gate();
+    const options: Options = {
+      keepEnded: 60_000,
+      respond: () => words(2, gate.wait),
+      sync: bus.adapter,
+    };
+    const [one, other, third] = [chats(t, options), chats(t, options), chats(t, options)];
+    const said: string[] = [];
+    // The same session, wherever it is.
+    const peer = {
+      ...{ id: "p", namespace: "/", context: {}, websocket: { readyState: 1 }, bufferedAmount: 0 },
+      send: (text: string) => said.push(text),
+    } as unknown as Peer;
+    const say = ({ message }: typeof one, frame: object) => {
+      const text = JSON.stringify({ id: "c", headers: {}, body: {}, ...frame });
+      message!(peer, { text: () => text } as Message);
+    };
+    const asking = { trigger: "submit-message", messages: [question] };
+    say(one, { type: "send", requestId: "1", ...asking });
+    await until(() => said.length === 2);
+    const at = first === "another" ? other : one;
+    if (at === other) {
+      one.suspend!(peer);
+      other.revive!(peer);
+    }
+    gate.open();
+    await until(() => said.length === 3);
+    at.suspend!(peer);
+    gate.open();
+    const settled = one.settled().then(() => "settled");
+    assertEquals(await Promise.race([settled, sleep(100)]), undefined);
+    assertEquals(said.length, 3);
+    third.revive!(peer);
+    await settled;
+    const frames = said.map((text) => JSON.parse(text));
+    assertEquals(frames.map(({ chunk }) => chunk?.delta ?? "").join(""), text(2));
+    assertEquals(frames.map(({ sequence }) => sequence), [0, 1, 2, 3, 4, 5, undefined]);
+    assertEquals(frames.at(-1), { type: "end", requestId: "1" });
+  });
+}
 
 test("who waits for answers to settle no longer ends them", async (t) => {
   const stopped = deferred();

@@ -77,7 +77,7 @@ class Page {
   readonly #marks: { at: number; best: number; gap: number | undefined }[] = [];
   #transport: { close(): void } | undefined;
   #chat: Chat<UIMessage> | undefined;
-  /** How many streams have come to an end, whichever. */
+  /** How many streams of its pages have come to an end while they were there. */
   #streams = 0;
 
   constructor(contender: Contender, url: string, model: Model, signal: AbortSignal) {
@@ -139,7 +139,7 @@ class Page {
       id: "c",
       messages,
       transport: transport.chat,
-      onFinish: () => void this.#streams++,
+      onFinish: () => void (chat === this.#chat && this.#streams++),
     });
     chat["~registerMessagesCallback"](() => chat === this.#chat && this.#see());
     return chat;
