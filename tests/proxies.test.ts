@@ -178,6 +178,19 @@ for (const { name, configuration, held, lag, fills } of cases) {
 
 const cutting = cases.filter(({ cuts }) => cuts);
 
+/** Waits, and returns the longest time for which this process was given no turn meanwhile, in ms. */
+async function longestStall(ms: number, signal: AbortSignal): Promise<number> {
+  let longest = 0;
+  let last = performance.now();
+  const timer = setInterval(() => {
+    const now = performance.now();
+    longest = Math.max(longest, now - last);
+    last = now;
+  }, 50);
+  await sleep(ms, signal).finally(() => clearInterval(timer));
+  return longest;
+}
+
 test("idle cuts of nginx, haproxy and Apache are survived by heartbeats", async (t) => {
   await Promise.all(cutting.map(async ({ name, configuration, held }) => {
     // The proportions of the defaults: 15 s to 50 s.
@@ -185,27 +198,33 @@ test("idle cuts of nginx, haproxy and Apache are survived by heartbeats", async 
       configuration,
       ...!SOAK && { idle: 3, heartbeatInterval: 900 },
     });
-    const all: { about: string; transport: Transport; connected: Connected; peer: Peer }[] = [];
-    for (const transport of transports) {
+    const about = (transport: Transport) => `${name}, ${configuration}, ${transport}`;
+    const enter = async (transport: Transport) => {
       const connected = await open(t, port, { transport });
       connected.socket.send("before");
       assertEquals(await connected.messages.next(), "before");
-      const about = `${name}, ${configuration}, ${transport}`;
-      all.push({ about, transport, connected, peer: peers.all.at(-1)! });
+      return { transport, connected, peer: peers.all.at(-1)! };
+    };
+    let all: Awaited<ReturnType<typeof enter>>[];
+    // A machine that gives us no turn for a second says nothing of heartbeats: then once more.
+    for (let tries = 0, stall = Infinity; stall > 1_000 && tries < 4; tries++) {
+      all = [];
+      for (const transport of transports) all.push(await enter(transport));
+      stall = await longestStall(SOAK ? 130_000 : 7_000, t.signal);
+      note(`${name}: no turn for ${Math.round(stall)} ms`);
     }
-    await sleep(SOAK ? 130_000 : 7_000, t.signal);
-    for (const { about, transport, connected, peer } of all) {
+    for (const { transport, connected, peer } of all!) {
       const { socket, messages, events } = connected;
-      assertEquals(events, ["open"], about);
+      assertEquals(events, ["open"], about(transport));
       socket.send("after");
-      assertEquals(await messages.next(), "after", about);
+      assertEquals(await messages.next(), "after", about(transport));
       peer.send("down");
-      assertEquals(await messages.next(), "down", about);
+      assertEquals(await messages.next(), "down", about(transport));
       const used = held.includes(transport) ? "post" : transport;
-      assertEquals([socket.transport, events], [used, ["open"]], about);
+      assertEquals([socket.transport, events], [used, ["open"]], about(transport));
     }
   }));
-}, { timeout: SOAK ? 200_000 : timeout, skip: needs("nginx", "haproxy", "apache", "openssl") });
+}, { timeout: SOAK ? 600_000 : timeout, skip: needs("nginx", "haproxy", "apache", "openssl") });
 
 test("quiet streams that nginx, haproxy and Apache cut are resumed", async (t) => {
   await Promise.all(cutting.map(async ({ name, configuration }) => {
