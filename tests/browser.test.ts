@@ -121,3 +121,38 @@ test("Chromium: another origin on the allow-list, with credentials", async (t) =
   assertEquals(await closed(strange), { code: 1006, reason: "", wasClean: false });
   assertEquals(api.peers.all.length, 2);
 }, { timeout, skip });
+
+test(
+  "Chromium over HTTP/2: a worker of a bundled script streams once its origin is known to it",
+  async (t) => {
+    const { url } = await site(t, { tls: true, http2: true });
+    const { tab } = await visit(t, url);
+    const transports = await tab.run(async () => {
+      const client = await (await fetch("/client.js")).text();
+      const program = async () => {
+        const transports: string[] = [];
+        const { WebSocketSSE } = await import(globalThis.name);
+        for (let n = 0; n < 2; n++) {
+          const socket = new WebSocketSSE(`${globalThis.origin}/ws`);
+          await new Promise((resolve) => socket.onopen = resolve);
+          socket.send("hello");
+          await new Promise((resolve) => socket.onmessage = resolve);
+          transports.push(socket.transport);
+          const closed = new Promise((resolve) => socket.onclose = resolve);
+          socket.close();
+          await closed;
+        }
+        postMessage(transports);
+      };
+      const blob = (text: string) =>
+        URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
+      const name = blob(client);
+      const worker = new Worker(blob(`(${program})()`), { type: "module", name });
+      return await new Promise<string[]>((resolve) =>
+        worker.onmessage = ({ data }) => resolve(data)
+      );
+    });
+    assertEquals(transports, ["post", "stream"]);
+  },
+  { timeout, skip },
+);
