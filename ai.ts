@@ -475,7 +475,7 @@ class Chats {
       const taken = run.take(peer.id);
       if (!taken) continue;
       shown.push({ key, ...taken });
-      this.#others!.expect(taken);
+      this.#others!.expect(run, { key, ...taken });
     }
     if (shown.length > 0) Object.assign(peer.context, { [`${SHOWN} ${peer.id}`]: shown });
   }
@@ -560,7 +560,6 @@ interface Find {
   readonly kind: "find";
   readonly key: string;
   readonly viewer: string;
-  readonly peer: string;
   readonly from: string;
   /** Whose run it was; else whoever has it answers. */
   readonly owner?: string | undefined;
@@ -626,8 +625,8 @@ class Others {
   }
 
   /** A viewer that was here will ask for the rest from elsewhere, which its instance may not outlive. */
-  expect({ viewer, place }: Omit<Shown, "key">): void {
-    this.#guests.set(viewer, new Guest(viewer, peerOf(viewer), 0, place, () => {}));
+  expect(run: Run, shown: Shown): void {
+    this.#guests.set(shown.viewer, new Guest(run, { ...shown, turn: 0 }, () => {}));
     this.#watch();
   }
 
@@ -676,7 +675,7 @@ class Others {
     this.#remotes.set(viewer.id, remote);
     this.#watch();
     const turn = remote.nextTurn();
-    const asked = { key, viewer: viewer.id, peer: viewer.peer, owner, turn, place };
+    const asked = { key, viewer: viewer.id, owner, turn, place };
     this.#say(owner ?? "*", { kind: "find", from: this.#id, ...asked });
   }
 
@@ -755,19 +754,22 @@ class Others {
   }
 
   /** Shows a run that is here to a viewer elsewhere. */
-  #onFind({ key, viewer, peer, from, owner, turn, place }: Find): void {
-    const run = this.#home.runs.get(key);
+  #onFind(find: Find): void {
+    const { key, viewer, from, owner, turn } = find;
+    // Whoever has not had the end of a run may go on with it, when it is kept for nobody else.
+    const former = this.#guests.get(viewer);
+    const run = former && former.key === key ? former.run : this.#home.runs.get(key);
     if (!run) {
       if (owner) this.#say(from, { kind: "none", viewer, turn });
       return this.dismiss(viewer);
     }
     this.#say(from, { kind: "here", viewer, turn, from: this.#id });
-    const guest = new Guest(viewer, peer, turn, place, (at, reply, place) => {
+    const guest = new Guest(run, find, (at, reply, place) => {
       this.#say(from, { kind: "show", viewer, turn, at, reply, place });
     });
     this.#guests.set(viewer, guest);
     this.#watch();
-    run.add(guest, place);
+    run.add(guest, find.place);
   }
 
   /** What another instance says of a run that it has, or has not. */
@@ -930,22 +932,24 @@ class Remote {
 class Guest implements Viewer {
   readonly id: string;
   readonly peer: string;
-  silences = 0;
+  readonly key: string;
+  readonly run: Run;
   readonly turn: number;
+  silences = 0;
   readonly #say: (at: Place, reply: Reply, place: Place) => void;
   #place: Place;
   #taken: number;
   #room: Deferred<void> | undefined;
 
   constructor(
-    id: string,
-    peer: string,
-    turn: number,
-    place: Place,
+    run: Run,
+    { viewer, key, turn, place }: Shown & { readonly turn: number },
     say: (at: Place, reply: Reply, place: Place) => void,
   ) {
-    this.id = id;
-    this.peer = peer;
+    this.id = viewer;
+    this.peer = peerOf(viewer);
+    this.key = key;
+    this.run = run;
     this.turn = turn;
     this.#place = place;
     this.#taken = place.sequence;
@@ -1002,6 +1006,8 @@ class Run {
   /** Of whatever is waited for: viewers, the end of what was stopped, or to be forgotten. */
   #timer: ReturnType<typeof setTimeout> | undefined;
   #reader: ChunkReader | undefined;
+  /** What its viewers are told at its end. */
+  #last: Reply = { type: "end" };
   /** While others have their turn, chunks are gathered, and shown together. */
   #rest: Promise<void> | undefined;
   #hurry = 0;
@@ -1055,7 +1061,7 @@ class Run {
     this.#showings.set(viewer.peer, showing);
     this.#events.shown(viewer.id);
     if (this.phase === "running") clearTimeout(this.#timer);
-    if (this.isOver) showing.end({ type: "end" });
+    if (this.isOver) showing.end(this.#last);
     else showing.pump();
   }
 
@@ -1169,6 +1175,7 @@ class Run {
   end(last: Reply): void {
     if (this.isOver) return;
     this.phase = "ended";
+    this.#last = last;
     this.#gatherNoMore();
     this.#abort.abort();
     if (this.#reader) cancel(this.#reader);

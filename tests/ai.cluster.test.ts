@@ -245,11 +245,7 @@ for (const first of ["its own", "another"]) {
   test(`an instance waits for a viewer that is on its way from ${first} to a third`, async (t) => {
     const bus = new MemoryBus(t);
     const gate = new Gate();
-    const options: Options = {
-      keepEnded: 60_000,
-      respond: () => words(2, gate.wait),
-      sync: bus.adapter,
-    };
+    const options: Options = { respond: () => words(2, gate.wait), sync: bus.adapter };
     const [one, other, third] = [chats(t, options), chats(t, options), chats(t, options)];
     const said: string[] = [];
     // The same session, wherever it is.
