@@ -4,7 +4,7 @@
  */
 import { chaos } from "./chaos.ts";
 import { converse } from "./conversation.ts";
-import { assertEquals, assertMatch, test } from "./harness.ts";
+import { assertEquals, assertMatch, rawRequest, test } from "./harness.ts";
 import { connect, listen } from "./pair.ts";
 import { room } from "./room.ts";
 
@@ -20,6 +20,15 @@ for (const server of ["srvx", "@hono/node-server", "node.ts"]) {
     assertEquals(child.stderr(), "");
   }, { timeout: 40_000 });
 }
+
+test("on Node, who is refused before its body is through is answered, and told to connect anew", async (t) => {
+  const child = await t.spawn("node", "tests/fixtures/node-server.ts", { args: ["node.ts"] });
+  const port = Number(await child.line());
+  const head = "POST /room HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 3000000";
+  const refused = t.use(await rawRequest(port, head, ["nearly nothing of it"]));
+  assertEquals([refused.status, refused.headers.get("connection")], [400, "close"]);
+  assertEquals(child.stderr(), "");
+});
 
 test("on Node, the client", async (t) => {
   const server = await listen(t, room);
