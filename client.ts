@@ -138,6 +138,10 @@ const NOTHING_CAME = "the stream began, but no session in it";
 const ONLY_RECEIVES =
   "this event stream is no WebSocket's: it has no token to send with. To read it: bidir: false";
 
+const HIDDEN =
+  "the answer's headers are hidden from this page: its origin has to be shown x-crossws-id and " +
+  "x-duplex-*, as the server's option cors does";
+
 const INSPECT: symbol = Symbol.for("nodejs.util.inspect.custom");
 
 const KEEPS_WAITING = "keeps us waiting. Over HTTP/1.1 all tabs share 6 connections: serve HTTP/2";
@@ -1590,6 +1594,8 @@ class Events {
       this.#session.token = data; // the header could not be read
       return this.#taker.openPlain();
     }
+    // "duplex-open before any token means that the answer's headers are hidden from it".
+    if (type === OPEN_EVENT && !this.#session.token) return this.#host.onFail(HIDDEN);
     if (type.startsWith("duplex-")) return;
     // Any other event stream: we could not send.
     if (!this.#session.token && this.#host.sends) return this.#host.onFail(ONLY_RECEIVES);

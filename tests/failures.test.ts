@@ -8,6 +8,7 @@ import {
   assert,
   assertEquals,
   assertInstanceOf,
+  assertLess,
   assertMatch,
   assertStringIncludes,
   assertThrows,
@@ -249,6 +250,34 @@ for (const [what, [body, headers, message]] of Object.entries(streams)) {
   test(`${what} is named`, async (t) => {
     const error = await answered(t, () => new Response(body, { headers }), { transport: "post" });
     assertEquals(error.message, message);
+  });
+}
+
+for (const transport of ["duplex", "stream", "post", "poll"] as const) {
+  test(`a middleware that exposes no header fails the opening, and is told which (${transport})`, async (t) => {
+    const { url, ws } = await listen(t, {
+      cors: "manual",
+      resumeTimeout: 100,
+      heartbeatInterval: 300, // by which Deno notices that its client has gone
+    });
+    const socket = new WebSocketSSE(url, {
+      transport,
+      signal: t.signal,
+      // As a browser gives an answer of another origin to its page.
+      fetch: async (input, init) => {
+        const { body, status, headers } = await fetch(input, init);
+        const type = headers.get("content-type") ?? "";
+        return new Response(body, { status, headers: { "content-type": type } });
+      },
+    });
+    const began = performance.now();
+    const { message } = await failure(t, socket);
+    assertMatch(
+      message,
+      /^Not opened: the answer's headers are hidden .*x-crossws-id and x-duplex/,
+    );
+    assertLess(performance.now() - began, 8_000, "as soon as it can be told");
+    await until(() => ws.peers.size === 0);
   });
 }
 
