@@ -516,7 +516,7 @@ class Router implements RoutingDriver {
   }
 
   async #sayUnknown({ id, from, session }: { id: string; from: string; session: string }) {
-    if (this.parking?.isLanding(session)) return; // soon it is here
+    if (this.#migration.holds(session)) return; // soon it is here
     if (!this.#bus.busy) await this.#tell(from, { kind: "unknown", id }); // anybody can ask
   }
 
@@ -1131,7 +1131,7 @@ class Migration implements Mover<SyncMessage> {
       ...{ instance, host, wake, digest, seal, unseal, encodePacked },
       now: () => this.now(),
       counts: () => this.counts(),
-      asks: (session) => this.moves.asking(session) !== undefined,
+      asks: (session) => this.moves.asks(session),
       take: (session, state, counts) => this.#takeParked(session, state, counts),
       confirm: (to, id, session) =>
         this.send(to, { kind: "adopted", id, session, from: this.#instance }),
@@ -1174,6 +1174,11 @@ class Migration implements Mover<SyncMessage> {
   /** Something is kept that a tick will forget. */
   get remembers(): boolean {
     return this.moves.remembers || !!this.parking?.remembers;
+  }
+
+  /** The session is in this instance's hands, though not in service. */
+  holds(session: string): boolean {
+    return this.moves.holds(session) || !!this.parking?.isLanding(session);
   }
 
   isMoving(token: string, session: string): boolean {
@@ -1250,7 +1255,7 @@ class Migration implements Mover<SyncMessage> {
   async locate(message: Incoming, { id, session, from }: WhereHead): Promise<void> {
     const token = (await this.#names.find(session))?.token ?? this.#asked.get(session)?.token;
     if (token === undefined || from === this.#instance) return;
-    const holds = this.moves.holds(session) || this.parking?.holds(token, session);
+    const holds = this.holds(session) || this.parking?.moving(token);
     if (!this.#host.owns(token) && !holds) return;
     const key = await keyOf(token);
     await authenticate(key, message);
@@ -1340,7 +1345,7 @@ class Migration implements Mover<SyncMessage> {
 
   /** The store answers for who has parked the session: nothing is to come of whom we never heard. */
   async #takeParked(session: string, state: Bytes, counts: Counts): Promise<void> {
-    const id = this.moves.asking(session)!;
+    const id = this.moves.askAnew(session)!;
     const head = { kind: "state", status: "here", id, session, from: STORE, counts } as const;
     this.moves.receive({ ...head, time: this.now(), quiet: Object.keys(counts) }, state);
     await this.moves.moving(session);

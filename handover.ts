@@ -211,16 +211,28 @@ export class Moves<Message> {
   #ask(adoption: Adoption<Message>, owner: string): void {
     adoption.owner = owner;
     const { session, claim } = adoption;
-    adoption.id = crypto.randomUUID().replaceAll("-", "");
+    adoption.id = newId();
     const { id } = adoption;
     const time = this.#mover.now();
     const from = this.#instance;
     this.#mover.send(owner, { kind: "adopt", id, from, session, time, ...claim });
   }
 
+  /** Whether the session is waited for, and nobody has sent it. */
+  asks(session: string): boolean {
+    return this.#adoptions.get(session)?.arrived === undefined && this.#adoptions.has(session);
+  }
+
   /** The id by which the session has been asked for, and is waited for. */
   asking(session: string): string | undefined {
     return this.#adoptions.get(session)?.id;
+  }
+
+  /** The same by another id: the answer of whom was asked before is not waited for any more. */
+  askAnew(session: string): string | undefined {
+    const adoption = this.#adoptions.get(session);
+    if (!adoption || adoption.arrived) return;
+    return adoption.id = newId();
   }
 
   /** As which client. */
@@ -270,7 +282,7 @@ export class Moves<Message> {
     if (this.#taken.get(id)) return this.#confirm(from, id, session); // a confirmation was lost
     const adoption = this.#adoptions.get(session);
     // "A state that nobody waits for is dropped": its giver asks, and takes it back.
-    if (adoption?.id !== id || this.#isOld(head.time)) return;
+    if (adoption?.id !== id || adoption.arrived || this.#isOld(head.time)) return;
     if (status === "moved" && to && to !== this.#instance && adoption.hops++ < MAX_HOPS) {
       return this.#ask(adoption, to);
     }
@@ -422,6 +434,10 @@ export class Moves<Message> {
     this.#taken.forget(this.#mover.now());
     this.#moved.forget(this.#mover.now());
   }
+}
+
+function newId(): string {
+  return crypto.randomUUID().replaceAll("-", "");
 }
 
 /** As of `Promise.withResolvers`, which Node 20 has not. */

@@ -198,6 +198,8 @@ export class Parking implements SessionParking {
   readonly #gone: Map<string, { to: string; since: number }> = new Map();
   /** Sessions that are being taken out of the store here, by name. */
   readonly #landing: Map<string, Promise<boolean>> = new Map();
+  /** Those for which something is on its way to the store. */
+  readonly #putting: Set<string> = new Set();
   #pendingBytes = 0;
   #failing = false;
 
@@ -241,11 +243,6 @@ export class Parking implements SessionParking {
     return this.#landing.has(session);
   }
 
-  /** Whether the session is in this instance's hands, or it can take it back. */
-  holds(token: string, session: string): boolean {
-    return this.#landing.has(session) || this.moving(token) !== undefined;
-  }
-
   /** The end of the session's stay, if it is parked: then it is here, or is known not to be. */
   moving(token: string): Promise<void> | undefined {
     const parked = this.#parked.get(secretOf(token));
@@ -277,7 +274,8 @@ export class Parking implements SessionParking {
       if (before.phase === "parked") this.#settle(before);
       return await before.stored.promise;
     }
-    const packed = this.#quay.host.pack(token);
+    // What still goes to the store for it would come between.
+    const packed = this.#putting.has(secret) ? undefined : this.#quay.host.pack(token);
     if (!packed) return;
     const state = this.#quay.encodePacked(packed);
     const size = state.length;
@@ -294,7 +292,11 @@ export class Parking implements SessionParking {
       return this.#back(parked);
     }
     this.#pendingBytes += size;
-    this.#put(parked, packed, state).finally(() => this.#pendingBytes -= size);
+    this.#putting.add(secret);
+    this.#put(parked, packed, state).finally(() => {
+      this.#pendingBytes -= size;
+      this.#putting.delete(secret);
+    });
     return await parked.stored.promise;
   }
 
@@ -317,7 +319,8 @@ export class Parking implements SessionParking {
       if (!isStill(parked, "storing")) return; // too late: it is in service again
       this.#enter(parked, "pointing");
       const pointer = await seal("pointer", keys);
-      await Promise.all(keys.map((key) => this.#store.put(key, pointer, ttl)));
+      // The newest first: who takes it by the other finds none on its way that could come later.
+      for (const key of keys.toReversed()) await this.#store.put(key, pointer, ttl);
       this.#failing = false;
       if (!isStill(parked, "pointing")) return;
       this.#enter(parked, "parked");
@@ -371,10 +374,11 @@ export class Parking implements SessionParking {
   /** It "takes it back as anybody takes it": who was frozen finds out so that its session has left. */
   async #reclaim(parked: Parked): Promise<void> {
     this.#enter(parked, "reclaiming");
-    let bytes: Uint8Array | null | undefined;
+    let isThere = false;
     try {
-      bytes = await this.#store.take(parked.id);
+      const bytes = await this.#store.take(parked.id);
       this.#failing = false;
+      isThere = !!bytes && await this.#isOf(parked, bytes);
     } catch (error) {
       this.#fail(error);
       if (!isStill(parked, "reclaiming")) return;
@@ -383,9 +387,20 @@ export class Parking implements SessionParking {
       return;
     }
     if (!isStill(parked, "reclaiming")) return;
-    if (!bytes) this.#leave(parked, "");
+    if (!isThere) this.#leave(parked, "");
     else if (parked.wanted || !this.#isLate(parked)) this.#back(parked);
     else this.#leave(parked, "", "lost"); // its client has not come back
+  }
+
+  /** Anybody can put anything there, once it is taken. */
+  async #isOf({ token, id }: Parked, bytes: Uint8Array): Promise<boolean> {
+    try {
+      const [label] = decode(await this.#quay.unseal(token, copy(bytes)));
+      return label.kind === "session" && label.id === id;
+    } catch (error) {
+      this.#report(error);
+      return false;
+    }
   }
 
   #isLate({ since }: Parked): boolean {
@@ -490,7 +505,8 @@ export class Parking implements SessionParking {
     const seal = (kind: Label["kind"], rest?: Bytes) =>
       this.#quay.seal(token, encode({ ...label, id, kind }, rest));
     await this.#store.put(id, await seal("session", state), left);
-    await this.#store.put(await this.#keyOf(token), await seal("pointer"), left);
+    const pointer = await seal("pointer");
+    await Promise.all(label.keys.map((key) => this.#store.put(key, pointer, left)));
   }
 
   async #open(

@@ -5,9 +5,11 @@
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import process from "node:process";
 import { pathToFileURL } from "node:url";
 import { type MoveHead, Moves } from "../handover.ts";
-import { assertEquals, assertGreater, root, test, type TestContext } from "./harness.ts";
+import { parking } from "../parking.ts";
+import { assertEquals, assertGreater, root, test, type TestContext, testOnce } from "./harness.ts";
 import { walks } from "./handover.model.ts";
 
 type Make = typeof Moves<number>;
@@ -31,7 +33,7 @@ const RULES: Record<string, [string, string]> = {
     "",
   ],
   "a state that nobody waits for is dropped": [
-    "if (adoption?.id !== id || this.#isOld(head.time)) return;",
+    "if (adoption?.id !== id || adoption.arrived || this.#isOld(head.time)) return;",
     "if (!adoption) { if (status === 'here') this.#mover.take(session, state, []); return; }",
   ],
   "the session waits for publications that it has had": [
@@ -52,26 +54,90 @@ const RULES: Record<string, [string, string]> = {
   ],
 };
 
+/** The same of parking.ts. */
+const PARKING_RULES: Record<string, [string, string]> = {
+  "a session that was parked is taken back as anybody takes it": [
+    "isThere = !!bytes && await this.#isOf(parked, bytes);",
+    "isThere = true;",
+  ],
+  "what is taken back is what was parked": [
+    "isThere = !!bytes && await this.#isOf(parked, bytes);",
+    "isThere = !!bytes;",
+  ],
+  "nothing points to a session that is in service again": [
+    'if (!isStill(parked, "storing")) return;',
+    "",
+  ],
+  "what fails once something points to it is decided by who takes it": [
+    'else if (parked.phase === "pointing") this.#reclaim(parked);',
+    'else if (parked.phase === "pointing") this.#back(parked);',
+  ],
+  "a parking that is over takes no more steps": [
+    'this.#enter(parked, "over");',
+    "",
+  ],
+  "an older state does not stand in for a newer one": [
+    "&& opened[0].keys.includes(key)",
+    "",
+  ],
+  "a token's mark is another one in each answer": [
+    "return hex(crypto.getRandomValues(new Uint8Array(4)));",
+    "return '';",
+  ],
+  "what nobody waits for any more is parked again": [
+    "if (!await this.#land(asking.session, found)) await this.#putBack(token, found);",
+    "await this.#land(asking.session, found);",
+  ],
+  "a session that has come is parked here no more": [
+    'if (parked) this.#leave(parked, "");',
+    "",
+  ],
+  "publications that it has had are not repeated": [
+    "await this.#quay.take(session, state, counts);",
+    "await this.#quay.take(session, state, {});",
+  ],
+};
+
+/** `DUPLEX_SOAK=1`: as many as without a store. */
+const WALKS = process.env.DUPLEX_SOAK ? 10_000 : 2_000;
+
+testOnce(`${WALKS} walks with a parking store break no rule`, async () => {
+  assertEquals(await walks(WALKS, Moves as Make, { park: parking }), { broken: 0 });
+}, { timeout: 120_000 });
+
+for (const [rule, [text, replacement]] of Object.entries(PARKING_RULES)) {
+  testOnce(`without its rule parking breaks: ${rule}`, async (t) => {
+    const { parking } = await without(t, "parking.ts", text, replacement);
+    const { broken } = await walks(3_000, Moves as Make, { enough: 1, park: parking });
+    assertGreater(broken, 0);
+  }, { timeout: 120_000 });
+}
+
 test("10,000 walks of the handover protocol break no rule", async () => {
   assertEquals(await walks(10_000, Moves as Make), { broken: 0 });
 }, { timeout: 120_000 });
 
 for (const [rule, [text, replacement]] of Object.entries(RULES)) {
   test(`without its rule the handover protocol breaks: ${rule}`, async (t) => {
-    const make = await without(t, text, replacement);
-    assertGreater((await walks(10_000, make, 1)).broken, 0);
+    const { Moves } = await without(t, "handover.ts", text, replacement);
+    assertGreater((await walks(10_000, Moves as Make, { enough: 1 })).broken, 0);
   }, { timeout: 120_000 });
 }
 
-/** `handover.ts` with a piece of it replaced. */
-async function without(t: TestContext, text: string, replacement: string): Promise<Make> {
-  const source = await readFile(join(root, "handover.ts"), "utf8");
-  assertEquals(source.split(text).length, 2, `stands once in handover.ts: ${text}`);
+/** A file with a piece of it replaced. */
+async function without(
+  t: TestContext,
+  name: "handover.ts" | "parking.ts",
+  text: string,
+  replacement: string,
+): Promise<{ Moves: Make; parking: typeof parking }> {
+  const source = await readFile(join(root, name), "utf8");
+  assertEquals(source.split(text).length, 2, `stands once in ${name}: ${text}`);
   const folder = await mkdtemp(join(tmpdir(), "duplex-rules-"));
   t.defer(() => rm(folder, { recursive: true }));
-  const file = join(folder, "handover.ts");
+  const file = join(folder, name);
   await writeFile(file, source.replace(text, replacement));
-  return (await import(pathToFileURL(file).href)).Moves;
+  return await import(pathToFileURL(file).href);
 }
 
 test("of an instance that has long been quiet, and was never heard here, nothing is waited for", () => {

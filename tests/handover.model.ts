@@ -3,17 +3,26 @@
  * loses, repeats and reorders, instances that freeze and thaw, timeouts at any moment; in each
  * fourth walk one that is killed at any step.
  *
+ * With parking, a store is among them: it executes late, says that it has failed though it has not,
+ * or not at all; and somebody puts values back there that are older than the client's last answer.
+ *
  * Checked at every step: at most one instance has the session; each message up reaches the hook
- * once and in order; each publication reaches the session once and in order. At the end, when
- * nothing is lost any more, the client reaches it wherever it resumes, unless one was killed.
+ * once and in order; each publication reaches the session once and in order (with parking, at most
+ * once). At the end, when nothing is lost any more, the client reaches it wherever it resumes,
+ * unless one was killed, or the store has failed.
  *
  * @module
  */
 import type { MoveHead, Mover, Moves, Publication } from "../handover.ts";
+import type { Parking, parking as makeParking, ParkingStore, Quay } from "../parking.ts";
+import type { Packed } from "../server.ts";
 
 type Make = typeof Moves<number>;
+type Park = typeof makeParking;
 
 const SESSION = "s";
+/** How the store is called among instances. */
+const STORE = "";
 const NAMES = ["A", "B", "C"] as const;
 type Name = typeof NAMES[number];
 /** Of messages up, and of publications. */
@@ -27,6 +36,19 @@ export class Violation extends Error {}
 interface State {
   received: number;
   attempt: number;
+  /** Those that its client may come with. */
+  tokens: string[];
+}
+
+type Bytes = Uint8Array<ArrayBuffer>;
+
+/** What a store is asked, until it has answered. */
+interface Operation {
+  readonly by: Instance;
+  readonly execute: () => unknown;
+  readonly resolve: (value: never) => void;
+  readonly reject: (error: Error) => void;
+  isAnswered: boolean;
 }
 
 interface Sent {
@@ -47,24 +69,94 @@ function numbers(seed: number): () => number {
   };
 }
 
+const encoder = new TextEncoder();
+const decoder = new TextDecoder();
+const encode = (value: unknown) => encoder.encode(JSON.stringify(value)) as Bytes;
+
+/** Spreads a text over 16 bytes. */
+function digest(text: string): Bytes {
+  const bytes = new Uint8Array(16);
+  for (const [i, byte] of encoder.encode(text).entries()) {
+    bytes[i % 16] = bytes[i % 16]! * 31 + byte;
+  }
+  return bytes;
+}
+
+/** The name of a token's pointer. */
+const pointerOf = (token: string) =>
+  Array.from(digest(`duplex-sse park ${token}`), (byte) => byte.toString(16).padStart(2, "0"))
+    .join("");
+
+/** The names of the pointers that belong to what was put. */
+function keysIn(bytes: Bytes): string[] {
+  const end = 4 + new DataView(bytes.buffer).getUint32(0);
+  return JSON.parse(decoder.decode(bytes.subarray(4, end))).keys;
+}
+
 /** One instance: `Moves`, and a server of one session that only counts. */
 class Instance implements Mover<number> {
   readonly name: Name;
   readonly moves: Moves<number>;
+  readonly parking: Parking | undefined;
   readonly #world: World;
   /** The session in service. */
   session: State | undefined;
   /** The session in limbo, and publications that have come meanwhile. */
   #limbo: { state: State; missed: number[] } | undefined;
+  /** The token of the last request, and its attempt where the session came out of the store. */
+  #asked = "";
+  #attempt = 0;
   frozen = false;
   killed = false;
   /** Publications read from the channel. */
   read = 0;
 
-  constructor(name: Name, world: World, make: Make) {
+  constructor(name: Name, world: World, make: Make, park?: Park) {
     this.name = name;
     this.#world = world;
     this.moves = new make(name, TIMEOUT, 30_000, this);
+    this.parking = park?.(world.storeOf(this), { timeout: TIMEOUT })(this.#quay());
+  }
+
+  #quay(): Quay {
+    return {
+      instance: this.name,
+      host: {
+        resumeTimeout: 30_000,
+        pack: () => {
+          const state = this.#unload();
+          const { tokens } = state ?? {};
+          return state && { namespace: "", tokens, state } as unknown as Packed;
+        },
+        restore: () => this.restore(),
+        release: () => this.release(),
+        report: () => {},
+      },
+      now: () => this.now(),
+      wake: () => {},
+      counts: () => this.counts(),
+      asks: () => this.moves.asks(SESSION),
+      take: async (session, state, counts) => {
+        const head = { kind: "state", status: "here", session, from: STORE, counts } as const;
+        const id = this.moves.askAnew(SESSION)!;
+        this.#attempt = this.moves.claimOf(SESSION)!.attempt; // its resumption follows
+        this.moves.receive({ ...head, id, time: this.now(), quiet: Object.keys(counts) }, state);
+        await this.moves.moving(SESSION);
+      },
+      confirm: (to, id, session) =>
+        this.send(to, { kind: "adopted", id, session, from: this.name }),
+      digest: (text) => Promise.resolve(digest(text)),
+      seal: (_token, bytes) => Promise.resolve(bytes),
+      unseal: (_token, bytes) => Promise.resolve(bytes),
+      encodePacked: (packed) => encode((packed as unknown as { state: State }).state),
+    };
+  }
+
+  #unload(): State | undefined {
+    if (!this.session) return;
+    this.#limbo = { state: this.session, missed: [] };
+    this.session = undefined;
+    return this.#limbo.state;
   }
 
   now(): number {
@@ -78,6 +170,11 @@ class Instance implements Mover<number> {
   }
 
   send(to: string, head: MoveHead, state: Uint8Array<ArrayBuffer> = new Uint8Array()): void {
+    if (to === STORE) {
+      if (head.kind !== "adopt") return;
+      this.#look().then((found) => found || this.moves.unknown(head.id));
+      return;
+    }
     this.#world.bus.push({ to: to as Name, from: this.name, head, state });
   }
 
@@ -87,13 +184,14 @@ class Instance implements Mover<number> {
 
   pack(_session: string, { attempt }: { attempt: number }): Uint8Array<ArrayBuffer> | undefined {
     if (!this.session || attempt < this.session.attempt) return;
-    this.#limbo = { state: this.session, missed: [] };
-    this.session = undefined;
-    return new TextEncoder().encode(JSON.stringify({ ...this.#limbo.state, attempt }));
+    return encode({ ...this.#unload(), attempt });
   }
 
   restore(): void {
-    if (!this.#limbo) throw new Violation(`${this.name} has nothing to take back`);
+    if (!this.#limbo) {
+      this.#world.fault ??= `${this.name} has nothing to take back`;
+      return;
+    }
     this.session = this.#limbo.state;
     this.#world.got.push(...this.#limbo.missed);
     this.#limbo = undefined;
@@ -104,9 +202,19 @@ class Instance implements Mover<number> {
   }
 
   take(_session: string, state: Uint8Array, missed: number[]): void {
-    this.session = JSON.parse(new TextDecoder().decode(state));
+    const { attempt, ...rest } = JSON.parse(decoder.decode(state)) as State;
+    this.session = { ...rest, attempt: Math.max(attempt, this.#attempt) };
     this.#world.got.push(...missed);
-    this.#world.tell(this.name);
+    this.parking?.arrived(this.#world.token);
+    this.#answer();
+  }
+
+  /** The answer to a resumption names the next token. */
+  #answer(): void {
+    const { token } = this.#world;
+    const next = `${this.name}${this.parking?.mark() ?? ""}.${SESSION}`;
+    this.session!.tokens = [token, next];
+    this.#world.tell(next);
   }
 
   counts(): { channel: number } {
@@ -130,10 +238,66 @@ class Instance implements Mover<number> {
   resume(attempt: number): void {
     if (this.session) {
       this.session.attempt = Math.max(attempt, this.session.attempt);
-      return this.#world.tell(this.name);
+      return this.#answer();
+    }
+    if (this.parking) {
+      const { token } = this.#world;
+      return void this.#underWay(token, this.#bring(attempt, token, this.parking));
     }
     const owner = this.moves.whereabouts(SESSION) ?? this.#world.hint;
     this.moves.adopt(SESSION, owner, { attempt, received: 0, namespace: "" });
+  }
+
+  async #bring(attempt: number, token: string, parking: Parking): Promise<void> {
+    this.#asked = token;
+    await parking.want(token);
+    if (this.session) return this.#answer();
+    const claim = { attempt, received: 0, namespace: "", mark: token.split(".")[0]! };
+    const owner = this.moves.whereabouts(SESSION) ?? parking.whereabouts(token) ?? token[0]!;
+    if (!this.#world.isGone(owner)) return await this.moves.adopt(SESSION, owner, claim);
+    await this.moves.adopt(SESSION, STORE, claim);
+    const holder = this.#holder();
+    if (!this.session && holder) await this.moves.adopt(SESSION, holder.name, claim);
+  }
+
+  /** Who says so when all are asked. */
+  #holder(): Instance | undefined {
+    return this.#world.instances.find((one) => one !== this && !one.frozen && one.session);
+  }
+
+  /** The token of a request that waits for the session. */
+  get asked(): string | undefined {
+    return this.moves.asking(SESSION) === undefined ? undefined : this.#asked;
+  }
+
+  /** Whoever is asked says nothing: all are asked, and the store. */
+  look(): void {
+    const id = this.moves.asking(SESSION);
+    if (id === undefined) return;
+    const holder = this.#holder();
+    if (holder) this.moves.redirect(id, holder.name);
+    this.#look();
+  }
+
+  async #look(): Promise<boolean> {
+    const asking = { session: SESSION, namespace: "" };
+    return await this.#underWay(this.#asked, this.parking!.look(asking, this.#asked));
+  }
+
+  async #underWay<T>(token: string, work: Promise<T>): Promise<T> {
+    const one = { token };
+    this.#world.underWay.add(one);
+    return await work.finally(() => this.#world.underWay.delete(one));
+  }
+
+  async receive(head: MoveHead, state: Bytes): Promise<void> {
+    const { token } = this.#world;
+    if (head.kind === "adopted") this.parking?.taken(token, head.id, head.from);
+    if (head.kind === "adopt" && this.parking) {
+      const wanting = this.parking.want(token, head.mark);
+      if (!await this.#underWay(`${head.mark}.s`, wanting)) return;
+    }
+    this.moves.receive(head, state);
   }
 
   /** The client's message `number` comes here, or is routed here. */
@@ -154,8 +318,17 @@ class World {
   acknowledged = 0;
   attempt = 0;
   lossy = true;
-  /** The instance that the client's token names. */
-  hint: Name = "A";
+  /** The client's. */
+  token: string = "A.s";
+  /** What was found where nobody waits for it. */
+  fault: string | undefined;
+  /** Requests that are under way, and with which token. */
+  readonly underWay: Set<{ token: string }> = new Set();
+  readonly values: Map<string, Bytes> = new Map();
+  readonly #history: [key: string, bytes: Bytes][] = [];
+  readonly #operations: Operation[] = [];
+  /** The store fails now and then, and somebody else writes there. */
+  readonly #unsound: boolean;
   readonly bus: Sent[] = [];
   /** Messages as the hook saw them, publications as the session was given them. */
   readonly hook: number[] = [];
@@ -166,11 +339,21 @@ class World {
   #steps = 0;
   readonly #random: () => number;
 
-  constructor(seed: number, make: Make) {
+  constructor(seed: number, make: Make, park?: Park) {
+    this.#unsound = seed % 2 === 1;
     this.#fatal = seed % 4 ? Infinity : Math.floor(seed / 4 % STEPS);
     this.#random = numbers(seed);
-    this.instances = NAMES.map((name) => new Instance(name, this, make));
-    this.instances[0]!.session = { received: 0, attempt: 0 };
+    this.instances = NAMES.map((name) => new Instance(name, this, make, park));
+    this.instances[0]!.session = { received: 0, attempt: 0, tokens: [this.token] };
+  }
+
+  /** The instance that the client's token names. */
+  get hint(): Name {
+    return this.token[0] as Name;
+  }
+
+  isGone(name: string): boolean {
+    return name === STORE || this.#of(name as Name).killed;
   }
 
   get #instance(): Instance {
@@ -182,14 +365,97 @@ class World {
   }
 
   /** The answer tells the client where its session is, unless it gets lost. */
-  tell(name: Name): void {
-    if (!this.lossy || this.#random() > 0.3) this.hint = name;
+  tell(token: string): void {
+    if (!this.lossy || this.#random() > 0.3) this.token = token;
   }
 
-  step(): void {
+  // --- The store ---
+
+  storeOf(by: Instance): ParkingStore {
+    const ask = <T>(execute: () => T) =>
+      new Promise<T>((resolve, reject) => {
+        this.#operations.push({ by, execute, resolve, reject, isAnswered: false });
+      });
+    return {
+      put: (key, bytes) =>
+        ask(() => {
+          this.values.set(key, bytes);
+          this.#history.push([key, bytes]);
+        }),
+      take: (key) =>
+        ask(() => {
+          const bytes = this.values.get(key);
+          this.values.delete(key);
+          return bytes;
+        }),
+    };
+  }
+
+  /** It does any of what it was asked; who is frozen hears of it later. */
+  async #operate(): Promise<void> {
+    const at = Math.floor(this.#random() * this.#operations.length);
+    const operation = this.#operations[at];
+    if (!operation || operation.by.frozen) return;
+    const { execute, resolve, reject } = operation;
+    const luck = this.#unsound && this.lossy ? this.#random() : 1;
+    const error = new Error("the store failed");
+    if (luck < 0.05 && !operation.isAnswered) { // it will be executed nevertheless, maybe
+      operation.isAnswered = true;
+      reject(error);
+    } else {
+      this.#operations.splice(at, 1);
+      if (luck < 0.1) reject(error);
+      else if (luck > 0.15) resolve(execute() as never);
+      else {
+        execute();
+        reject(error);
+      }
+    }
+    for (let n = 0; n < 20; n++) await undefined;
+  }
+
+  /**
+   * Somebody brings back, under any name, what was put for other tokens than the client has now, or
+   * had when it made the requests that are under way.
+   */
+  #forge(): void {
+    if (!this.#unsound) return;
+    const any = <T>(all: T[]) => all[Math.floor(this.#random() * all.length)];
+    const asked = this.instances.flatMap((one) => one.asked ?? []);
+    const marks = this.bus.flatMap(({ head }) => head.kind === "adopt" ? `${head.mark}.s` : []);
+    const tokens = [
+      this.token,
+      ...marks,
+      ...asked,
+      ...[...this.underWay].map(({ token }) => token),
+    ];
+    const known = tokens.map(pointerOf);
+    const isOld = (bytes: Bytes) => !keysIn(bytes).some((key) => known.includes(key));
+    const old = any(this.#history.filter(([, bytes]) => isOld(bytes)));
+    const name = this.#random() < 0.5 ? old : any(this.#history);
+    if (old) this.values.set(name![0], old[1]);
+  }
+
+  /** The session's client is away, or its instance is about to end. */
+  #park(instance: Instance): void {
+    instance.parking?.park(this.token, this.#random() < 0.1);
+  }
+
+  step(): void | Promise<void> {
     const instance = this.#instance;
     if (this.#steps++ === this.#fatal) instance.kill();
-    switch (Math.floor(this.#random() * 7)) {
+    const kinds = instance.parking ? 13 : 7;
+    switch (Math.floor(this.#random() * kinds)) {
+      case 7:
+      case 8:
+      case 9:
+        return this.#operate();
+      case 10:
+        return instance.frozen ? undefined : this.#park(instance);
+      case 11:
+        return instance.frozen ? undefined : instance.look();
+      case 12:
+        return this.#forge();
       case 0:
         return this.#deliver();
       case 1:
@@ -220,7 +486,7 @@ class World {
     if (lost) return;
     // One channel carries all in one order: publications that the asker had come before its question.
     if (head.kind === "adopt") this.#hearAll(instance, this.#of(from).read);
-    instance.moves.receive(structuredClone(head), state);
+    instance.receive(structuredClone(head), state);
   }
 
   #hearAll(instance: Instance, upTo: number): void {
@@ -237,14 +503,23 @@ class World {
 
   #tick(instance: Instance): void {
     this.now += Math.floor(this.#random() * 200);
-    if (!instance.frozen) instance.moves.tick(Math.floor(this.#random() * TIMEOUT));
+    if (instance.frozen) return;
+    const period = Math.floor(this.#random() * TIMEOUT);
+    // What was parked is taken a second later at most: publications are faster than that.
+    if (instance.parking && instance.moves.holds(SESSION)) this.#hearAll(instance, this.published);
+    instance.moves.tick(period);
+    instance.parking?.tick(period);
   }
 
   check(): void {
+    if (this.fault) throw new Violation(this.fault);
     const owners = this.instances.filter((one) => one.session).map((one) => one.name);
     if (owners.length > 1) throw new Violation(`two instances have it: ${owners}`);
     if (this.hook.some((n, at) => n !== at + 1)) throw new Violation(`the hook saw ${this.hook}`);
-    if (this.got.some((n, at) => n !== at + 1)) throw new Violation(`publications: ${this.got}`);
+    const parks = !!this.instances[0]!.parking;
+    if (this.got.some((n, at) => parks ? n <= (this.got[at - 1] ?? 0) : n !== at + 1)) {
+      throw new Violation(`publications: ${this.got}`);
+    }
   }
 
   /** Nothing is lost or frozen any more: wherever the client resumes, the session comes there. */
@@ -252,7 +527,9 @@ class World {
     this.lossy = false;
     const alive = this.instances.filter((one) => !one.killed);
     for (const instance of alive) instance.frozen = false;
-    const isLost = alive.length < this.instances.length; // with the one that had it, maybe
+    // With the one that had it, or in a store that has failed, maybe.
+    const parks = !!this.instances[0]!.parking;
+    const isLost = alive.length < this.instances.length || parks && this.#unsound;
     for (const instance of alive) {
       const [turns, period] = isLost ? [10, 5_000] : [100, 500];
       for (let turn = 0; turn < turns && !instance.session; turn++) {
@@ -266,15 +543,21 @@ class World {
 
   async #turn(instance: Instance, period: number): Promise<void> {
     instance.resume(++this.attempt);
-    for (let n = 0; this.bus.length && n < 200; n++) {
-      await undefined;
-      this.#deliver();
-      this.check();
+    for (let round = instance.parking ? 4 : 1; round > 0 && !instance.session; round--) {
+      if (instance.parking) { for (let n = 0; n < 20; n++) await undefined; }
+      if (round === 2) instance.look();
+      for (let n = 0; this.bus.length && n < 200; n++) {
+        await undefined;
+        this.#deliver();
+        this.check();
+      }
+      while (this.#operations.some(({ by }) => !by.frozen)) await this.#operate();
     }
     this.now += period;
     for (const one of this.instances.filter(({ killed }) => !killed)) {
       this.#hearAll(one, this.published);
       one.moves.tick(period);
+      one.parking?.tick(period);
     }
     await undefined;
     this.check();
@@ -282,10 +565,11 @@ class World {
 }
 
 /** Walks once; throws a {@link Violation}. */
-export async function walk(seed: number, make: Make): Promise<void> {
-  const world = new World(seed, make);
+export async function walk(seed: number, make: Make, park?: Park): Promise<void> {
+  const world = new World(seed, make, park);
   for (let i = 0; i < STEPS; i++) {
-    world.step();
+    const step = world.step();
+    if (step) await step;
     world.check();
     if (i % 4 === 0) await undefined; // those who wait go on
   }
@@ -296,13 +580,13 @@ export async function walk(seed: number, make: Make): Promise<void> {
 export async function walks(
   count: number,
   make: Make,
-  enough = Infinity,
+  { enough = Infinity, park }: { enough?: number; park?: Park } = {},
 ): Promise<{ broken: number; first?: string }> {
   let broken = 0;
   let first: string | undefined;
   for (let seed = 1; seed <= count && broken < enough; seed++) {
     try {
-      await walk(seed, make);
+      await walk(seed, make, park);
     } catch (error) {
       if (!(error instanceof Violation)) throw error;
       broken++;

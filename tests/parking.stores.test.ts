@@ -14,8 +14,8 @@ import {
   assertGreater,
   needs,
   sleep,
-  test,
   type TestContext,
+  testOnce,
   until,
 } from "./harness.ts";
 import { shutDown } from "./pair.ts";
@@ -75,7 +75,7 @@ const kinds: Record<string, Kind> = {
 };
 
 for (const [name, { file, skip, start, runtimes, flags }] of Object.entries(kinds)) {
-  test(`docs/scale.md's store of ${name} gives what it is given, once`, async (t) => {
+  testOnce(`docs/scale.md's store of ${name} gives what it is given, once`, async (t) => {
     const env = { STORE: await recipe(t, file), ...await start(t) };
     for (const runtime of runtimes) {
       const child = await t.spawn(runtime, "tests/fixtures/store.ts", {
@@ -92,7 +92,7 @@ for (const [name, { file, skip, start, runtimes, flags }] of Object.entries(kind
   }, { skip, timeout: 60_000 });
 }
 
-test("docs/scale.md's server parks what its clients have left, and takes it up", async (t) => {
+testOnce("docs/scale.md's server parks what its clients have left, and takes it up", async (t) => {
   const { serve } = await import(await recipe(t, "parked-server.ts"));
   const values = new Map<string, Uint8Array>();
   const store: ParkingStore = {
@@ -148,7 +148,7 @@ async function gathered(instances: Instance[]) {
 const away = async (instance: Instance) => (await instance.tell()).stats.sessions.connected === 0;
 
 for (const [name, kind] of Object.entries(kinds).slice(0, 2)) {
-  test(`sessions whose clients are away survive a shutdown in ${name}`, async (t) => {
+  testOnce(`sessions whose clients are away survive a shutdown in ${name}`, async (t) => {
     const { instances, proxy } = await fleet(t, kind, false);
     proxy.choose = () => 1;
     const clients: WireClient[] = [];
@@ -179,7 +179,7 @@ for (const [name, kind] of Object.entries(kinds).slice(0, 2)) {
     assertEquals(seen, Object.fromEntries(wanted));
   }, { skip: kind.skip, timeout: 60_000 });
 
-  test(
+  testOnce(
     `sessions of an instance that is frozen are taken out of ${name}, and it finds that when it thaws`,
     async (t) => {
       const { instances, proxy } = await fleet(t, kind, true);
