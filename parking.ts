@@ -177,6 +177,22 @@ interface Parked {
  * A store that fails is told to `onError`: then sessions are what they are without it.
  *
  * @throws {RangeError} if `maxSize` or `timeout` is below 1.
+ *
+ * @example A store of sessions that hold no more than 64 KiB each
+ * ```ts
+ * import { parking, type ParkingStore } from "@duplex/sse/parking";
+ *
+ * const parked = new Map<string, Uint8Array<ArrayBuffer>>();
+ * const store: ParkingStore = { // of all instances in this process
+ *   put: (key, bytes) => void parked.set(key, bytes),
+ *   take(key) {
+ *     const bytes = parked.get(key);
+ *     parked.delete(key);
+ *     return bytes;
+ *   },
+ * };
+ * const adapter = parking(store, { maxSize: 64 * 1024 });
+ * ```
  */
 export function parking(store: ParkingStore, options: ParkingOptions = {}): ParkingAdapter {
   const { maxSize = DEFAULT_MAX_SIZE, timeout = DEFAULT_TIMEOUT } = options;
@@ -187,7 +203,20 @@ export function parking(store: ParkingStore, options: ParkingOptions = {}): Park
 
 // --- Parking: sessions between two instances ---
 
-/** The sessions of one instance that are parked, and its way to those that others have parked. */
+/**
+ * The sessions of one instance that are parked, and its way to those that others have parked.
+ *
+ * @example How `cluster` comes by it
+ * ```ts
+ * import { type Parking, parking, type ParkingStore, type Quay } from "@duplex/sse/parking";
+ *
+ * declare const store: ParkingStore;
+ * declare const quay: Quay; // an instance
+ *
+ * const parked: Parking = parking(store)(quay);
+ * console.log(parked.size);
+ * ```
+ */
 export class Parking implements SessionParking {
   readonly #store: ParkingStore;
   readonly #quay: Quay;
