@@ -23,6 +23,7 @@ import { fanOutBursts, fanOutSingly } from "./scenarios/fanout.ts";
 import { subscribers, topics, unheard } from "./scenarios/growth.ts";
 import { memory, tenThousand } from "./scenarios/idle.ts";
 import { move } from "./scenarios/move.ts";
+import { network } from "./scenarios/network.ts";
 import { offered, saturation } from "./scenarios/offered.ts";
 import { parse } from "./scenarios/parse.ts";
 import { poll } from "./scenarios/poll.ts";
@@ -40,6 +41,7 @@ const SCENARIOS: Record<string, Scenario> = {
   uplink,
   latency,
   bulk,
+  network,
   memory,
   tenThousand,
   resume,
