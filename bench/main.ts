@@ -15,7 +15,7 @@ import { join } from "node:path";
 import process from "node:process";
 import { parseArgs } from "node:util";
 import type { Outcome, Ratio, Scale, Scenario } from "./measure.ts";
-import { chart, describe, machine, table } from "./report.ts";
+import { chart, describe, machine, plot, table } from "./report.ts";
 import type { Runtime } from "./rpc.ts";
 import { binary } from "./scenarios/binary.ts";
 import { bulk } from "./scenarios/bulk.ts";
@@ -116,6 +116,9 @@ if (options.short) {
   recorded.machine = await machine();
   await save(recorded);
   await writeFile(RESULTS.replace(".json", ".svg"), chart(recorded.outcomes));
+  if ("saturation" in recorded.outcomes) {
+    await writeFile(join(import.meta.dirname!, "latency.svg"), plot(recorded.outcomes));
+  }
 }
 
 /**

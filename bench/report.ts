@@ -112,3 +112,68 @@ function group({ name, runtime, values }: Figure, top: number): { svg: string; e
   }
   return { svg: lines.join("\n"), end: y };
 }
+
+// --- The plot ---
+
+const PANEL = { left: 44, width: 290, height: 180, top: 34 };
+const SATURATION = /^fan-out to 1000 at (\d+) % of native's capacity, p50$/;
+
+interface Point {
+  share: number;
+  native: number;
+  ours: number;
+}
+
+/** Latency over the offered rate, native and ours: a panel for each runtime. */
+export function plot(outcomes: Record<string, Outcome>): string {
+  const panels = ["deno", "bun"].map((runtime) => pointsOf(outcomes, runtime));
+  const most = Math.max(...panels.flat().flatMap(({ native, ours }) => [native, ours]));
+  const decades = [1, 10, 100, 1000, 10_000].filter((ms) => ms <= 10 * most);
+  const parts = panels.map((points, i) => panel(points, i, decades));
+  return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${WIDTH} 270" role="img">
+<title>Median latency of a publication to 1,000 subscribers, over the rate offered</title>
+<style>${STYLE}
+  .native, .ours { stroke-width: 2 } polyline { fill: none !important } line { stroke: #8c959f55 }
+  polyline.native { stroke: #8c959f } polyline.ours { stroke: #0969da }
+</style>
+${parts.join("\n")}
+<text x="${PANEL.left}" y="264">rate, in % of what native sockets carry; latency in ms, its median</text>
+</svg>`;
+}
+
+function pointsOf(outcomes: Record<string, Outcome>, runtime: string): Point[] {
+  const { figures } = outcomes["saturation"] ?? { figures: [] };
+  return figures.filter((figure) => figure.runtime === runtime).flatMap(({ name, values }) => {
+    const share = Number(SATURATION.exec(name)?.[1]);
+    if (!share) return [];
+    return [{ share, native: values["native"]!.median, ours: values["ours"]!.median }];
+  });
+}
+
+function panel(points: Point[], index: number, decades: number[]): string {
+  const { width, height, top } = PANEL;
+  const left = PANEL.left + index * (width + PANEL.left + 10);
+  const x = (share: number) => Math.round(left + share / 150 * width);
+  const [low, high] = [Math.log10(decades[0]!), Math.log10(decades.at(-1)!)];
+  const y = (ms: number) => {
+    const part = (Math.log10(Math.max(ms, decades[0]!)) - low) / (high - low);
+    return Math.round(top + height * (1 - part));
+  };
+  const grid = decades.map((ms) =>
+    `<line x1="${left}" x2="${left + width}" y1="${y(ms)}" y2="${y(ms)}"/>` +
+    `<text x="${left - 6}" y="${y(ms) + 4}" text-anchor="end">${ms}</text>`
+  );
+  const ticks = points.map(({ share }) =>
+    `<text x="${x(share)}" y="${top + height + 18}" text-anchor="middle">${share}</text>`
+  );
+  const lines = (["native", "ours"] as const).map((name) => {
+    const last = points.at(-1)!;
+    const line = points.map((point) => `${x(point.share)},${y(point[name])}`).join(" ");
+    return `<polyline class="${name}" points="${line}"/>` +
+      `<text class="${name}" x="${x(last.share)}" y="${
+        y(last[name]) - 6
+      }" text-anchor="end">${name}</text>`;
+  });
+  const title = `<text class="title" x="${left}" y="16">${index ? "Bun" : "Deno"}</text>`;
+  return [title, ...grid, ...ticks, ...lines].join("\n");
+}
