@@ -1564,9 +1564,9 @@ class Events {
       case OPEN_EVENT:
         return this.#taker.onTerms(JSON.parse(data));
       case ACK_EVENT: {
-        const space = data.indexOf(" ");
+        const [received, handled, window] = data.split(" ").map(Number);
         this.#taker.onNews();
-        return this.#uplink.confirm(Number(data.slice(0, space)), Number(data.slice(space + 1)));
+        return this.#uplink.confirm(received!, handled, window);
       }
       case PING_EVENT: {
         const [sent, payload] = data.split(" ");
@@ -1825,9 +1825,9 @@ class Uplink {
   }
 
   /** Messages up to this number have arrived, and so many bytes of all have been handled. */
-  confirm(received: number, handled = 0): void {
+  confirm(received: number, handled = 0, window = 0): void {
     if (!this.#session.isActive) return; // an answer that was on its way
-    if (this.#outbox.handle(handled)) this.#host.onProgress(0);
+    if (this.#outbox.handle(handled, window)) this.#host.onProgress(0);
     if (received < this.#outbox.firstUnacked) return this.pump();
     if (!(received < this.#outbox.nextUnsent)) return this.#carrier.distrust();
     const size = this.#outbox.confirm(received);
@@ -2649,6 +2649,8 @@ class Outbox {
   /** Bytes of those before it. */
   #begunBytes = 0;
   #handledBytes = 0;
+  /** What the server lets be under way beyond its terms, in bytes. */
+  #granted = 0;
   /** Messages that were written again. */
   resent = 0;
 
@@ -2732,7 +2734,7 @@ class Outbox {
     const { terms } = this.#session;
     // "A sender below its window may begin one message of any size; at it, only control frames and CLOSE."
     const allowed = number < this.nextUnsent || entry?.isClose || !terms ||
-      this.inFlight < terms.window;
+      this.inFlight < Math.max(terms.window, this.#granted);
     return entry?.frame && allowed ? entry : undefined;
   }
 
@@ -2769,7 +2771,9 @@ class Outbox {
   }
 
   /** So many bytes of all have been handled; returns whether that is more than before. */
-  handle(bytes: number): boolean {
+  handle(bytes: number, window: number): boolean {
+    // "The third number of a duplex-ack is the client's window from then on."
+    if (window > this.#granted) this.#granted = window;
     const isMore = bytes > this.#handledBytes;
     if (isMore) this.#handledBytes = bytes;
     return isMore;

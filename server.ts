@@ -120,6 +120,9 @@ const PLAIN_HISTORY = 64 * 1024;
 const GAIN = 1.1;
 /** After so many full rounds that is tried anew. */
 const TRIAL_EVERY = 8;
+/** A client may be ahead of its hooks by what they handle in this time, in ms, measured this often. */
+const CREDIT_TIME = 2_000;
+const CREDIT_SPAN = 200;
 /** The most that one chunk gathers, a single larger message aside. */
 const MAX_CHUNK = 256 * 1024;
 /** What a message that waits costs beside its bytes, roughly: small ones must not hold a hundred times the limit. */
@@ -539,6 +542,8 @@ export interface Packed {
   received: number;
   /** Encoded bytes of messages up whose hooks have settled. */
   handled: number;
+  /** What its client may have under way beyond a window. */
+  credit?: number | undefined;
   /** The number of the first of `frames`. */
   firstUnacked: number;
   /** The number of the first message that no connection was given. */
@@ -622,7 +627,7 @@ export interface SSEOptions<Context = PeerContext> {
   maxConnectionAge?: number | undefined;
   /** Bytes that may be under way unacknowledged, each way, at first. Default: 256 KiB. */
   window?: number | undefined;
-  /** What it grows to, to a client, where that carries more; not below `window`. Default: 4 MiB. */
+  /** What it grows to where that carries more; not below `window`. Default: 4 MiB. */
   maxWindow?: number | undefined;
   /**
    * Sessions at once. Beyond, whoever is away makes room, those first that never sent anything;
@@ -2743,7 +2748,8 @@ class FullSession extends Session implements Receiver {
     const packed: Packed = {
       ...{ id, namespace, tokens: claim ? [] : this.tokens },
       ...{ context, protocol, topics: [...this.topics], heartbeatInterval },
-      ...{ received: uplink.received, handled: uplink.handled, firstUnacked, nextUngiven, frames },
+      ...{ received: uplink.received, handled: uplink.handled, credit: uplink.credit?.size },
+      ...{ firstUnacked, nextUngiven, frames },
     };
     // The connection stays, though nothing more goes over it: a platform freezes who has none.
     this.uplink.release();
@@ -2768,10 +2774,11 @@ class FullSession extends Session implements Receiver {
   }
 
   /** Begins as the session that was packed elsewhere. */
-  unpack({ received, handled, firstUnacked, nextUngiven, frames }: Packed): void {
+  unpack({ received, handled, credit, firstUnacked, nextUngiven, frames }: Packed): void {
     this.#wasHeard = true;
     this.uplink.received = received;
     this.uplink.handled = handled;
+    if (credit) this.#credit.resize(credit);
     this.outbox.unpack({ firstUnacked, nextUngiven, frames: frames as Bytes[] });
     this.deadline = clock() + this.patience;
   }
@@ -2786,6 +2793,7 @@ class FullSession extends Session implements Receiver {
 
   /** Another instance has it. */
   forget(): void {
+    this.uplink.credit?.close();
     this.outbox.clear();
     this.release();
   }
@@ -2848,8 +2856,10 @@ class FullSession extends Session implements Receiver {
     this.controlDue = false;
     // "A pending duplex-ack precedes the messages of the same chunk."
     if (this.#ackDue) {
-      const { received, handled } = this.uplink;
-      parts.push(encoder.encode(`event: ${ACK_EVENT}\ndata: ${received} ${handled}\n\n`));
+      const { received, handled, credit } = this.uplink;
+      const isMore = credit && credit.size > this.host.settings.window;
+      const numbers = [received, handled, ...isMore ? [credit.size] : []].join(" ");
+      parts.push(encoder.encode(`event: ${ACK_EVENT}\ndata: ${numbers}\n\n`));
     }
     this.#ackDue = false;
     if (this.#renewDue) parts.push(RENEWAL);
@@ -2902,7 +2912,7 @@ class FullSession extends Session implements Receiver {
       throw new Refusal(403, "This server only sends", { closeCode: 1003 });
     }
     // "A client that begins a message while the window is full is closed with 1008."
-    if (this.unhandledBytes >= this.host.settings.window) {
+    if (this.unhandledBytes >= (this.uplink.credit?.size ?? this.host.settings.window)) {
       throw new Refusal(413, "Window overrun", { closeCode: 1008 });
     }
     this.deliver(type === "TEXT" ? decodeText(payload) : payload.slice(), size);
@@ -2911,8 +2921,13 @@ class FullSession extends Session implements Receiver {
   /** "The server acknowledges at once what it received …, and apart from that the bytes it has handled." */
   protected handled(size: number): void {
     this.uplink.handled += size;
+    if (size && this.isOpen) this.#credit.handled(this.uplink.handled);
     this.#ackDue = this.controlDue = true;
     this.schedule();
+  }
+
+  get #credit(): Credit {
+    return this.uplink.credit ??= new Credit(this.host.ledger, this.host.settings);
   }
 
   control(type: string, payload: Bytes): void {
@@ -2971,6 +2986,11 @@ class FullSession extends Session implements Receiver {
   }
 
   protected afterClose(): void {} // the client is to answer
+
+  protected override finish(): void {
+    this.uplink.credit?.close();
+    super.finish();
+  }
 
   override tick(now: number): void {
     const { idleTimeout } = this.host.settings;
@@ -3436,13 +3456,6 @@ class Connection {
   }
 }
 
-/** What all sessions hold back, in bytes: a message that many wait for is counted once. */
-interface Ledger {
-  total: number;
-  /** By how much all windows have grown. */
-  lent: number;
-}
-
 /** An encoded message, shared by all who are sent it. */
 class Encoded {
   readonly bytes: Bytes;
@@ -3467,15 +3480,13 @@ class Encoded {
 const NOTHING: Encoded = new Encoded(EMPTY);
 
 /**
- * What may be under way to a client: `window` at first, then twice as much each time that this
- * carries more. A round lasts from the sending of a message until it is acknowledged.
+ * Down: twice as much each time that this carries more. A round lasts from the sending of a message
+ * until it is acknowledged.
  */
 class Window {
-  size: number;
+  readonly allowance: Allowance;
   /** In this round something had to wait for room. */
   isFull = false;
-  readonly #ledger: Ledger;
-  readonly #settings: Settings;
   /** Whether twice the size carries more: what is acknowledged first went under the size before. */
   #trial: "none" | "filling" | "running" = "none";
   /** Full rounds until the next trial. */
@@ -3488,9 +3499,7 @@ class Window {
   #bytes = 0;
 
   constructor(ledger: Ledger, settings: Settings) {
-    this.#ledger = ledger;
-    this.#settings = settings;
-    this.size = settings.window;
+    this.allowance = new Allowance(ledger, settings);
   }
 
   sent(number: number): void {
@@ -3510,32 +3519,18 @@ class Window {
   }
 
   #judge(rate: number): void {
+    const { allowance } = this;
+    const { size } = allowance;
     if (this.#trial === "filling") return void (this.#trial = "running");
     if (this.#trial === "none" && rate < this.#rate / 2) {
-      this.#resize(this.size * rate / this.#rate);
+      allowance.resize(size * rate / this.#rate);
     } else if (this.#trial === "running" && rate < GAIN * this.#rate) {
       this.#trial = "none";
       this.#pause = TRIAL_EVERY;
-      return void this.#resize(this.size / 2);
+      return void allowance.resize(size / 2);
     }
     this.#rate = rate;
-    this.#trial = this.#pause-- <= 0 && this.#resize(2 * this.size) ? "filling" : "none";
-  }
-
-  /** Whether it is another size than before. */
-  #resize(wanted: number): boolean {
-    const { window, maxWindow, maxTotalBufferedAmount } = this.#settings;
-    const size = Math.round(Math.max(window, Math.min(wanted, maxWindow)));
-    const { total, lent } = this.#ledger;
-    const more = size - this.size;
-    if (!more || more > 0 && total + lent + more > maxTotalBufferedAmount / 2) return false;
-    this.#ledger.lent += more;
-    this.size = size;
-    return true;
-  }
-
-  close(): void {
-    this.#resize(0);
+    this.#trial = this.#pause-- <= 0 && allowance.resize(2 * allowance.size) ? "filling" : "none";
   }
 }
 
@@ -3583,7 +3578,7 @@ class Outbox {
 
   /** Whether the current connection may be given another message. */
   hasRoom(): boolean {
-    if (this.inFlight < (this.#window?.size ?? this.#settings.window)) return true;
+    if (this.inFlight < (this.#window?.allowance.size ?? this.#settings.window)) return true;
     this.#window ??= new Window(this.#ledger, this.#settings);
     this.#window.isFull = true;
     return false;
@@ -3595,7 +3590,7 @@ class Outbox {
   }
 
   #forgetWindow(): void {
-    this.#window?.close();
+    this.#window?.allowance.close();
     this.#window = undefined;
   }
 
@@ -3808,12 +3803,67 @@ interface Receiver {
   close(code: number, reason: string): void;
 }
 
+/** What all sessions hold back, in bytes: a message that many wait for is counted once. */
+interface Ledger {
+  total: number;
+  /** By how much all windows have grown. */
+  lent: number;
+}
+
+/** What may be under way one way: `window` at first, and up to `maxWindow` as far as all have room. */
+class Allowance {
+  size: number;
+  readonly #ledger: Ledger;
+  readonly #settings: Settings;
+
+  constructor(ledger: Ledger, settings: Settings) {
+    this.#ledger = ledger;
+    this.#settings = settings;
+    this.size = settings.window;
+  }
+
+  /** Whether it is another size than before. */
+  resize(wanted: number): boolean {
+    const { window, maxWindow, maxTotalBufferedAmount } = this.#settings;
+    const size = Math.round(Math.max(window, Math.min(wanted, maxWindow)));
+    const { total, lent } = this.#ledger;
+    const more = size - this.size;
+    if (!more || more > 0 && total + lent + more > maxTotalBufferedAmount / 2) return false;
+    this.#ledger.lent += more;
+    this.size = size;
+    return true;
+  }
+
+  close(): void {
+    this.resize(0);
+  }
+}
+
+/** Up: what the hooks handle in a while, so that no client has to wait for its path alone. */
+class Credit extends Allowance {
+  #since = 0;
+  #before = 0;
+
+  /** So many bytes in all have been handled: whether the client may send more ahead than before. */
+  handled(bytes: number): boolean {
+    const now = clock();
+    const elapsed = now - this.#since;
+    if (elapsed < CREDIT_SPAN) return false;
+    const wanted = CREDIT_TIME * (bytes - this.#before) / elapsed;
+    this.#since = now;
+    this.#before = bytes;
+    return wanted > this.size && this.resize(wanted);
+  }
+}
+
 /** What a session has been sent. Its tombstone goes on with it, as bodies do that end later. */
 class Uplink {
   /** The number of the last message taken. */
   received = 0;
   /** Encoded bytes of the messages whose hooks have settled. */
   handled = 0;
+  /** Once hooks have handled anything. */
+  credit: Credit | undefined;
   /** Request bodies that are being read, the oldest first. */
   #bodies: Set<Body> | undefined;
 

@@ -478,6 +478,44 @@ test("a window is what it was at first on the next connection", async (t) => {
   await reading;
 });
 
+test("a client may be ahead by what the hooks handle in 2 s, and is told so", async (t) => {
+  const ws = adapter(t, { window: 1000, maxWindow: 10_000, hooks: { message() {} } });
+  const client = t.use(await WireClient.open(ws.fetch, HOME));
+  const granted = async () => Number((await client.events.find("duplex-ack")).split(" ")[2] ?? 0);
+  const text = `TEXT 1f0\r\n${"x".repeat(496)}\r\n`; // 508 bytes
+  let most = 0;
+  for (let number = 1; number <= 20; number++) {
+    assertEquals(await client.frames(text, number), [204, number]);
+    most = Math.max(most, await granted());
+    await sleep(25, t.signal);
+  }
+  assertGreater(most, 1000);
+  assertLessOrEqual(most, 10_000);
+});
+
+test("who is granted a larger window is not closed within it, and is beyond it", async (t) => {
+  let isSlow = false;
+  const settle = deferred<void>();
+  const ws = adapter(t, {
+    ...{ window: 1000, maxWindow: 3000 },
+    hooks: { message: () => isSlow ? settle.promise : undefined },
+  });
+  const client = t.use(await WireClient.open(ws.fetch, HOME));
+  const text = `TEXT 1f0\r\n${"x".repeat(496)}\r\n`; // 508 bytes
+  let number = 1;
+  for (let granted = 0; granted < 3000; number += 2) {
+    await client.frames(text.repeat(2), number);
+    granted = Number((await client.events.find("duplex-ack")).split(" ")[2] ?? 0);
+  }
+  isSlow = true;
+  for (let ahead = 0; ahead < 3000; ahead += 508) {
+    assertEquals((await client.frames(text, number++))[0], 204);
+  }
+  assertEquals((await client.frames(text, number))[0], 413);
+  assertEquals(await client.closed(), 1008);
+  settle.resolve();
+});
+
 test("waitForDrain resolves at its threshold, and not before", async (t) => {
   const session = t.use(await open({ window: 1000 }));
   const { peer, reader, post } = session;

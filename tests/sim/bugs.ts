@@ -61,8 +61,8 @@ export const BUGS: readonly Bug[] = [
   server(
     "what was handled is not acknowledged",
     62,
-    "this.uplink.handled += size;\n    this.#ackDue = this.controlDue = true;",
-    "this.uplink.handled += size;",
+    "this.uplink.handled);\n    this.#ackDue = this.controlDue = true;",
+    "this.uplink.handled);",
   ),
   server(
     "a closing server refuses CLOSE past a gap",
@@ -115,7 +115,7 @@ export const BUGS: readonly Bug[] = [
   client(
     "the client keeps to no window",
     7,
-    "this.inFlight < terms.window;",
+    "this.inFlight < Math.max(terms.window, this.#granted);",
     "terms.window > 0;",
   ),
   client(

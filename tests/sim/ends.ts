@@ -360,7 +360,8 @@ export class Session {
     this.unsettled += count;
     this.unsettledBytes += size;
     if (this.#stage.scenario.level === "plain") return;
-    if (this.unsettledBytes > this.#stage.scenario.server.window + this.largestUp) {
+    const { window, maxWindow } = this.#stage.scenario.server;
+    if (this.unsettledBytes > Math.max(window, maxWindow) + this.largestUp) {
       this.#stage.violated("bound", `${this}: ${this.unsettledBytes} unsettled bytes`);
     }
   }

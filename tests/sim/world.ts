@@ -221,7 +221,15 @@ export class World implements Stage {
       const silent = fault.kind === "silence" || unnoticed > 0;
       if (silent) from = Math.max(from, this.start + endOf(fault) + this.network.largestBody / 8);
     }
-    return from + LIVENESS + this.#transferTime(traits.rate);
+    return from + LIVENESS + this.#transferTime(traits.rate) + this.#turns();
+  }
+
+  /** On the plain level each message is a request, after the answer to the one before. */
+  #turns(): number {
+    const { level, script, traits: { latency } } = this.scenario;
+    if (level !== "plain") return 0;
+    const sent = script.filter((step) => step.do === "client sends");
+    return sent.reduce((sum, { count }) => sum + count, 0) * 3 * latency[1];
   }
 
   /** What is sent takes its time where the network is slow, at worst each way once more. */
