@@ -108,7 +108,7 @@ testOnce(`${WALKS} walks with a parking store break no rule`, async () => {
 for (const [rule, [text, replacement]] of Object.entries(PARKING_RULES)) {
   testOnce(`without its rule parking breaks: ${rule}`, async (t) => {
     const { parking } = await without(t, "parking.ts", text, replacement);
-    const { broken } = await walks(3_000, Moves as Make, { enough: 1, park: parking });
+    const { broken } = await walks(10_000, Moves as Make, { enough: 1, park: parking });
     assertGreater(broken, 0);
   }, { timeout: 120_000 });
 }
