@@ -118,6 +118,8 @@ const PLAIN_PATIENCE = 5_000;
 const PLAIN_HISTORY = 64 * 1024;
 /** A window that is twice as large has to carry so much more, or it is halved again. */
 const GAIN = 1.1;
+/** What it carries is measured for so many ms at least: a path of no length has rounds of no meaning. */
+const ROUND_SPAN = 100;
 /** After so many full rounds that is tried anew. */
 const TRIAL_EVERY = 8;
 /** A client may be ahead of its hooks by what they handle in this time, in ms, measured this often. */
@@ -3503,7 +3505,7 @@ class Window {
   }
 
   sent(number: number): void {
-    if (number !== this.#last) return;
+    if (number !== this.#last || this.#since) return;
     this.#since = clock();
     this.#bytes = 0;
   }
@@ -3512,10 +3514,12 @@ class Window {
   acknowledged(bytes: number, number: number, next: number): void {
     this.#bytes += bytes;
     if (number < this.#last) return;
-    if (this.isFull && this.#since) this.#judge(this.#bytes / (clock() - this.#since + 0.1));
-    this.#last = next;
-    this.#since = 0;
+    const elapsed = this.isFull && this.#since && clock() - this.#since;
     this.isFull = false;
+    this.#last = next;
+    if (elapsed && elapsed < ROUND_SPAN && this.#trial !== "filling") return; // it goes on
+    this.#since = 0;
+    if (elapsed) this.#judge(this.#bytes / elapsed);
   }
 
   #judge(rate: number): void {
