@@ -3,9 +3,10 @@
  * under libraries that take a WebSocket class. None of them is told anything.
  */
 import { execFile } from "node:child_process";
-import { mkdir, mkdtemp, rm, symlink, writeFile } from "node:fs/promises";
+import { cp, mkdir, mkdtemp, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { dirname, join, relative } from "node:path";
+import process from "node:process";
 import { promisify } from "node:util";
 import { Centrifuge } from "centrifuge";
 import { defineHooks } from "crossws";
@@ -81,12 +82,12 @@ test("in Hono, beside other routes", async (t) => {
   assertEquals(new Set(addresses), new Set(["127.0.0.1"]));
 }, { timeout: 40_000 });
 
-/** So that one runtime of the tests does not start them all; and Oak's package is not made for Deno. */
+/** So that one runtime of the tests does not start them all. */
 const testOnBun: typeof test = (...args) => {
   if (runtime === "bun") test(...args);
 };
 
-testOnBun("in Oak, between middleware", async (t) => {
+testOnBun("in Oak as npm has it, between middleware", async (t) => {
   const ws = sseAdapter(room);
   t.defer(() => shutDown(ws));
   const { Application } = await import("@oakserver/oak");
@@ -171,12 +172,8 @@ for (
   }, { timeout: 40_000 });
 }
 
-/** The framework's own compiler, in a folder that has these files and what this checkout has installed. */
-async function build(
-  t: TestContext,
-  files: Record<string, string>,
-  command: string[],
-): Promise<string> {
+/** A folder that has these files and what this checkout has installed. */
+async function project(t: TestContext, files: Record<string, string>): Promise<string> {
   const folder = await mkdtemp(join(tmpdir(), "duplex-framework-"));
   t.defer(() => rm(folder, { recursive: true }));
   const all = {
@@ -191,9 +188,19 @@ async function build(
     await writeFile(join(folder, name), text);
   }
   await symlink(join(root, "node_modules"), join(folder, "node_modules"));
-  const [program, ...args] = command;
+  return folder;
+}
+
+/** The framework's own compiler, in such a folder. */
+async function build(
+  t: TestContext,
+  files: Record<string, string>,
+  [program, ...args]: string[],
+): Promise<string> {
+  const folder = await project(t, files);
   const script = [join(root, "node_modules", program!), ...args];
-  await promisify(execFile)(binary("node-24")!, script, { cwd: folder });
+  const env = { ...process.env, NUXT_TELEMETRY_DISABLED: "1", ASTRO_TELEMETRY_DISABLED: "1" };
+  await promisify(execFile)(binary("node-24")!, script, { cwd: folder, env });
   return folder;
 }
 
@@ -240,6 +247,81 @@ testOnBun("in SvelteKit, built for Node", async (t) => {
   assertEquals(await (await fetch(url)).text(), "the page");
   await converse(t, { port });
 }, { timeout: 90_000, skip: needs("node-24") });
+
+testOnce("in Nuxt, built for Node", async (t) => {
+  const recipe = (await recipes("Nuxt"))[0]!;
+  const folder = await build(t, {
+    "nuxt.config.ts": 'export default { compatibilityDate: "2026-01-01" };',
+    "app/app.vue": "<template><p>the page</p></template>",
+    "server/routes/room.ts": `import { ws } from "../../ws.js";
+      const socket = ${recipe.replace("export default ", "")};
+      export default defineEventHandler((event) =>
+        ws.handles(toWebRequest(event)) ? socket(event) : "about the room");`,
+  }, ["nuxt/bin/nuxt.mjs", "build"]);
+  const { port, url } = await launch(t, join(folder, ".output", "server", "index.mjs"));
+  assertStringIncludes(await (await fetch(url)).text(), "<p>the page</p>");
+  assertEquals(await (await fetch(`${url}/room`)).text(), "about the room");
+  await converse(t, { port });
+}, { timeout: 120_000, skip: needs("node-24") });
+
+for (const mode of ["standalone", "middleware"]) {
+  testOnBun(`in Astro, built for Node as ${mode}`, async (t) => {
+    const page = `export const prerender = false;
+      export const GET = () => new Response("the page");`;
+    const folder = await build(t, {
+      // Bundled whole: what Astro imports is not what stands first in our node_modules.
+      "astro.config.mjs": `import node from "@astrojs/node";
+        export default {
+          adapter: node({ mode: "${mode}" }),
+          vite: { ssr: { noExternal: true } },
+        };`,
+      "src/pages/index.ts": page,
+      "src/pages/room.ts": `import { ws } from "../../ws.js";
+        ${(await recipes("Astro")).join("\n")}`,
+      "main.js": `import { handler } from "./dist/server/entry.mjs";
+        import { createServer } from "node:http";
+        createServer(handler).listen(process.env.PORT, "127.0.0.1");`,
+    }, ["astro/bin/astro.mjs", "build"]);
+    const main = mode === "standalone" ? join("dist", "server", "entry.mjs") : "main.js";
+    const { port, url } = await launch(t, join(folder, main));
+    assertEquals(await (await fetch(url)).text(), "the page");
+    await converse(t, { port });
+  }, { timeout: 90_000, skip: needs("node-24") });
+}
+
+/**
+ * What npm has of Oak is made for Node: whatever Deno has itself comes from packages there. And Oak
+ * 14 takes a Deno that has `global` for Node.
+ */
+const denosOwn = `const { Blob, crypto, Deno, fetch, File, FormData, Headers, Request, Response } =
+    globalThis;
+  export { Blob, crypto, Deno, fetch, File, FormData, Headers, Request, Response };
+  export const dntGlobalThis = new Proxy(globalThis, {
+    has: (all, name) => name !== "global" && name in all,
+  });`;
+
+testOnce("in Oak on Deno, by its own server", async (t) => {
+  const folder = await project(t, {
+    "main.ts": `import { Application } from "./oak/mod.js";
+      import { ws } from "./ws.js";
+      const app = new Application();
+      ${(await mounts("Oak"))[0]};
+      app.use((c) => {
+        const { pathname } = c.request.url;
+        if (pathname === "/") c.response.body = "the page";
+        if (pathname === "/room") c.response.body = "about the room";
+      });
+      app.addEventListener("listen", ({ port, serverType }) => console.log(serverType, port));
+      await app.listen({ hostname: "127.0.0.1", port: 0 });`,
+  });
+  await cp(join(root, "node_modules/@oakserver/oak/esm"), join(folder, "oak"), { recursive: true });
+  await writeFile(join(folder, "oak", "_dnt.shims.js"), denosOwn);
+  const child = await t.spawn("deno", join(folder, "main.ts"));
+  const [server, port] = (await child.line()).split(" ");
+  assertEquals(server, "native");
+  await checkOthers(`http://127.0.0.1:${port}`);
+  await converse(t, { port: Number(port) });
+}, { timeout: 40_000 });
 
 /** How these call the functions that a route exports: each with its own argument. */
 const contracts = {
