@@ -3,9 +3,8 @@
  * WebSocketSSE and for native WebSockets, so that the page can show both side by side.
  */
 
-import { readFile } from "node:fs/promises";
-import { fileURLToPath } from "node:url";
 import { type Peer, type SSEAdapter, sseAdapter, type SyncAdapter } from "../mod.ts";
+import { textOf } from "./serving.ts";
 
 const MAX_NAME = 24; // characters
 const MAX_TEXT = 500; // characters
@@ -225,7 +224,7 @@ function unique(name: string, taken: Set<unknown>): string {
 }
 
 function read(path: string): Promise<string> {
-  return readFile(fileURLToPath(new URL(path, import.meta.url).href), "utf8");
+  return textOf(new URL(path, import.meta.url));
 }
 
 function answer(type: string, body: string): Response {

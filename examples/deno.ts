@@ -1,6 +1,6 @@
 /**
  * The chat on Deno: `deno run -N -R --allow-env=HOST,PORT --allow-sys=networkInterfaces
- * examples/deno.ts`
+ * examples/deno.ts`, or without a checkout `jsr:@duplex/sse/bin` in the place of the file.
  */
 
 import { stripTypeScriptTypes } from "node:module";

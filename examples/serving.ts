@@ -4,7 +4,9 @@
  * connect again.
  */
 
+import { readFile } from "node:fs/promises";
 import process from "node:process";
+import { fileURLToPath } from "node:url";
 import type { Where } from "./network.ts";
 
 /** An empty variable is as good as none. */
@@ -22,6 +24,14 @@ export function toPort(text: string): number {
 
 /** Tells all clients that the server ends. */
 export type Close = () => Promise<unknown>;
+
+/** The text of a file of ours, wherever this program has come from: at JSR it is an address. */
+export async function textOf(url: URL): Promise<string> {
+  if (url.protocol === "file:") return await readFile(fileURLToPath(url.href), "utf8");
+  const response = await fetch(url);
+  if (!response.ok) throw new Error(`${url} cannot be had: ${response.status}`);
+  return await response.text();
+}
 
 /** Runs a server, and ends the process by what it returns; where it cannot run, by a line. */
 export async function serving(start: () => Close | Promise<Close>): Promise<void> {

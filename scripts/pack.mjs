@@ -28,7 +28,8 @@ const read = (file) => JSON.parse(readFileSync(join(root, file), "utf8"));
 const { name, version } = read("package.json");
 /** As at JSR: entry points and the files behind them. */
 const { name: jsr, exports } = read("deno.json");
-const entries = Object.entries(exports);
+/** What JSR's users run is not imported: npm's have it as `bin`. */
+const entries = Object.entries(exports).filter(([entry]) => entry !== "./bin");
 /** What these import besides each other. */
 const behind = ["handover.ts"];
 

@@ -82,7 +82,8 @@ function reference(folder) {
 }
 
 function entries() {
-  return Object.values(JSON.parse(read("deno.json")).exports).filter((file) => file !== "./mod.ts");
+  const { "./bin": _, ...exports } = JSON.parse(read("deno.json")).exports; // that one is run
+  return Object.values(exports).filter((file) => file !== "./mod.ts");
 }
 
 /** The page that leads to the reference: each export with the first sentence about it. */

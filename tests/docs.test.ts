@@ -27,6 +27,7 @@ import {
   within,
 } from "./harness.ts";
 import { INTERRUPTIONS } from "./interruptions.ts";
+import { entryPoints } from "./project.ts";
 
 interface Block {
   language: string;
@@ -219,9 +220,8 @@ test("README.md tells the sizes as they are", async () => {
 });
 
 test("every function and class has an example, at each entry point", async () => {
-  const { exports } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
   let found = 0;
-  for (const file of Object.values<string>(exports)) {
+  for (const file of Object.values(await entryPoints())) {
     const { code, out } = await output(["doc", "--json", join(root, file)]);
     assertEquals(code, 0, out);
     const [module] = Object.values<Documented>(JSON.parse(out).nodes);

@@ -25,6 +25,7 @@ import {
   until,
 } from "./harness.ts";
 import { connect, shutDown } from "./pair.ts";
+import { entryPoints } from "./project.ts";
 
 const timeout = 60_000;
 const modules = join(root, "node_modules");
@@ -138,8 +139,9 @@ test("the tarball holds what users need, and nothing else", async (t) => {
   const installed = join(dir, "node_modules", "duplex-sse");
   const files = readdirSync(installed, { recursive: true, withFileTypes: true })
     .filter((entry) => entry.isFile()).map((entry) => entry.name).sort();
-  const { version, exports } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
-  const entries = Object.values<string>(exports).map((file) => basename(file, ".ts"))
+  const { version } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
+  const exports = await entryPoints();
+  const entries = Object.values(exports).map((file) => basename(file, ".ts"))
     .concat("handover"); // which is cluster's, and no entry point
   assertEquals(
     files,
@@ -199,8 +201,8 @@ test("publint and Are The Types Wrong find nothing in the tarball", async (t) =>
   const attw = cli("@arethetypeswrong", "cli", "dist", "index.js");
   const { out } = await run(node, [attw, file, "--profile", "esm-only", "--format", "json"]);
   const { analysis, problems } = JSON.parse(out);
-  const { exports } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
-  assertEquals(Object.keys(analysis.entrypoints), [...Object.keys(exports), "./package.json"]);
+  const entries = Object.keys(await entryPoints());
+  assertEquals(Object.keys(analysis.entrypoints), [...entries, "./package.json"]);
   assertEquals([analysis.types.kind, Object.keys(problems)], ["included", ["CJSResolvesToESM"]]);
 
   // Both do see what is wrong.
@@ -451,6 +453,32 @@ for (const [name, [launcher, ...flags]] of Object.entries(launchers)) {
     assertEquals(printed, `Chat on ${url}\n`);
   }, { timeout });
 }
+
+test("deno run jsr:@duplex/sse/bin starts the demo, as JSR would serve it", async (t) => {
+  const jsr = await t.serve(async (request) => {
+    const path = join(root, new URL(request.url).pathname);
+    const type = path.endsWith(".ts") ? "text/typescript" : "text/plain";
+    return new Response(await readFile(path), { headers: { "content-type": type } });
+  });
+  const { exports } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
+  const bin = new URL(exports["./bin"], jsr.url).href;
+  const dir = await folder(t, {
+    "deno.json": JSON.stringify({ imports: { "jsr:@duplex/sse/bin": bin } }),
+    "main.ts": 'import "jsr:@duplex/sse/bin";',
+  });
+  // It may read no file: what it serves is where it has come from. From jsr.io all may import.
+  const flags = ["-N", "--allow-env=HOST,PORT", "--allow-sys=networkInterfaces"]
+    .concat(`--allow-import=${new URL(bin).host}`);
+  const child = await t.spawn("deno", join(dir, "main.ts"), {
+    flags: ["run", "--no-check", `--config=${join(dir, "deno.json")}`, ...flags],
+    env: { DENO_DIR: join(dir, "cache"), HOST: "127.0.0.1", PORT: "0" },
+  });
+  t.expect("Download http");
+  const line = await child.line({ timeout: 30_000 });
+  const [, url] = /^Chat on (http:\S+)$/.exec(line)!;
+  assertStringIncludes(await (await fetch(`${url}ai/`)).text(), "<title>AI chat");
+  await chat(t, url!);
+}, { timeout });
 
 /** Two people meet. */
 async function chat(t: TestContext, url: string): Promise<void> {

@@ -30,6 +30,13 @@ export async function project(t: TestContext, files: Record<string, string>): Pr
   return folder;
 }
 
+/** What deno.json exports to be imported, by its entry; `./bin` is run. */
+export async function entryPoints(): Promise<Record<string, string>> {
+  const { exports } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));
+  const { "./bin": _, ...entries } = exports;
+  return entries;
+}
+
 /** The modules in the row of docs/frameworks.md that is a framework's. */
 export function recipes(framework: string): Promise<string[]> {
   return mounts(framework, /`(export [^`]+)`/g);

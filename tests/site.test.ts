@@ -20,6 +20,7 @@ import {
   type TestContext,
   testOnce,
 } from "./harness.ts";
+import { entryPoints } from "./project.ts";
 
 const execute = promisify(execFile);
 /** Where it stands on its host: deeper than at the root, where a wrong path would do as well. */
@@ -117,10 +118,9 @@ async function filesOf(folder: string): Promise<Set<string>> {
 
 /** Those exports of the entry points that have no page in the reference. */
 async function missingExports(files: Set<string>): Promise<string[]> {
-  const { exports } = JSON.parse(await read("deno.json"));
   const missing: string[] = [];
   let found = 0;
-  for (const file of Object.values<string>(exports)) {
+  for (const file of Object.values(await entryPoints())) {
     const { stdout } = await execute(binary("deno")!, ["doc", "--json", join(root, file)], {
       maxBuffer: 64 * 1024 * 1024,
     });

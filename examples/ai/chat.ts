@@ -3,10 +3,9 @@
  * The page speaks the frames of the AI SDK's `WebSocketChatTransport`, so `useChat` could as well.
  */
 
-import { readFile } from "node:fs/promises";
-import { fileURLToPath } from "node:url";
 import { type ChatChunk, chatHooks, type ChatStream } from "../../ai.ts";
 import { sseAdapter } from "../../mod.ts";
+import { textOf } from "../serving.ts";
 import { apply, type Chunk, type Message } from "./message.ts";
 import { mock } from "./mock.ts";
 
@@ -103,7 +102,7 @@ export function aiChat(stripTypes: (source: string) => string, model: Model = mo
 }
 
 function read(path: string): Promise<string> {
-  return readFile(fileURLToPath(new URL(path, import.meta.url).href), "utf8");
+  return textOf(new URL(path, import.meta.url));
 }
 
 function answer(type: string, body: string): Response {
