@@ -2033,7 +2033,8 @@ class Uplink {
       if (this.#outbox.firstUnacked > load.first) since = retries = 0;
       else {
         this.#receipts.isDue = true; // what it carried may be lost
-        since ||= begun;
+        // "What a body is given for its size is not counted against the resume timeout."
+        since = (since || begun) + Math.max(0, clock() - begun - POST_TIMEOUT_MS);
         if (this.#halve(batch, load)) continue;
         const tookNothing = batch.received! < load.first && !batch.ending;
         if (tookNothing && retries === DOUBT) this.#requests.warn(TOOK_NOTHING);

@@ -273,6 +273,10 @@ const EXCUSES: Record<string, Excuse> = {
       // What it was told, and did not know, is lost with the instance.
       !!closing && scenario.traits.rate < Infinity) &&
     session?.server.shutdown?.done !== undefined && session.server.shutdown.done < ending!.at,
+  /** What the server said last is lost with the only instance that knew it. */
+  "lost with its instance": ({ network }, { number, ending }, session) =>
+    !!session?.ending && network.wasHit(number) &&
+    session.server.shutdown?.done !== undefined && session.server.shutdown.done < ending!.at,
   /** "Of whom nothing was heard for 12 s, by ticks of one's own clock, is gone." */
   "frozen for too long": ({ scenario: { instances, faults } }, _, session) =>
     instances > 1 && !!session &&
