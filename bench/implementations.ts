@@ -106,17 +106,33 @@ function raw(): Implementation {
   type Controller = ReadableStreamDefaultController<Uint8Array>;
   const streams = new Topics<Controller>();
   const encoder = new TextEncoder();
+  const decoder = new TextDecoder();
+  /** Those of pages, which cannot read an answer while they still send. */
+  const named = new Map<string, Controller>();
+  const echoTo = async (stream: Controller, body: ReadableStream<Uint8Array<ArrayBuffer>>) => {
+    for await (const chunk of body) {
+      stream.enqueue(encoder.encode(`data: ${decoder.decode(chunk)}\n\n`));
+    }
+    return new Response(null, { status: 204 });
+  };
   return {
     fetch(request) {
+      const [, to] = /[?&]to=([\w-]+)/.exec(request.url) ?? [];
+      if (to) return echoTo(named.get(to)!, request.body!);
       if (request.body) return echo(request.body);
+      const [, id = ""] = /[?&]id=([\w-]+)/.exec(request.url) ?? [];
       let controller: Controller;
       const stream = new ReadableStream<Uint8Array<ArrayBuffer>>({
         start(given) {
           controller = given;
           controller.enqueue(encoder.encode(":\n\n"));
           streams.add(controller, topicsOf(request));
+          if (id) named.set(id, controller);
         },
-        cancel: () => streams.delete(controller),
+        cancel() {
+          streams.delete(controller);
+          named.delete(id);
+        },
       });
       return new Response(stream, { headers: { "content-type": "text/event-stream" } });
     },

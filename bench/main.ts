@@ -18,6 +18,7 @@ import type { Outcome, Ratio, Scale, Scenario } from "./measure.ts";
 import { chart, describe, machine, plot, table } from "./report.ts";
 import type { Runtime } from "./rpc.ts";
 import { binary } from "./scenarios/binary.ts";
+import { browsers } from "./scenarios/browsers.ts";
 import { bulk } from "./scenarios/bulk.ts";
 import { fanOutBursts, fanOutSingly } from "./scenarios/fanout.ts";
 import { subscribers, topics, unheard } from "./scenarios/growth.ts";
@@ -42,6 +43,7 @@ const SCENARIOS: Record<string, Scenario> = {
   latency,
   bulk,
   network,
+  browsers,
   memory,
   tenThousand,
   resume,

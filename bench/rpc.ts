@@ -38,8 +38,17 @@ export class Remote implements AsyncDisposable {
   }
 
   /** Starts a script of this folder, with its garbage collector within reach. */
-  static async start(runtime: Runtime, script: string, ...args: string[]): Promise<Remote> {
-    const env = { DENO_V8_FLAGS: "--expose-gc" };
+  static start(runtime: Runtime, script: string, ...args: string[]): Promise<Remote> {
+    return this.startIn({}, runtime, script, ...args);
+  }
+
+  static async startIn(
+    environment: Record<string, string>,
+    runtime: Runtime,
+    script: string,
+    ...args: string[]
+  ): Promise<Remote> {
+    const env = { DENO_V8_FLAGS: "--expose-gc", ...environment };
     return new Remote(
       await spawn(runtime, `bench/${script}`, { args, env }),
       [runtime, script, ...args].join(" "),

@@ -1,7 +1,7 @@
 /**
  * A server under test, as a process of its own: `server.ts <implementation>
  * [heartbeat interval]`. It serves at once, and does what it is told to on its
- * standard input.
+ * standard input. With DUPLEX_TLS, a key and its certificate in JSON, it serves https.
  *
  * @module
  */
@@ -24,6 +24,9 @@ let received = 0;
 let nextReply = BATCH;
 const [name, heartbeat] = process.argv.slice(2) as [Name, string?];
 const implementation = implement(name, onMessage, Number(heartbeat) || undefined);
+const tls = process.env.DUPLEX_TLS && JSON.parse(process.env.DUPLEX_TLS);
+/** What the root is to browsers. */
+let page = "";
 const port = serve();
 
 /** An echo, or one of many: every 500th is answered, so that the client can pace itself. */
@@ -37,14 +40,29 @@ function onMessage(message: string, reply: (text: string) => void): void {
 }
 
 function serve(): number {
-  const { fetch, websocket } = implementation;
+  const { websocket } = implementation;
+  const fetch = (request: Request, info: unknown) =>
+    request.url.endsWith("/page") ? show() : implementation.fetch(request, info);
   const hostname = "127.0.0.1";
-  if (Bun) return Bun.serve({ port: 0, hostname, idleTimeout: 0, fetch, websocket }).port;
+  if (Bun) {
+    const secure = tls && { tls, http2: true };
+    return Bun.serve({ port: 0, hostname, idleTimeout: 0, fetch, websocket, ...secure }).port;
+  }
   const server = Deno.serve(
-    { port: 0, hostname, onListen: () => {} },
+    { port: 0, hostname, onListen: () => {}, ...tls },
     fetch as (request: Request, info: unknown) => Response,
   );
   return server.addr.port;
+}
+
+/** Alone in its process, which gives it a fine clock. */
+function show(): Response {
+  const headers = {
+    "content-type": "text/html",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-embedder-policy": "require-corp",
+  };
+  return new Response(page, { headers });
 }
 
 /** Beyond the lateness of any timer, in ms. */
@@ -60,6 +78,7 @@ const cpu = () => {
 
 answer({
   port: () => port,
+  show: ({ html }) => void (page = html),
   count: () => implementation.count(),
   cpu,
   received: () => ({ received, now: performance.now() }),

@@ -5,13 +5,9 @@
  *
  * @module
  */
-import { execFile } from "node:child_process";
-import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { createServer } from "node:net";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
-import { promisify } from "node:util";
 import { jsr } from "./assert.ts";
+import { certificate } from "./certificate.ts";
 import { between, Complaints, type Expected, hear, lines } from "./complaints.ts";
 import {
   binary,
@@ -46,6 +42,7 @@ export {
 } from "./assert.ts";
 export { binary, nodes, root, spawn, strip } from "./spawn.ts";
 export type { Child, Runtime, SpawnOptions, Stripped } from "./spawn.ts";
+export { certificate };
 export { rawRequest } from "./raw.ts";
 export type { BodyChunks, Data, RawResponse } from "./raw.ts";
 
@@ -534,33 +531,4 @@ function trust(ca: string | undefined): Pick<TestServer, "fetch" | "close"> {
     fetch: (input, init) => fetch(input, Object.assign({ ...init }, { client })),
     close: () => Promise.resolve(client.close()),
   };
-}
-
-let made: Promise<{ key: string; cert: string }> | undefined;
-
-/** A key and its certificate, made once a run: none is kept in the repository. */
-export function certificate(): Promise<{ key: string; cert: string }> {
-  return made ??= makeCertificate();
-}
-
-async function makeCertificate(): Promise<{ key: string; cert: string }> {
-  const folder = await mkdtemp(join(tmpdir(), "duplex-cert-"));
-  const key = join(folder, "key.pem");
-  const cert = join(folder, "cert.pem");
-  try {
-    await promisify(execFile)(command("openssl") ?? "openssl", [
-      ..."req -x509 -nodes -days 2 -subj /CN=localhost".split(" "),
-      ..."-newkey ec -pkeyopt ec_paramgen_curve:P-256".split(" "),
-      // Deno refuses a certificate authority's own certificate on a server.
-      ...["-addext", "basicConstraints=critical,CA:FALSE"],
-      ...["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
-      ...["-keyout", key, "-out", cert],
-    ]);
-    return {
-      key: await readFile(key, "utf8"),
-      cert: await readFile(cert, "utf8"),
-    };
-  } finally {
-    await rm(folder, { recursive: true });
-  }
 }
