@@ -24,7 +24,9 @@ let received = 0;
 let nextReply = BATCH;
 const [name, heartbeat] = process.argv.slice(2) as [Name, string?];
 const implementation = implement(name, onMessage, Number(heartbeat) || undefined);
-const tls = process.env.DUPLEX_TLS && JSON.parse(process.env.DUPLEX_TLS);
+const tls: { key: string; cert: string } | undefined =
+  JSON.parse(process.env.DUPLEX_TLS ?? "null") ??
+    undefined;
 /** What the root is to browsers. */
 let page = "";
 const port = serve();
