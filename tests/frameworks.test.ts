@@ -153,7 +153,6 @@ for (
     "koa",
     "hono",
     "nestjs",
-    "react-router",
   ]
 ) {
   test(`on Node, in ${framework}, beside other routes`, async (t) => {
@@ -288,6 +287,37 @@ for (const mode of ["standalone", "middleware"]) {
     await converse(t, { port });
   }, { timeout: 90_000, skip: needs("node-24") });
 }
+
+testOnBun("in React Router, built for Node", async (t) => {
+  const folder = await build(t, {
+    // It would install what is not named here.
+    "package.json": JSON.stringify({
+      ...{ private: true, type: "module" },
+      dependencies: { "@react-router/node": "*", isbot: "*" },
+    }),
+    "vite.config.js": `import { reactRouter } from "@react-router/dev/vite";
+      export default { plugins: [reactRouter()] };`,
+    "app/root.jsx": `import { Outlet } from "react-router";
+      export default () => <Outlet />;`,
+    "app/routes.ts": `export default [
+        { file: "page.jsx", index: true },
+        { file: "room.ts", path: "room" },
+      ];`,
+    "app/page.jsx": "export default () => <p>the page</p>;",
+    "app/room.ts": `import { ws } from "../ws.js";
+      ${(await recipes("React Router"))[0]}`,
+    "main.js": `import { createServer } from "node:http";
+      import { createRequestHandler } from "react-router";
+      import { toNodeHandler } from "${root}/node.ts";
+      import * as build from "./build/server/index.js";
+      const handle = createRequestHandler(build, "production");
+      createServer(toNodeHandler({ fetch: (request) => handle(request) }))
+        .listen(process.env.PORT, "127.0.0.1");`,
+  }, ["@react-router/dev/bin.cjs", "build"]);
+  const { port, url } = await launch(t, join(folder, "main.js"));
+  assertStringIncludes(await (await fetch(url)).text(), "<p>the page</p>");
+  await converse(t, { port });
+}, { timeout: 90_000, skip: needs("node-24") });
 
 /**
  * What npm has of Oak is made for Node: whatever Deno has itself comes from packages there. And Oak
