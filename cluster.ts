@@ -310,7 +310,7 @@ class Router implements RoutingDriver {
     });
     this.#searches = new Searches(timeout, (key, id, session) => {
       if (!this.#host.movable || this.#bus.busy) return;
-      this.#send(ALL, key, { kind: "where", id, session, from: instance });
+      void this.#send(ALL, key, { kind: "where", id, session, from: instance });
       this.#migration.look(session);
     });
     const receive = (message: SyncMessage) => this.#receive(message);
@@ -327,7 +327,7 @@ class Router implements RoutingDriver {
       names: this.#names,
       presence: this.#presence,
       searches: this.#searches,
-      send: (to, key, head, body) => void this.#send(to, key, head, body),
+      send: (to, key, head, body) => this.#send(to, key, head, body),
       wake: () => this.#startTimer(),
       parks: this.#parks,
     });
@@ -388,6 +388,10 @@ class Router implements RoutingDriver {
   }
 
   async close(): Promise<void> {
+    // What others are about to answer: cut off, it would be asked for again, a second later.
+    const asking = [...this.#relays.values()].filter(({ streams }) => !streams);
+    const answers = Promise.all(asking.map(({ response }) => response));
+    await within(answers, Math.min(DOUBT, this.#timeout));
     this.#closed = true;
     if (this.#subscription.stands) this.#presence.leave();
     clearInterval(this.#timer);
@@ -411,6 +415,11 @@ class Router implements RoutingDriver {
     if (this.#closed || !this.#subscription.stands || this.#bus.behind) return;
     this.#startTimer();
     await this.#migration.bring(token, claim, take);
+    if (!this.#host.owns(token)) return;
+    // Who was asked may have gone, and nobody else would say that the session is here by now.
+    for (const relay of this.#relays.values()) {
+      if (relay.isOf(token)) relay.redirect(this.#instance);
+    }
   }
 
   async settled(token: string, resumes: boolean): Promise<void> {
@@ -440,7 +449,8 @@ class Router implements RoutingDriver {
       }
       const body = await this.#bodies.read(request, this.#host.maxMessageSize + MAX_BATCH);
       if (body instanceof Response) return body;
-      if (this.#closed || this.#bus.behind || this.#relays.size >= MAX_RELAYS) return unavailable();
+      if (this.#closed) return refuse(503, "Shutting down"); // elsewhere it may go at once
+      if (this.#bus.behind || this.#relays.size >= MAX_RELAYS) return unavailable();
       return await this.#ask(request, body, token, session, owner, namespace);
     } catch (error) {
       this.#report({ stage: "publish", namespace }, error);
@@ -757,6 +767,11 @@ class Relay {
 
   get streams(): boolean {
     return this.#phase === "streaming";
+  }
+
+  /** Whether it is for the session of this token, whichever of its instances that names. */
+  isOf(token: string): boolean {
+    return secretOf(token) === secretOf(this.#token);
   }
 
   /** "Anyone on the backplane can say unknown", so the owner may yet contradict. */
@@ -1112,6 +1127,9 @@ class Migration implements Mover<SyncMessage> {
   readonly #asked: Map<string, { token: string; since: number }> = new Map();
   /** How many publications of each instance have been delivered here. */
   readonly #counts: Map<string, { n: number; at: number }> = new Map();
+  /** What goes out, and what comes in, of each session. */
+  readonly #outgoing: Lines = new Lines();
+  readonly #incoming: Lines = new Lines();
 
   constructor(
     instance: string,
@@ -1218,8 +1236,14 @@ class Migration implements Mover<SyncMessage> {
     return n;
   }
 
-  /** Takes what another instance says of a session, if that session's token vouches for it. */
+  /** "What is said of a session is sent and taken in turn"; an `adopt` may wait for the store. */
   async receive(message: Incoming, head: MoveHead): Promise<void> {
+    const take = () => this.#receive(message, head);
+    await (head.kind === "adopt" ? take() : this.#incoming.run(head.session, take));
+  }
+
+  /** Takes what another instance says of a session, if that session's token vouches for it. */
+  async #receive(message: Incoming, head: MoveHead): Promise<void> {
     const token = this.#asked.get(head.session)?.token ??
       (await this.#names.find(head.session))?.token;
     if (token === undefined) return; // its end is known no more: the asker finds out by its request
@@ -1233,18 +1257,24 @@ class Migration implements Mover<SyncMessage> {
   }
 
   /**
-   * The token tells where the session was when its client last heard; where it went from here, we
-   * know, and of an instance that is gone others may. Undefined: it is nowhere.
+   * The token tells where the session was when its client last heard; of an instance that is gone
+   * others may know. Undefined: it is nowhere.
    */
   async ownerOf(token: string, session: string): Promise<string | undefined> {
     return this.hintOf(token, session) ||
       (this.#host.movable ? await this.#searches.find(session, await keyOf(token)) : undefined);
   }
 
-  /** The instance that is to be asked first, unless it is gone. */
+  /**
+   * The instance that is to be asked first, unless it is gone. "What an instance knows of a session
+   * that left it speaks for tokens that name it alone": a client with another one has heard of the
+   * session since, and old pointers lead through all instances.
+   */
   hintOf(token: string, session: string): string | undefined {
-    const owner = this.whereabouts(token, session) ?? token.slice(0, 16);
-    return this.#presence.isGone(owner) ? undefined : owner;
+    const named = token.slice(0, 16);
+    const left = this.whereabouts(token, session);
+    const owners = named === this.#instance ? [left ?? named] : [named, left ?? STORE];
+    return owners.find((owner) => !this.#presence.isGone(owner));
   }
 
   whereabouts(token: string, session: string): string | undefined {
@@ -1259,7 +1289,7 @@ class Migration implements Mover<SyncMessage> {
     if (!this.#host.owns(token) && !holds) return;
     const key = await keyOf(token);
     await authenticate(key, message);
-    this.#send(from, key, { kind: "moved", id, to: this.#instance });
+    await this.#send(from, key, { kind: "moved", id, to: this.#instance });
   }
 
   /** The answer to that: to a search, or to an adoption for which all were asked. */
@@ -1297,11 +1327,14 @@ class Migration implements Mover<SyncMessage> {
       }
       return; // it needs no confirmation
     }
+    // The next tick asks again. Before the state it would be told "no", which binds.
+    if (head.kind === "have" && this.#outgoing.isBusy(head.session)) return;
     const sending = async () => {
       const body = state && await seal(token, state);
-      this.#send(to, await keyOf(token), head, body);
+      await this.#send(to, await keyOf(token), head, body);
     };
-    sending().catch((error) => this.#host.report(error, { stage: "publish", instance: to }));
+    this.#outgoing.run(head.session, sending)
+      .catch((error) => this.#host.report(error, { stage: "publish", instance: to }));
   }
 
   owns(session: string): boolean {
@@ -1357,8 +1390,28 @@ class Migration implements Mover<SyncMessage> {
   }
 }
 
-/** Sends a message that is authenticated with the key. */
-type Send = (to: string, key: CryptoKey, head: Head, body?: Bytes) => void;
+/** Sends a message that is authenticated with the key. Resolves when the driver has it. */
+type Send = (to: string, key: CryptoKey, head: Head, body?: Bytes) => Promise<unknown>;
+
+/** Work of the same name is done one after the other, as it came: signing and sealing take their time. */
+class Lines {
+  readonly #last: Map<string, Promise<void>> = new Map();
+
+  isBusy(name: string): boolean {
+    return this.#last.has(name);
+  }
+
+  async run(name: string, work: () => Promise<void>): Promise<void> {
+    const before = this.#last.get(name) ?? Promise.resolve();
+    const mine = before.then(work, work);
+    this.#last.set(name, mine);
+    try {
+      await mine;
+    } finally {
+      if (this.#last.get(name) === mine) this.#last.delete(name);
+    }
+  }
+}
 
 /** A search for a session whose instance is gone. */
 interface Search {
@@ -1388,12 +1441,19 @@ class Searches {
     this.#ask = ask;
   }
 
-  /** An instance was asked for the session: returns what is to be called when it has answered. */
+  /**
+   * An instance was asked for the session: returns what is to be called when it has answered. Until
+   * then all are asked, twice as late each time, since the session may be on its way.
+   */
   begin(id: string, session: string, key: CryptoKey): () => void {
-    const timer = setTimeout(() => {
-      this.#waits.delete(heard);
-      this.#ask(key, id, session);
-    }, this.#after);
+    let timer: ReturnType<typeof setTimeout>;
+    const wait = (time: number) => {
+      timer = setTimeout(() => {
+        this.#ask(key, id, session);
+        wait(2 * time);
+      }, time);
+    };
+    wait(this.#after);
     const heard = () => {
       clearTimeout(timer);
       this.#waits.delete(heard);

@@ -354,6 +354,27 @@ test("a session that got lost on its way comes back, and goes on", async (t) => 
   assertGreater(lost.have, 5);
 }, { timeout: 15_000 });
 
+for (const step of ["encrypt", "decrypt"] as const) {
+  test(`a session whose state takes long to ${step} is not asked for before it`, async (t) => {
+    const { [step]: soon } = crypto.subtle;
+    t.defer(() => crypto.subtle[step] = soon);
+    const fleet = await start(t, new MemoryBus(t).adapter, { timeout: 1_000 });
+    const front = await network(t, fleet);
+    const { socket, messages, opened } = connect(t, front.url, { transport: "post" });
+    await opened;
+    crypto.subtle[step] = async (...args: Parameters<typeof soon>) => {
+      await sleep(700); // longer than a tick
+      return await soon.apply(crypto.subtle, args);
+    };
+    fleet.proxy.choose = () => 1;
+    front.cutAll("rst");
+    socket.send("a");
+    assertEquals(await messages.next(), "a 1 at 1");
+    assertEquals(fleet.told, ["open 0", "suspend 0", "revive 1"]);
+    assertEquals(fleet.errors, []);
+  });
+}
+
 test("a session is found though the instance that knows where it has gone is frozen", async (t) => {
   const ids: string[] = [];
   let frozen = "";
@@ -383,6 +404,98 @@ test("a session is found though the instance that knows where it has gone is fro
   await until(() => fleet.told.includes("close 0 1005"));
   assertEquals(events.filter((type) => type === "error"), []);
 }, { timeout: 30_000 });
+
+test("a session that has been everywhere is asked for where its token says", async (t) => {
+  const bus = new MemoryBus(t, { send: true });
+  const count = 8;
+  const { instances, proxy, errors } = await start(t, bus.adapter, { count });
+  let peer = await wireClient(t, `${proxy.url}/room`);
+  for (let at = 1; at < count; at++) {
+    proxy.choose = () => at;
+    peer = t.use(await peer.resume(at, 0));
+  }
+  await until(() => instances.at(-2)!.ws.stats().movedOut === 1);
+  bus.reset();
+  for (let at = 0; at < count; at++) { // each knows where the session went from there
+    proxy.choose = () => at;
+    assertEquals(await peer.send("a"), 204);
+  }
+  assertEquals(bus.counts.published, 2 * (count - 1), "a request and its answer each");
+  // An adoption as well goes to who has the session.
+  bus.reset();
+  proxy.choose = () => 0;
+  t.use(await peer.resume(count, 0));
+  await until(() => instances.at(-1)!.ws.stats().movedOut === 1);
+  assertEquals(bus.counts.published, 3, "adopt, state, adopted");
+  assertEquals(errors, []);
+}, { timeout: 30_000 });
+
+/** A bus that loses the first so many messages of a kind. */
+function losing(t: TestContext, kind: string, most: number): { bus: MemoryBus; lost: string[] } {
+  const lost: string[] = [];
+  const bus = new MemoryBus(t, {
+    fault: ({ data }) => {
+      const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+      if (!text.includes(`"kind":"${kind}"`) || lost.length === most) return [0];
+      lost.push(text);
+      return [];
+    },
+  });
+  return { bus, lost };
+}
+
+test("a request that waits for an instance that has gone is served where its session has come", async (t) => {
+  const { bus, lost } = losing(t, "request", 1);
+  const { proxy, told, errors } = await start(t, bus.adapter);
+  const peer = await wireClient(t, `${proxy.url}/room`);
+  proxy.choose = () => 1;
+  const status = peer.send("a");
+  await until(() => lost.length === 1);
+  const moved = t.use(await peer.resume(1, 0));
+  assertEquals(await moved.message(), "a 1 at 1");
+  assertEquals(await status, 204);
+  assertEquals([told, errors], [["open 0", "suspend 0", "revive 1"], []]);
+});
+
+test("all are asked for a session as often as it takes", async (t) => {
+  const { bus, lost } = losing(t, "where", 2);
+  let isFrozen = false;
+  const ids: string[] = [];
+  const fleet = await start(t, (context) => {
+    ids.push(context.id);
+    const driver = bus.adapter(context);
+    const publish: typeof driver.publish = (message, place) => {
+      if (!isFrozen || message.topic !== ids[0]) return driver.publish(message, place);
+    };
+    return { ...driver, publish };
+  }, { count: 3 });
+  const { proxy, errors } = fleet;
+  const peer = await wireClient(t, `${proxy.url}/room`);
+  proxy.choose = () => 1;
+  const moved = t.use(await peer.resume(1, 0));
+  isFrozen = true; // so is the instance that knows where the session has gone
+  proxy.choose = () => 2;
+  assertEquals(await peer.send("a"), 204);
+  assertEquals(await moved.message(), "a 1 at 1");
+  assertEquals([lost.length, errors], [2, []]);
+});
+
+test("an instance that ends brings back the answers that others are about to give", async (t) => {
+  let isSlow = false;
+  const bus = new MemoryBus(t, { fault: () => [isSlow ? 100 : 0] });
+  const { instances, proxy, errors } = await start(t, bus.adapter);
+  const peer = await wireClient(t, `${proxy.url}/room`);
+  proxy.choose = () => 1;
+  isSlow = true;
+  const status = peer.send("a");
+  await until(() => instances[1]!.ws.stats().cluster!.relayed === 1);
+  await instances[1]!.ws.close(1012);
+  assertEquals(await status, 204);
+  const late = await peer.post("TEXT 1\r\nb\r\n");
+  assertEquals([late.status, late.headers.get("retry-after")], [503, null]);
+  await late.text();
+  assertEquals(errors, []);
+});
 
 test("a session is found though the instance that it left has gone since", async (t) => {
   const fleet = await start(t, new MemoryBus(t).adapter, { count: 3 });
