@@ -154,8 +154,11 @@ const MAX_HELD = 16 * 1024;
 const MAX_BODIES = 2;
 /** And a plain one's, each of which is a message. */
 const MAX_PLAIN_BODIES = 16;
-/** Of a body that nobody wants any more, so much is read: a request's rest, for the next on its connection. */
-const MAX_DROPPED = 1024 * 1024;
+/**
+ * Of a body that nobody wants any more, so much is read: a request's rest, for the next on its
+ * connection. Once we have begun to read, some hosts leave what remains in its way.
+ */
+const MAX_DROPPED = 32 * 1024 * 1024;
 /** The longest header of a frame, and the largest payload of one that is no message. */
 const MAX_HEADER = 20;
 const MAX_CONTROL = 125;
@@ -888,7 +891,6 @@ class Requests {
         ? preflight(request)
         : await this.#route(request, info as Runtime, admitted);
     } catch (error) {
-      discard(request); // else its rest would be taken for the next request of the connection
       response = error instanceof Response ? error : this.#refuse(error, request);
     }
     const { status } = response;
@@ -1065,8 +1067,7 @@ class Requests {
   }
 
   /** A session that has closed meanwhile says so once more, for whoever missed it. */
-  #unearth({ request, wire }: Asked, tombstone: Tombstone): Response {
-    discard(request); // a streaming one would not end before this answer
+  #unearth({ wire }: Asked, tombstone: Tombstone): Response {
     const { uplink, ending } = tombstone;
     this.#registry.told(ending);
     const terms = encodeOpen(this.#settings, {
@@ -3957,16 +3958,6 @@ async function readBody(
   const end = await body.end;
   receiver.uplink.end(body);
   return end;
-}
-
-/** Lets what is left of a request's body go by, so that its connection can be used again. */
-function discard(request: Request): void {
-  try {
-    const { body, bodyUsed } = request;
-    if (body && !bodyUsed && !body.locked) new Body(readerOf(body), () => {}).release();
-  } catch {
-    // whoever has it may keep it
-  }
 }
 
 /** What was read before us cannot be read again, and must not pass for a message that came. */
