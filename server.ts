@@ -2559,13 +2559,14 @@ abstract class Session {
   /**
    * Calls a hook wherever it is set. Returns a promise, which never rejects, where that takes time.
    * `message` is called in the async context of the request that brought it, all others in that of
-   * the opening: a timer's, or another client's, would show them somebody else's.
+   * the opening: a timer's, or another client's, would show them somebody else's. `open` comes in the
+   * job that took the context, and need not enter it.
    */
   callHooks(
     name: HookName,
     argument?: Message | CloseDetails | Uint8Array,
   ): Promise<void> | undefined {
-    if (name === "message") return this.#callHooks(name, argument);
+    if (name === "message" || name === "open") return this.#callHooks(name, argument);
     return this.#inContext(() => this.#callHooks(name, argument));
   }
 

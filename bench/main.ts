@@ -20,6 +20,7 @@ import type { Runtime } from "./rpc.ts";
 import { binary } from "./scenarios/binary.ts";
 import { browsers } from "./scenarios/browsers.ts";
 import { bulk } from "./scenarios/bulk.ts";
+import { context } from "./scenarios/context.ts";
 import { fanOutBursts, fanOutSingly } from "./scenarios/fanout.ts";
 import { subscribers, topics, unheard } from "./scenarios/growth.ts";
 import { memory, tenThousand } from "./scenarios/idle.ts";
@@ -55,6 +56,7 @@ const SCENARIOS: Record<string, Scenario> = {
   topics,
   unheard,
   binary,
+  context,
 };
 const RESULTS = join(import.meta.dirname!, "results.json");
 
