@@ -3671,12 +3671,13 @@ function checkProtocols(value: string | string[]): string[] {
   return protocols;
 }
 
-/** Node 20 has no CloseEvent. */
+/** Node 20 has no CloseEvent, and Deno's takes itself for an Event. */
 function closeEvent(code: number, reason: string, wasClean: boolean): Event {
   const init = { code, reason, wasClean };
-  return globalThis.CloseEvent
+  const event = globalThis.CloseEvent
     ? new CloseEvent("close", init)
     : Object.assign(new Event("close"), init);
+  return Object.defineProperty(event, Symbol.toStringTag, { value: "CloseEvent" });
 }
 
 /** "The client retries on network errors, 408, 411, 425, 429 and 5xx …; any other status is final." */

@@ -403,7 +403,7 @@ contract(
     assertEquals([socket.readyState, events], [0, []]);
     const event = await once<CloseEvent>(socket, "close");
     assertEquals([event.wasClean, event.reason], [false, ""]);
-    if (!target.native) assertEquals(event.code, 1006);
+    if (!target.native) assertEquals([event.code, `${event}`], [1006, "[object CloseEvent]"]);
     assertEquals(events, ["error", "close"]);
   },
 );
