@@ -198,7 +198,11 @@ test("hooks run in the async context of their own session, whoever's timer or re
     hooks: {
       upgrade: (request) => ({ context: { user: request.headers.get("x-user") } }),
       open: (peer) => note("open", peer),
-      message: (peer) => note("message", peer),
+      message(peer) {
+        note("message", peer);
+        throw new Error("of the hook");
+      },
+      error: (peer) => note("error", peer),
       close: (peer) => note("close", peer),
     },
   });
@@ -215,6 +219,7 @@ test("hooks run in the async context of their own session, whoever's timer or re
     "open of bob as bob",
     "close of bob as bob",
     "message of anna as anna, later",
+    "error of anna as anna",
   ]);
   await anna.body!.cancel();
 });
