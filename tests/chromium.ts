@@ -26,6 +26,8 @@ const flags =
 export interface Chromium {
   /** Windows of a profile of their own: cookies and cache are not shared with other tests. */
   windows(t: TestContext, options?: BrowserContextOptions): Promise<BrowserContext>;
+  /** Where it wants to be spoken to. */
+  endpoint(): Promise<string>;
 }
 
 /**
@@ -34,7 +36,10 @@ export interface Chromium {
  */
 export async function startChromium(): Promise<Chromium> {
   const executable = command("chromium");
-  if (!executable) return { windows: () => Promise.reject(new Error("There is no Chromium")) };
+  if (!executable) {
+    const none = () => Promise.reject(new Error("There is no Chromium"));
+    return { windows: none, endpoint: none };
+  }
   const profile = await mkdtemp(join(tmpdir(), "duplex-chromium-"));
   const child = spawn(
     executable,
@@ -49,6 +54,7 @@ export async function startChromium(): Promise<Chromium> {
     await until(() => rm(profile, { recursive: true }).then(() => true, () => false));
   });
   return {
+    endpoint: () => endpoint(profile),
     async windows(t, options) {
       const browser = await chromium.connectOverCDP(await endpoint(profile), {
         artifactsDir: profile, // a folder of its own it would remove too late for Deno's sanitizers

@@ -21,7 +21,7 @@ import {
 import { site } from "./page.ts";
 import { Queue } from "./pair.ts";
 import { StreamCount } from "./streams.ts";
-import type { Browser, Tab } from "./webdriver.ts";
+import type { Browser, ShownTab, Tab, Tabs } from "./webdriver.ts";
 
 const soak = !!process.env.DUPLEX_SOAK;
 const SECONDS = soak ? 60 : 4;
@@ -60,7 +60,7 @@ export function program(): void {
     return;
   }
   const isHidden = query.get("tab") !== "0" || query.has("hidden");
-  Object.defineProperty(document, "hidden", { value: isHidden });
+  if (!query.has("real")) Object.defineProperty(document, "hidden", { value: isHidden });
   if (query.has("insecure")) Object.defineProperty(navigator, "locks", { value: undefined });
   const state: TabState = globalThis.state = {
     ...{ seen: [], took: [], sent: 0, opened: 0, events: [], warnings: [] },
@@ -89,14 +89,58 @@ const share = (times: number[], part: number) =>
 const numbers = (last: number) => Array.from({ length: last }, (_, n) => n + 1);
 
 interface Run {
+  peers: Peer[];
   states: TabState[];
   /** The most event streams at once. */
   streams: number;
   up: number[];
 }
 
+/** How a number of tabs is shown, and asked. */
+interface Screen {
+  show(t: TestContext, url: string, tabs: number): Promise<void>;
+  states(): Promise<TabState[]>;
+  /** Lets none of them send any more. */
+  end(): Promise<void>;
+}
+
+/** Tabs that are frames of one page. */
+function framesOf(open: Browser, query = ""): Screen {
+  let tab: Tab;
+  return {
+    async show(t, url, tabs) {
+      tab = await open(t);
+      await tab.goto(`${url}/program?tabs=${tabs}${query}`);
+    },
+    states: () => tab.run(() => globalThis.states()),
+    end: () => tab.run(() => void (globalThis.isOver = true)),
+  };
+}
+
+/** Tabs as a browser has them, all of them behind one more: their timers become rare, too. */
+function hiddenTabs(open: Tabs, tabs: ShownTab[]): Screen {
+  const each = <R>(body: () => R) => Promise.all(tabs.map((tab) => tab.run(body)));
+  return {
+    async show(t, url, count) {
+      const another = await open(t);
+      for (let n = 0; n < count; n++) {
+        tabs.push(await another());
+        await tabs[n]!.goto(`${url}/program?tab=${n}&real`);
+      }
+      await another();
+    },
+    states: () => each(() => globalThis.state),
+    end: async () => void await each(() => void (globalThis.isOver = true)),
+  };
+}
+
 /** So many tabs, each of which sends and is sent a message a second. */
-async function talk(t: TestContext, open: Browser, tabs: number, query = ""): Promise<Run> {
+async function talk(
+  t: TestContext,
+  screen: Screen,
+  tabs: number,
+  seconds = SECONDS,
+): Promise<Run> {
   const peers = new Queue<Peer>();
   const sent = new Map<string, number>();
   const received = new Map<string, number[]>();
@@ -123,15 +167,14 @@ async function talk(t: TestContext, open: Browser, tabs: number, query = ""): Pr
       },
     },
   });
-  const tab: Tab = await open(t);
-  await tab.goto(`${url}/program?tabs=${tabs}${query}`);
+  await screen.show(t, url, tabs);
   await until(() => peers.all.length === tabs, { timeout: 60_000 });
-  await sleep(SECONDS * 1000);
+  await sleep(seconds * 1000);
   stopped = true;
-  await tab.run(() => void (globalThis.isOver = true));
+  await screen.end();
   const total = () => [...sent.values()].reduce((sum, count) => sum + count, 0);
   const states = await until(async () => {
-    const states = await tab.run(() => globalThis.states());
+    const states = await screen.states();
     const seen = states.reduce((sum, { seen }) => sum + seen.length, 0);
     const came = [...received.values()].reduce((sum, list) => sum + list.length, 0);
     return seen >= total() && came >= states.reduce((sum, { sent }) => sum + sent, 0) && states;
@@ -142,7 +185,7 @@ async function talk(t: TestContext, open: Browser, tabs: number, query = ""): Pr
   }
   for (const list of received.values()) assertEquals(list, numbers(list.length));
   assertEquals([peers.all.length, closes.all.length], [tabs, 0]);
-  return { states, streams: streams.most, up };
+  return { peers: peers.all, states, streams: streams.most, up };
 }
 
 function report(name: string, { states, streams, up }: Run): void {
@@ -163,7 +206,7 @@ export function tabsTests(name: string, open: Browser, skip: string | undefined)
     test(`${name}: ${what}`, body, { timeout: (SECONDS + 120) * 1000, skip });
 
   check("12 tabs over HTTP/1.1 all open, send and receive, and lose nothing", async (t) => {
-    const run = await talk(t, open, 12);
+    const run = await talk(t, framesOf(open), 12);
     report(`${name}, 12 tabs`, run);
     assert(run.streams <= 6, `${run.streams} streams`); // one may not have heard yet that it ended
     // Generous: docs/pages.md has the figures.
@@ -257,7 +300,7 @@ export function tabsTests(name: string, open: Browser, skip: string | undefined)
   }
 
   check("12 tabs without Web Locks, as pages of http: are, lose nothing either", async (t) => {
-    const run = await talk(t, open, 12, "&insecure");
+    const run = await talk(t, framesOf(open, "&insecure"), 12);
     report(`${name}, 12 tabs without locks`, run);
     assertLess(Math.max(...run.states.map(({ opened }) => opened)), 25_000);
   });
@@ -265,9 +308,41 @@ export function tabsTests(name: string, open: Browser, skip: string | undefined)
   if (!soak) return;
   for (const [tabs, query] of [[40, ""], [12, "&hidden"]] as const) {
     check(`${tabs} tabs${query && ", all of them hidden"}, for long`, async (t) => {
-      const run = await talk(t, open, tabs, query);
+      const run = await talk(t, framesOf(open, query), tabs);
       report(`${name}, ${tabs} tabs ${query}`, run);
       assertLess(Math.max(...run.states.flatMap(({ took }) => took)), 40_000);
     });
   }
+}
+
+/** `DUPLEX_SOAK=1`: for longer than a browser lets the timers of hidden tabs run as they were set. */
+export function hiddenTabsTest(name: string, open: Tabs, skip: string | undefined): void {
+  const seconds = 6 * 60;
+  test(
+    `${name}: 12 tabs that are hidden for 6 minutes lose nothing, and show what comes when they are seen`,
+    async (t) => {
+      const tabs: ShownTab[] = [];
+      const run = await talk(t, hiddenTabs(open, tabs), 12, seconds);
+      report(`${name}, 12 tabs, hidden for 6 minutes`, run);
+      assert(run.streams <= 6, `${run.streams} streams`);
+      const took = run.states.flatMap(({ took }) => took);
+      assert(took.length > 12 * (seconds - 30), `${took.length} messages`);
+      assertLess(share(took, 0.95), 8_000);
+      assertLess(Math.max(...took), 25_000);
+      // Half a minute of messages, when the browser's last limit holds.
+      const late = run.states.flatMap(({ took }) => took.slice(-30));
+      console.log(`${name}, the last 30 s: ${share(late, 0.5)} / ${share(late, 0.95)} ms`);
+      for (const [index, tab] of tabs.entries()) {
+        if (index % 4) continue;
+        await tab.show();
+        const { seen } = await tab.run(() => globalThis.state);
+        run.peers[index]!.send(`${seen.length + 1} ${Date.now()}`);
+        await tab.wait((count) => globalThis.state.seen.length > count, seen.length);
+        const state = await tab.run(() => globalThis.state);
+        assertEquals(state.events, []);
+        assertLess(state.took.at(-1)!, 2_000);
+      }
+    },
+    { timeout: (seconds + 180) * 1000, skip },
+  );
 }

@@ -27,6 +27,14 @@ export interface Tab {
 /** Opens a window that closes with the test. */
 export type Browser = (t: TestContext) => Promise<Tab>;
 
+/** A tab among others of one window: the one that was opened or shown last is seen. */
+export interface ShownTab extends Tab {
+  show(): Promise<void>;
+}
+
+/** Opens tabs of one window, which close with the test. */
+export type Tabs = (t: TestContext) => Promise<() => Promise<ShownTab>>;
+
 const START = 60_000;
 const WAIT = 30_000;
 
@@ -49,6 +57,12 @@ const preferences = {
 
 /** Starts Firefox, outside of any test. Where it is not installed the tests are to be skipped. */
 export async function startFirefox(): Promise<Browser> {
+  const tabs = await startFirefoxTabs();
+  return async (t) => await (await tabs(t))();
+}
+
+/** The same, for tests of several tabs. */
+export async function startFirefoxTabs(): Promise<Tabs> {
   const executable = command("firefox");
   if (!executable) return () => Promise.reject(new Error("There is no Firefox"));
   const profile = await mkdtemp(join(tmpdir(), "duplex-firefox-"));
@@ -73,13 +87,29 @@ export async function startFirefox(): Promise<Browser> {
       acceptInsecureCerts: true,
     });
     t.defer(() => browser.disconnect()); // and ends the session: Firefox has one at a time
-    const context = await browser.createBrowserContext();
-    t.defer(() => context.close());
-    return new FirefoxTab(await context.newPage(), t.complaints);
+    return await tabsOf(browser, t);
   };
 }
 
-class FirefoxTab implements Tab {
+async function tabsOf(
+  browser: Awaited<ReturnType<typeof puppeteer.connect>>,
+  t: TestContext,
+): Promise<() => Promise<ShownTab>> {
+  const context = await browser.createBrowserContext();
+  t.defer(() => context.close());
+  return async () => new PuppeteerTab(await context.newPage(), t.complaints);
+}
+
+/** Tabs of Chromium as it has them: those that Playwright opens take themselves for seen. */
+export function chromiumTabs(endpoint: () => Promise<string>): Tabs {
+  return async (t) => {
+    const browser = await puppeteer.connect({ browserWSEndpoint: await endpoint() });
+    t.defer(() => browser.disconnect());
+    return await tabsOf(browser, t);
+  };
+}
+
+class PuppeteerTab implements ShownTab {
   readonly #page: Page;
 
   constructor(page: Page, complaints: Complaints) {
@@ -89,6 +119,10 @@ class FirefoxTab implements Tab {
       if (!["warn", "error"].includes(message.type())) return;
       complaints.add(`page: console.${message.type()}: ${message.text()}`);
     });
+  }
+
+  async show(): Promise<void> {
+    await this.#page.bringToFront();
   }
 
   async goto(url: string): Promise<void> {
