@@ -1824,7 +1824,8 @@ class Registry implements Host {
     if (time >= this.#nextSweep) return;
     clearTimeout(this.#sweepTimer);
     this.#nextSweep = time;
-    this.#sweepTimer = setTimeout(() => this.#sweep(), time - clock());
+    // A machine that stood still since is past it already, which Node warns of.
+    this.#sweepTimer = setTimeout(() => this.#sweep(), Math.max(time - clock(), 0));
     // Where timers can do so, this one does not keep a process alive.
     (this.#sweepTimer as { unref?(): void }).unref?.();
   }

@@ -224,6 +224,27 @@ test("hooks run in the async context of their own session, whoever's timer or re
   await anna.body!.cancel();
 });
 
+test("on a machine that stands still no timer is set to a time that has passed", async (t) => {
+  const { setTimeout } = globalThis;
+  const { now } = performance;
+  const delays: number[] = [];
+  let stood = 0;
+  t.defer(() => Object.assign(globalThis, { setTimeout }));
+  t.defer(() => Object.assign(performance, { now }));
+  Object.assign(globalThis, {
+    setTimeout(task: () => void, delay = 0) {
+      delays.push(delay);
+      return setTimeout(task, delay);
+    },
+  });
+  Object.assign(performance, { now: () => now.call(performance) + (stood += 10) });
+  const ws = adapter(t, { heartbeatInterval: 1, resumeTimeout: 60_000 });
+  const opened = await ws.fetch(open());
+  await until(() => delays.length > 5);
+  assertEquals(delays.filter((delay) => delay < 0), []); // Node warns of it, on the server's console
+  await opened.body!.cancel();
+});
+
 test("of PINGs and PONGs no more than 16 hooks are pending", async (t) => {
   let called = 0;
   const ws = adapter(t, {
