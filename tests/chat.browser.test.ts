@@ -120,6 +120,14 @@ for (const server of ["deno", "bun"] as const) {
     });
     assertEquals((await fates(grace, "I am in a tunnel"))[1], "late");
     assertEquals(await fates(ada, "I am in a tunnel"), ["late", "late"]);
+    // How long each took: a second at least is what makes it late.
+    const took = async (text: string) => {
+      const row = ada.locator("#log tr", { has: ada.getByText(text, { exact: true }) });
+      return `${await row.locator("td").allTextContents()}`;
+    };
+    assertMatch(await took("Good morning!"), /^\d{1,3} ms,\d{1,3} ms$/);
+    assertMatch(await took("I am in a tunnel"), /^\d+\.\d s,\d+\.\d s$/);
+    assertMatch(await took("Can you hear me?"), /^lost,\d+\.\d s$/);
     for (const page of [ada, grace]) {
       assertEquals(new Set(await texts(page, said)).size, 3);
       assertEquals((await texts(page, said)).length, 3);
