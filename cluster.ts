@@ -90,7 +90,7 @@ const LENGTHLESS_PATIENCE = 250;
 const BODY_PATIENCE = 15_000;
 const BODY_RATE = 8;
 /** Of a body that nobody wants any more, so much is read, for what comes next on its connection. */
-const MAX_DROPPED = 1024 * 1024;
+const MAX_DROPPED = 32 * 1024 * 1024;
 /** Or what `maxMessageSize` asks for. Four of them may be incomplete. */
 const MAX_MESSAGE = 16 * 1024 * 1024;
 /** What a fragment that waits for the others takes besides its bytes, about. */
@@ -2227,7 +2227,10 @@ class RoutedBodies {
     else if (Number(length) > most) routed.refuse(refuse(413, "Too large"));
     const timer = length === null
       ? setTimeout(() => routed.refuse(noStream()), LENGTHLESS_PATIENCE)
-      : setTimeout(() => routed.refuse(tooLate()), BODY_PATIENCE + Number(length) / BODY_RATE);
+      : setTimeout(
+        () => routed.refuse(tooLate()),
+        BODY_PATIENCE + Math.min(Number(length), most) / BODY_RATE,
+      );
     this.#pending.add(routed);
     try {
       return await routed.end;

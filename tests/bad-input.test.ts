@@ -2,15 +2,14 @@
  * What a server says to bytes, headers and hooks that are wrong: the status or
  * close code, that the server goes on serving others, and that no peer is left.
  */
-import net from "node:net";
 import { assert, assertEquals, deferred, rawRequest, test, until } from "./harness.ts";
-import { Queue } from "./pair.ts";
 import {
   closePayload,
   frame,
   from,
   FULL,
   misuse,
+  onOneConnection,
   post,
   quiet,
   type Scene,
@@ -266,35 +265,12 @@ for (const [what, token] of [["too large", undefined], ["refused unread", "nobod
     misuse(t, async (scene) => {
       const peer = await scene.open();
       const body = from(1, frame("BINARY", new Uint8Array(8 * 1024 * 1024)));
-      const head = (token: string, length: number) =>
-        [
-          "POST /room HTTP/1.1",
-          "host: 127.0.0.1",
-          "x-duplex-version: 1",
-          `x-crossws-id: ${token}`,
-          ...Object.entries(UPLINK).map(([name, value]) => `${name}: ${value}`),
-          `content-length: ${length}`,
-          "\r\n",
-        ].join("\r\n");
-      const socket = net.connect(scene.port, "127.0.0.1");
-      const ended = deferred();
-      const answers = new Queue<string>();
-      socket.on("error", () => {}); // what is still to be sent when the other end is gone
-      socket.on("close", () => {
-        ended.resolve();
-        answers.push("ended");
-      });
-      socket.on("data", (data) => {
-        for (const [, status] of `${data}`.matchAll(/HTTP\/1\.1 (\d+)/g)) answers.push(status!);
-      });
-      socket.write(head(token ?? peer.token, body.length));
-      socket.write(body);
-      assertEquals(await answers.next(), token ? "400" : "413");
-      socket.write(head(peer.token, 0));
-      const next = await answers.next();
-      assert(["204", "ended"].includes(next), next);
-      socket.destroy();
-      await ended.promise;
+      const [first, next] = await onOneConnection(scene.port, [
+        { path: "/room", token: token ?? peer.token, length: body.length, body },
+        { path: "/room", token: peer.token, length: 0 },
+      ]);
+      assertEquals(first, token ? "400" : "413");
+      assert(["204", "ended"].includes(next!), next);
       if (token) assertEquals(await peer.close(), 204);
       else assertEquals(await peer.closed(), 1009);
     }));

@@ -29,7 +29,7 @@ import {
   within,
 } from "./harness.ts";
 import { connect, listen, type Pair, shutDown } from "./pair.ts";
-import { wireClient } from "./wire.ts";
+import { frame, from, onOneConnection, post as wirePost, UPLINK, wireClient } from "./wire.ts";
 
 interface Instance extends Pair<Record<string, unknown>> {
   readonly got: string[];
@@ -225,6 +225,44 @@ test("messages as large as the servers take are routed, too", async (t) => {
   assertEquals(await post(other, token, 1, body), 204);
   assertEquals([one.got, one.errors, other.errors], [["x".repeat(20)], [], []]);
 }, { timeout: 40_000 });
+
+test("behind one that is too large a connection takes another request, or ends, at any instance", async (t) => {
+  const bus = new MemoryBus(t);
+  const [one, other] = await Promise.all([start(t, bus.adapter), start(t, bus.adapter)]);
+  const { token } = await wireClient(t, one.url);
+  const body = from(1, frame("BINARY", new Uint8Array(8 * 1024 * 1024)));
+  const [first, next] = await onOneConnection(other.port, [
+    { token, length: body.length, body },
+    { token, length: 0 },
+  ]);
+  assertEquals(first, "413");
+  assert(["204", "ended"].includes(next!), next);
+});
+
+test("a length that nobody can send sets no timer that no runtime has", async (t) => {
+  const bus = new MemoryBus(t);
+  const [one, other] = await Promise.all([start(t, bus.adapter), start(t, bus.adapter)]);
+  const { token } = await wireClient(t, one.url);
+  const { setTimeout } = globalThis;
+  const delays: number[] = [];
+  t.defer(() => Object.assign(globalThis, { setTimeout }));
+  Object.assign(globalThis, {
+    setTimeout(task: () => void, delay = 0, ...args: unknown[]) {
+      delays.push(delay);
+      return setTimeout(task, delay, ...args);
+    },
+  });
+  const length = Number.MAX_SAFE_INTEGER;
+  const headers = {
+    ...UPLINK,
+    "x-duplex-version": "1",
+    "x-crossws-id": token,
+    "content-length": `${length}`,
+  };
+  const { status } = await other.ws.fetch(wirePost(other.url, headers, frame("TEXT", "hi")));
+  assertEquals(status, 413);
+  assertEquals(delays.filter((delay) => delay >= 2 ** 31), []); // Node warns of it, and makes it 1 ms
+});
 
 /** An adapter of this bus whose subscriptions stand once the gate is open. */
 function gated(bus: MemoryBus, gate: Promise<void>): ClusterAdapter {

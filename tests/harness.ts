@@ -119,7 +119,7 @@ export class TestContext {
   /** Called by `test`. */
   async end(): Promise<void> {
     this.#ended.abort();
-    await within(this.#stack.disposeAsync(), 10_000, "cleaning up");
+    await within(this.#stack.disposeAsync(), CLEANING_UP, "cleaning up");
     // Deno takes what is under way at this moment for left behind: a stream that was just
     // cancelled, or the signature of the message that tells of it. What leaks is still there after.
     if (runtime !== "deno") return;
@@ -127,6 +127,9 @@ export class TestContext {
     for (const place of await untilNoTimers(LINGERING)) console.log(`a timer is left:\n${place}`);
   }
 }
+
+/** In milliseconds. On Node, where hosts run beside each other, a session is waited for twice 6 s. */
+const CLEANING_UP = runtime === "node" ? 20_000 : 10_000;
 
 /** In milliseconds. */
 const SETTLING = 10;

@@ -6,7 +6,9 @@
  * @module
  */
 import { type Hooks, type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
-import { assertEquals, type TestContext, until, within } from "./harness.ts";
+import { assertEquals, deferred, type TestContext, until, within } from "./harness.ts";
+import net from "node:net";
+import { Queue } from "./pair.ts";
 import { concat } from "./split.ts";
 
 export type Fetch = (request: Request) => Promise<Response>;
@@ -198,6 +200,43 @@ export class EventReader {
 /** What a client of either level must say to open. */
 export const FULL: Headers_ = { accept: "text/event-stream", "x-duplex-version": "1" };
 export const UPLINK: Headers_ = { "content-type": "application/websocket-events" };
+
+/** POSTs of somebody's session that follow each other on one connection: their statuses, until it ends. */
+export async function onOneConnection(
+  port: number,
+  requests: { path?: string; token: string; length: number; body?: Uint8Array }[],
+): Promise<string[]> {
+  const socket = net.connect(port, "127.0.0.1");
+  const ended = deferred();
+  const answers = new Queue<string>();
+  socket.on("error", () => {}); // what is still to be sent when the other end is gone
+  socket.on("close", () => {
+    ended.resolve();
+    answers.push("ended");
+  });
+  socket.on("data", (data) => {
+    for (const [, status] of `${data}`.matchAll(/HTTP\/1\.1 (\d+)/g)) answers.push(status!);
+  });
+  const statuses: string[] = [];
+  try {
+    for (const { path = "/", token, length, body } of requests) {
+      const headers = {
+        ...UPLINK,
+        host: "127.0.0.1",
+        "x-duplex-version": "1",
+        "x-crossws-id": token,
+      };
+      const lines = Object.entries(headers).map(([name, value]) => `${name}: ${value}\r\n`);
+      socket.write(`POST ${path} HTTP/1.1\r\n${lines.join("")}content-length: ${length}\r\n\r\n`);
+      if (body) socket.write(body);
+      statuses.push(await answers.next());
+    }
+  } finally {
+    socket.destroy();
+    await ended.promise;
+  }
+  return statuses;
+}
 
 export class NotOpened extends Error {
   readonly status: number;
