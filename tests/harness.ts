@@ -119,7 +119,7 @@ export class TestContext {
   /** Called by `test`. */
   async end(): Promise<void> {
     this.#ended.abort();
-    await within(this.#stack.disposeAsync(), CLEANING_UP, "cleaning up");
+    await within(this.#stack.disposeAsync(), 10_000, "cleaning up");
     // Deno takes what is under way at this moment for left behind: a stream that was just
     // cancelled, or the signature of the message that tells of it. What leaks is still there after.
     if (runtime !== "deno") return;
@@ -127,9 +127,6 @@ export class TestContext {
     for (const place of await untilNoTimers(LINGERING)) console.log(`a timer is left:\n${place}`);
   }
 }
-
-/** In milliseconds. On Node, where hosts run beside each other, a session is waited for twice 6 s. */
-const CLEANING_UP = runtime === "node" ? 20_000 : 10_000;
 
 /** In milliseconds. */
 const SETTLING = 10;
@@ -296,12 +293,16 @@ function lack(name: string): string | undefined {
 
 // ---------------------------------------------------------------- waiting
 
+/** On Node three hosts begin at once, on a machine that has two cores: each limit is for one alone. */
+const PATIENCE = runtime === "node" ? 3 : 1;
+
 /** The result of a promise, or an error if it takes too long. */
 export async function within<T>(
   promise: Promise<T>,
-  timeout: number,
+  limit: number,
   what = "a promise",
 ): Promise<T> {
+  const timeout = limit * PATIENCE;
   let timer: ReturnType<typeof setTimeout> | undefined;
   const late = new Promise<never>((_, reject) => {
     timer = setTimeout(
@@ -342,7 +343,7 @@ export async function until<T>(
   predicate: () => T | Falsy | Promise<T | Falsy>,
   { timeout = 5_000, interval = 5 }: { timeout?: number; interval?: number } = {},
 ): Promise<T> {
-  const late = performance.now() + timeout;
+  const late = performance.now() + timeout * PATIENCE;
   for (;;) {
     const value = await predicate();
     if (value) return value;
@@ -475,6 +476,8 @@ export interface Listening {
 export interface NodeHost {
   /** It always serves https. */
   tls?: boolean;
+  /** Does once what takes long, before any test. */
+  prepare?(): Promise<void>;
   serve(
     handler: Handler,
     options: { hostname: string; port: number; key?: string; cert?: string },

@@ -34,6 +34,8 @@ async function listening(server: Server, { hostname, port }: Where): Promise<Lis
   };
 }
 
+const LOCAL: Where = { hostname: "127.0.0.1", port: 0 };
+
 export const hosts: Record<string, NodeHost> = {
   "node:http": {
     serve: (fetch, where) => listening(createServer(toNodeHandler({ fetch })), where),
@@ -114,6 +116,15 @@ export const hosts: Record<string, NodeHost> = {
 
   /** A route handler, as Next.js has compiled it. */
   next: {
+    async prepare() {
+      const { actual, close } = await this.serve(() => new Response("ready"), LOCAL);
+      // It loads the route at its first request.
+      const response = await fetch(`http://127.0.0.1:${actual}/`);
+      if (await response.text() !== "ready") {
+        throw new Error(`Next.js is not ready: ${response.status}`);
+      }
+      await close();
+    },
     async serve(fetch, where) {
       const { asked, handle } = await (next ??= startNext());
       return listening(

@@ -6,7 +6,7 @@
  * @module
  */
 import { type Hooks, type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
-import { assertEquals, deferred, type TestContext, until, within } from "./harness.ts";
+import { assertEquals, deferred, runtime, type TestContext, until, within } from "./harness.ts";
 import net from "node:net";
 import { Queue } from "./pair.ts";
 import { concat } from "./split.ts";
@@ -440,7 +440,7 @@ export class Scene {
     const ws = sseAdapter({
       bidir: true,
       // As long as a runtime may stall where all else is busy, too: what answers in time needs it.
-      resumeTimeout: 500,
+      resumeTimeout: runtime === "node" ? 1_500 : 500, // hosts run beside each other
       ...options,
       hooks: {
         upgrade: (request) => {
