@@ -59,19 +59,20 @@ function machine(folder, version) {
   return { ...Object.fromEntries(others), HOME: home, PATH: `${bin}:/usr/bin:/bin` };
 }
 
-function npm(args, cwd, env, stdio) {
-  return spawn("npm", args, { cwd, env, stdio, detached: true });
-}
-
 async function toTheEnd(cwd, env) {
-  const child = npm(["it", "--no-audit", "--no-fund"], cwd, env, "inherit");
+  const child = spawn("npm", ["it", "--no-audit", "--no-fund"], { cwd, env, stdio: "inherit" });
   const code = await new Promise((resolve) => child.on("close", resolve));
   if (code !== 0) throw new Error(`npm it: ${code}`);
 }
 
 async function untilItAnswers(cwd, env) {
   const port = await freePort();
-  const child = npm(["start"], cwd, { ...env, PORT: `${port}`, HOST: "127.0.0.1" }, "ignore");
+  const child = spawn("npm", ["start"], {
+    cwd,
+    env: { ...env, PORT: `${port}`, HOST: "127.0.0.1" },
+    stdio: "ignore",
+    detached: true, // a group of its own, to be ended together
+  });
   const ended = new Promise((resolve) => child.on("close", resolve));
   try {
     while (!await answers(port)) {
