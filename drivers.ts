@@ -177,7 +177,8 @@ export function pgsql({ client, channel }: DriverOptions<PostgresClient>): Topic
 interface Channel {
   /** How many places that are joined are heard on it. */
   wanted: number;
-  stands: boolean;
+  /** Undefined: that failed, and nobody knows how far it came. */
+  stands: boolean | undefined;
   /** It is being joined or left. */
   work: Promise<void> | undefined;
   retry: ReturnType<typeof setTimeout> | undefined;
@@ -219,7 +220,7 @@ class Channels implements TopicDriver {
     this.#closed = true;
     const leaving = [...this.#channels].map(([name, channel]) => {
       clearTimeout(channel.retry);
-      return channel.stands && this.#line.unlisten(name);
+      return channel.stands !== false && this.#line.unlisten(name);
     });
     // Who stops while the backplane is down must be able to.
     return Promise.allSettled(leaving).then(() => this.#line.close());
@@ -257,13 +258,14 @@ class Channels implements TopicDriver {
     clearTimeout(channel.retry);
     try {
       while (channel.wanted > 0 !== channel.stands && !this.#closed) {
-        const joins = !channel.stands;
+        const joins = channel.wanted > 0;
         if (joins) await this.#line.listen(name, (payload) => this.#take(payload));
         else await this.#line.unlisten(name);
         channel.stands = joins;
       }
       if (!channel.wanted) this.#channels.delete(name);
     } catch (error) {
+      channel.stands = undefined;
       channel.retry = setTimeout(() => this.#settle(name, channel).catch(() => {}), RETRY_PERIOD);
       (channel.retry as { unref?(): void }).unref?.(); // where timers can do so
       throw error;

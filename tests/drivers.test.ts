@@ -7,13 +7,14 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { cluster, type ClusterAdapter } from "../cluster.ts";
-import { pgsql, type PostgresClient } from "../drivers.ts";
+import { nats, type NatsClient, pgsql, type PostgresClient } from "../drivers.ts";
 import type { SSEAdapter, SyncMessage } from "../server.ts";
 import {
   assert,
   assertEquals,
   assertGreater,
   assertLess,
+  assertRejects,
   assertThrows,
   root,
   sleep,
@@ -294,6 +295,46 @@ test("PostgreSQL: what is published in one turn goes in order, together, though 
   const said = statements.flatMap(([, payloads]) => payloads!.map((p) => JSON.parse(p).msg.data));
   assertEquals(said, ["same", "same", ...Array.from({ length: 448 }, (_, n) => `${n + 2}`)]);
   assertThrows(() => pgsql({ client, channel: "x".repeat(51) }), RangeError);
+});
+
+/** A NATS whose server does not always answer. */
+function lonelyNats() {
+  const state = { isDown: false, subjects: [] as string[] };
+  const client: NatsClient = {
+    publish() {},
+    subscribe(subject) {
+      state.subjects.push(subject);
+      return {
+        unsubscribe: () => void state.subjects.splice(state.subjects.indexOf(subject), 1),
+      };
+    },
+    flush: () => state.isDown ? Promise.reject(new Error("it is down")) : Promise.resolve(),
+  };
+  return { state, driver: nats({ client, channel: "x" })({ id: "a" }) };
+}
+
+test("NATS: what was left while the server was away, and is joined again, is heard", async (t) => {
+  const { state, driver } = lonelyNats();
+  t.defer(() => driver.close());
+  const place = { namespace: "\0room", topic: "t" };
+  await driver.join(place);
+  assertEquals(state.subjects.length, 1);
+  state.isDown = true;
+  await assertRejects(() => driver.leave(place));
+  state.isDown = false;
+  await driver.join(place);
+  assertEquals(state.subjects.length, 1);
+});
+
+test("NATS: what could not be joined, and is wanted no more, is not heard for ever", async (t) => {
+  const { state, driver } = lonelyNats();
+  t.defer(() => driver.close());
+  const place = { namespace: "\0room", topic: "t" };
+  state.isDown = true;
+  await assertRejects(() => driver.join(place));
+  state.isDown = false;
+  await driver.leave(place);
+  assertEquals(state.subjects, []);
 });
 
 // ---------------------------------------------------------------- docs/scale.md
