@@ -396,7 +396,13 @@ export class WebSocketError extends DOMException {
 function closeOf(reason: unknown): WebSocketCloseOptions {
   if (!(reason instanceof DOMException) || reason.name !== "WebSocketError") return {};
   const { closeCode, reason: text } = reason as DOMException & Partial<WebSocketError>;
-  return { closeCode: closeCode ?? undefined, reason: text };
+  const info = { closeCode: closeCode ?? undefined, reason: text };
+  try {
+    checkClose(info);
+    return info;
+  } catch { // of a session that ended by what only a server may say, or by nothing, as by 1006
+    return {};
+  }
 }
 
 /** As Web IDL converts it, and the standard checks it. */

@@ -351,6 +351,32 @@ test("a browser's own WebSocketError counts as ours", async (t) => {
   assertEquals(await wss.closed, { closeCode: 4321, reason: "native" });
 });
 
+test("the error of a session that was lost ends another, though no close may say its code", async (t) => {
+  const { url, peers } = await serve(t);
+  const lost = await open(t, url);
+  (await peers.next()).terminate();
+  const error = await failureOf(lost.wss.closed) as WebSocketError;
+  assertEquals(error.closeCode, 1006);
+  for (const method of ["cancel", "abort"] as const) {
+    const { wss, reader, writer } = await open(t, url);
+    await (method === "cancel" ? reader.cancel(error) : writer.abort(error));
+    assertEquals(await wss.closed, { closeCode: 1005, reason: "" });
+  }
+});
+
+test("of two sessions that are piped, the loss of one ends the other", async (t) => {
+  const { url, peers } = await serve(t);
+  const [from, to] = [stream(t, url), stream(t, url)];
+  const [{ readable }, { writable }] = await Promise.all([from.opened, to.opened]);
+  const piping = readable.pipeTo(writable);
+  const all = [await peers.next(), await peers.next()];
+  all[0]!.terminate();
+  all[1]!.send("");
+  const error = await failureOf(piping) as WebSocketError;
+  await Promise.all([from, to].map((one) => within(one.closed.catch(() => {}), 8_000)));
+  assert(error instanceof DOMException);
+});
+
 test("a close that may not be is refused, and closes nothing", async (t) => {
   const { url } = await serve(t, echo);
   const { wss, reader, writer } = await open(t, url);
