@@ -1926,14 +1926,14 @@ class Uplink {
     await this.#send(stream, body);
     if (this.#stream !== stream) return; // confirmed, or ended by ourselves
     this.#endStream();
-    const { rawStatus } = stream;
+    const { rawStatus, retryAfter } = stream;
     if (rawStatus !== 411 && this.#transports.onCut(body.total)) return this.acknowledge();
     if (rawStatus === 411 || rawStatus === 413 || !body.isConfirmed && this.#transports.fail()) {
       this.#transports.leave("post");
     } else if (this.#requests.isFinal(stream)) return this.#host.onFail();
     else {
       this.#isPausing = true;
-      await this.#pauses.wait(this.#transports.failures, Infinity, stream.retryAfter);
+      await this.#pauses.wait(this.#transports.failures, Infinity, this.#session.pause(retryAfter));
       this.#isPausing = false;
     }
     this.acknowledge();
@@ -2055,8 +2055,7 @@ class Uplink {
 
   /** Waits, where a batch may go again. */
   async #mayRetry(batch: Exchange, retries: number, since: number): Promise<boolean> {
-    const { terms } = this.#session;
-    const patience = terms?.resumeTimeout || OPEN_TIMEOUT_MS;
+    const { terms, patience } = this.#session;
     // "Where nothing but its CLOSE is left, it tries again within 0.4 s each time."
     const isLast = this.#session.phase === "leaving" && this.#outbox.isOnlyClose;
     const pauses = isLast ? Math.min(retries, MAX_LAST_RETRIES) : retries;
@@ -2079,7 +2078,7 @@ class Uplink {
       if (control.received !== undefined) continue;
       this.#receipts.isDue = true;
       if (this.#requests.isFinal(control)) this.#carrier.hangUp();
-      await this.#pauses.wait(++retries, Infinity, control.retryAfter);
+      await this.#pauses.wait(++retries, Infinity, this.#session.pause(control.retryAfter));
     }
     this.#control = undefined;
   }
@@ -3317,6 +3316,16 @@ class Session {
   /** Nothing more goes over the network, whatever is still to be dispatched. */
   get isOver(): boolean {
     return this.#phase === "ended";
+  }
+
+  /** How long it waits for what does not get through. */
+  get patience(): number {
+    return this.terms?.resumeTimeout || OPEN_TIMEOUT_MS;
+  }
+
+  /** "Seconds that the client SHOULD wait at least, within the resume timeout"; in ms. */
+  pause(retryAfter: number): number {
+    return Math.min(retryAfter, this.patience);
   }
 
   /** Another page can go on with it. */

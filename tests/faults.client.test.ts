@@ -13,6 +13,7 @@ import {
   assertGreaterOrEqual,
   assertLess,
   assertLessOrEqual,
+  assertMatch,
   assertThrows,
   deferred,
   once,
@@ -284,6 +285,24 @@ test("Retry-After beyond the resume timeout is no reason not to try again within
   t.defer(() => again.end());
   await once(socket, "resume");
 });
+
+for (const after of ["3600", "99999999", "Infinity"]) {
+  test(`Retry-After: ${after} holds back no answer to a ping for longer than the resume timeout`, async (t) => {
+    const { server, stream } = await scripted(t, {
+      resumeTimeout: 1_000,
+      heartbeatInterval: 30_000,
+    });
+    stream.write("event: duplex-ping\ndata: 0 \n\n");
+    const begun = performance.now();
+    const asked = await server.next();
+    assertMatch(asked.body, /^PONG/);
+    asked.respond(503, { "retry-after": after });
+    const again = await server.next();
+    assertGreater(performance.now() - begun, 500, "nor is it asked again at once");
+    assertLess(performance.now() - begun, 4_000);
+    again.respond(204, { "x-duplex-received": "0" });
+  });
+}
 
 test("expired credentials are asked for once more, and once only", async (t) => {
   let tokens = 0;
