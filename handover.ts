@@ -19,6 +19,8 @@ const MAX_AGE = 30_000;
 /** How long an instance knows which sessions it has taken: more than twice as long. */
 const MEMORY = 90_000;
 const MAX_REMEMBERED = 100_000;
+/** Publications that are kept, though nobody needs them any more. */
+const MAX_NEEDLESS = 1_000;
 /** "A claim follows at most four pointers." */
 const MAX_HOPS = 4;
 
@@ -103,7 +105,7 @@ interface Arrival {
 }
 
 /** A session that this instance has asked for. */
-interface Adoption<Message> {
+interface Adoption {
   id: string;
   /** Who is asked. */
   owner: string;
@@ -112,8 +114,8 @@ interface Adoption<Message> {
   hops: number;
   /** By ticks. */
   age: number;
-  /** Publications of its namespace since it was asked for. */
-  readonly published: Publication<Message>[];
+  /** How many publications have been kept before it was asked for. */
+  readonly since: number;
   /** The session, while publications that it has had there are still to come here. */
   arrived: Arrival | undefined;
   readonly end: Deferred;
@@ -138,7 +140,13 @@ export class Moves<Message> {
   readonly #instance: string;
   readonly #timeout: number;
   readonly #mover: Mover<Message>;
-  readonly #adoptions: Map<string, Adoption<Message>> = new Map();
+  /** By session, the oldest first; by the ids by which they are asked for; and those that have come. */
+  readonly #adoptions: Map<string, Adoption> = new Map();
+  readonly #asked: Map<string, Adoption> = new Map();
+  readonly #arrived: Set<Adoption> = new Set();
+  /** Publications since the oldest was asked for, kept once for all, and how many went before them. */
+  #published: Publication<Message>[] = [];
+  #passed = 0;
   readonly #limbos: Map<string, Limbo> = new Map();
   /** Adoptions by which a session came here, and sessions that went from here to which instance. */
   readonly #taken: Memory<string> = new Memory(MEMORY);
@@ -199,7 +207,7 @@ export class Moves<Message> {
       claim,
       hops: 0,
       age: 0,
-      published: [],
+      since: this.#passed + this.#published.length,
       arrived: undefined,
       end,
     };
@@ -208,14 +216,20 @@ export class Moves<Message> {
     await end.promise;
   }
 
-  #ask(adoption: Adoption<Message>, owner: string): void {
+  #ask(adoption: Adoption, owner: string): void {
     adoption.owner = owner;
     const { session, claim } = adoption;
-    adoption.id = newId();
-    const { id } = adoption;
+    const id = this.#rename(adoption);
     const time = this.#mover.now();
     const from = this.#instance;
     this.#mover.send(owner, { kind: "adopt", id, from, session, time, ...claim });
+  }
+
+  #rename(adoption: Adoption): string {
+    this.#asked.delete(adoption.id);
+    adoption.id = newId();
+    this.#asked.set(adoption.id, adoption);
+    return adoption.id;
   }
 
   /** Whether the session is waited for, and nobody has sent it. */
@@ -232,7 +246,7 @@ export class Moves<Message> {
   askAnew(session: string): string | undefined {
     const adoption = this.#adoptions.get(session);
     if (!adoption || adoption.arrived) return;
-    return adoption.id = newId();
+    return this.#rename(adoption);
   }
 
   /** As which client. */
@@ -245,10 +259,9 @@ export class Moves<Message> {
     return this.#byId(id)?.session;
   }
 
-  #byId(id: string): Adoption<Message> | undefined {
-    for (const adoption of this.#adoptions.values()) {
-      if (adoption.id === id && !adoption.arrived) return adoption;
-    }
+  #byId(id: string): Adoption | undefined {
+    const adoption = this.#asked.get(id);
+    return adoption?.arrived ? undefined : adoption;
   }
 
   /** Anyone may say that nobody knows the session: then it is not waited for. */
@@ -266,13 +279,10 @@ export class Moves<Message> {
 
   /** A publication has been delivered here. */
   published(publication: Publication<Message>): void {
-    for (const adoption of this.#adoptions.values()) {
-      const { namespace } = publication;
-      if (namespace && namespace !== adoption.claim.namespace) continue;
-      adoption.published.push(publication);
-    }
-    for (const adoption of [...this.#adoptions.values()]) {
-      if (adoption.arrived && this.#caughtUp(adoption.arrived)) this.#take(adoption);
+    if (!this.#adoptions.size) return;
+    this.#published.push(publication);
+    for (const adoption of [...this.#arrived]) {
+      if (this.#caughtUp(adoption.arrived!)) this.#take(adoption);
     }
   }
 
@@ -288,6 +298,7 @@ export class Moves<Message> {
     }
     if (status !== "here") return this.#end(adoption);
     adoption.arrived = { from, state, counts, quiet };
+    this.#arrived.add(adoption);
     if (this.#caughtUp(adoption.arrived)) this.#take(adoption);
   }
 
@@ -304,14 +315,16 @@ export class Moves<Message> {
     );
   }
 
-  #take(adoption: Adoption<Message>): void {
-    const { id, session, published, arrived } = adoption;
+  #take(adoption: Adoption): void {
+    const { id, session, since, claim: { namespace }, arrived } = adoption;
     const { from, state, counts } = arrived!;
     // "It is given the publications that are beyond the counts."
-    const missed = published.filter((one) => one.n > (counts[one.from] ?? 0));
+    const missed = this.#published.slice(since - this.#passed)
+      .filter((one) => one.n > (counts[one.from] ?? 0))
+      .filter((one) => !one.namespace || one.namespace === namespace);
     this.#moved.delete(session);
     this.#taken.set(id, session, this.#mover.now());
-    this.#adoptions.delete(session); // before the hook "revive", which may publish: that counts on
+    this.#forget(adoption); // before the hook "revive", which may publish: that counts on
     this.#mover.take(session, state, missed.map(({ message }) => message));
     this.#confirm(from, id, session);
     this.#end(adoption);
@@ -322,9 +335,22 @@ export class Moves<Message> {
   }
 
   /** Waits no more; if it was not taken, it is refused from now on. */
-  #end(adoption: Adoption<Message>): void {
-    this.#adoptions.delete(adoption.session);
+  #end(adoption: Adoption): void {
+    this.#forget(adoption);
     adoption.end.resolve();
+  }
+
+  /** And what was kept for it alone, many at a time. */
+  #forget(adoption: Adoption): void {
+    this.#adoptions.delete(adoption.session);
+    this.#asked.delete(adoption.id);
+    this.#arrived.delete(adoption);
+    const [oldest] = this.#adoptions.values();
+    const { length } = this.#published;
+    const needless = oldest ? oldest.since - this.#passed : length;
+    if (needless < length && needless < MAX_NEEDLESS) return;
+    this.#published = this.#published.slice(needless);
+    this.#passed += needless;
   }
 
   // --- The instance that has the session ---

@@ -44,6 +44,7 @@ const SLACK = 30_000;
 /** How long an instance knows which sessions have left it for the store. */
 const MEMORY = 90_000;
 const MAX_REMEMBERED = 100_000;
+const SILENT = "The store of parked sessions does not answer";
 
 const encoder: TextEncoder = new TextEncoder();
 const decoder: TextDecoder = new TextDecoder();
@@ -163,6 +164,8 @@ interface Parked {
   leaves: boolean;
   /** Somebody waits for it. */
   wanted: boolean;
+  /** How often it was asked back of the store. */
+  takes: number;
   /** When it is known what has become of the parking, and of the session. */
   readonly stored: Deferred;
   readonly end: Deferred;
@@ -290,8 +293,12 @@ export class Parking implements SessionParking {
   away(token: string): void {
     if (!this.#options.whenAway) return;
     const task = new Promise((resolve) => setTimeout(resolve));
-    const work = task.then(() => this.park(token, false));
-    this.#options.waitUntil?.(work);
+    const work = task.then(() => this.park(token, false)).catch((error) => this.#report(error));
+    try {
+      this.#options.waitUntil?.(work);
+    } catch (error) { // as a platform's own does that is not called as its method
+      this.#report(error);
+    }
   }
 
   /** Parks the session, if it can be packed. Resolves when that is done, or has failed. */
@@ -301,7 +308,9 @@ export class Parking implements SessionParking {
     if (before) {
       before.leaves ||= leaves;
       if (before.phase === "parked") this.#settle(before);
-      return await before.stored.promise;
+      if (before.phase !== "reclaiming" || !leaves) return await before.stored.promise;
+      await before.end.promise; // it may be out of the store already
+      return await this.park(token, leaves);
     }
     // What still goes to the store for it would come between.
     const packed = this.#putting.has(secret) ? undefined : this.#quay.host.pack(token);
@@ -311,7 +320,7 @@ export class Parking implements SessionParking {
     const parked: Parked = {
       ...{ id: hex(crypto.getRandomValues(new Uint8Array(16))), token, leaves },
       marks: packed.tokens.map(markOf),
-      ...{ since: this.#now, phase: "storing", age: 0, wanted: false },
+      ...{ since: this.#now, phase: "storing", age: 0, wanted: false, takes: 0 },
       ...{ stored: deferred(), end: deferred() },
     };
     this.#parked.set(secret, parked);
@@ -403,32 +412,44 @@ export class Parking implements SessionParking {
   /** It "takes it back as anybody takes it": who was frozen finds out so that its session has left. */
   async #reclaim(parked: Parked): Promise<void> {
     this.#enter(parked, "reclaiming");
-    let isThere = false;
+    const take = ++parked.takes;
+    let found: Landing | undefined;
     try {
       const bytes = await this.#store.take(parked.id);
       this.#failing = false;
-      isThere = !!bytes && await this.#isOf(parked, bytes);
+      found = bytes ? await this.#sessionOf(parked, bytes) : undefined;
     } catch (error) {
       this.#fail(error);
-      if (!isStill(parked, "reclaiming")) return;
-      this.#enter(parked, "parked"); // asked again by the next tick
-      if (parked.leaves) this.#settle(parked);
+      if (take === parked.takes) this.#postpone(parked);
       return;
     }
+    const waits = isStill(parked, "reclaiming") || isStill(parked, "parked");
+    if (found && !waits) await this.#cameLate(parked, found);
+    else if (found && (parked.wanted || !this.#isLate(parked))) this.#back(parked);
+    else if (found) this.#leave(parked, "", "lost"); // its client has not come back
+    else if (isStill(parked, "reclaiming") && take === parked.takes) this.#leave(parked, "");
+  }
+
+  /** The store has not said whether it has the session: it is asked again by the next tick. */
+  #postpone(parked: Parked): void {
     if (!isStill(parked, "reclaiming")) return;
-    if (!isThere) this.#leave(parked, "");
-    else if (parked.wanted || !this.#isLate(parked)) this.#back(parked);
-    else this.#leave(parked, "", "lost"); // its client has not come back
+    this.#enter(parked, "parked");
+    if (parked.leaves) this.#settle(parked);
+  }
+
+  /** It was given up here by then: the next who asks for it is to find it. */
+  async #cameLate({ token }: Parked, found: Landing): Promise<void> {
+    if (this.whereabouts(token) !== "") return; // somebody is known to have it
+    await this.#putBack(token, found).catch((error) => this.#fail(error));
   }
 
   /** Anybody can put anything there, once it is taken. */
-  async #isOf({ token, id }: Parked, bytes: Uint8Array): Promise<boolean> {
+  async #sessionOf({ token, id }: Parked, bytes: Uint8Array): Promise<Landing | undefined> {
     try {
-      const [label] = decode(await this.#quay.unseal(token, copy(bytes)));
-      return label.kind === "session" && label.id === id;
+      const [label, state] = decode(await this.#quay.unseal(token, copy(bytes)));
+      if (label.kind === "session" && label.id === id) return { ...label, state };
     } catch (error) {
       this.#report(error);
-      return false;
     }
   }
 
@@ -470,6 +491,16 @@ export class Parking implements SessionParking {
     this.#gone.delete(secretOf(token));
   }
 
+  /** Room is needed: what has been parked for longest is left to the store alone. False: there is none. */
+  letGo(): boolean {
+    for (const parked of this.#parked.values()) {
+      if (parked.phase !== "parked") continue;
+      this.#leave(parked, "");
+      return true;
+    }
+    return false;
+  }
+
   // --- The instance that its client comes to ---
 
   /** Looks for a session in the store, and takes it. False: it is not there. */
@@ -477,15 +508,31 @@ export class Parking implements SessionParking {
     const { session } = asking;
     let landing = this.#landing.get(session);
     if (!landing) {
-      landing = this.#fetch(asking, token).finally(() => this.#landing.delete(session));
+      const ended = () => {
+        if (this.#landing.get(session) === landing) this.#landing.delete(session);
+      };
+      landing = this.#inTime(asking, token).finally(ended);
       this.#landing.set(session, landing);
     }
     return await landing;
   }
 
-  async #fetch(asking: Asking, token: string): Promise<boolean> {
+  /** Whatever the store says later is taken as well, by whoever waits then. */
+  async #inTime(asking: Asking, token: string): Promise<boolean> {
+    const late = deferred();
+    const timer = setTimeout(late.resolve, this.#options.timeout);
+    const tooLate = late.promise.then(() => {
+      this.#fail(new Error(SILENT));
+      return false;
+    });
+    const answered = () => clearTimeout(timer);
+    return await Promise.race([this.#fetch(asking, token, answered), tooLate]).finally(answered);
+  }
+
+  /** `answered`: the store has no more to say. */
+  async #fetch(asking: Asking, token: string, answered: () => void): Promise<boolean> {
     try {
-      const found = await this.#take(asking, token);
+      const found = await this.#take(asking, token).finally(answered);
       this.#failing = false;
       if (!found) return false;
       if (!await this.#land(asking.session, found)) await this.#putBack(token, found);
@@ -535,7 +582,7 @@ export class Parking implements SessionParking {
       this.#quay.seal(token, encode({ ...label, id, kind }, rest));
     await this.#store.put(id, await seal("session", state), left);
     const pointer = await seal("pointer");
-    await Promise.all(label.keys.map((key) => this.#store.put(key, pointer, left)));
+    await Promise.all(label.keys.map(async (key) => await this.#store.put(key, pointer, left)));
   }
 
   async #open(
@@ -578,8 +625,11 @@ export class Parking implements SessionParking {
       parked.age += period;
       const { phase, age, since } = parked;
       if ((phase === "storing" || phase === "pointing") && age > this.#options.timeout) {
-        this.#fail(new Error("The store of parked sessions does not answer"));
+        this.#fail(new Error(SILENT));
         this.#giveUp(parked);
+      } else if (phase === "reclaiming" && age > this.#options.timeout) {
+        this.#fail(new Error(SILENT));
+        this.#postpone(parked);
       } else if (phase === "left") {
         if (age > MEMORY) this.#forget(parked);
       } else if (phase === "parked" && age > MEMORY && now - since > resumeTimeout + MEMORY) {

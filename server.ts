@@ -185,8 +185,6 @@ const HANDOVER_PATIENCE = 2_000;
 /** A session more, and at most: whoever gets them is to get no more than 20 a second of a few. */
 const HANDOVER_SPREAD = 50;
 const MAX_HANDOVER_SPREAD = 1_500;
-/** Publications kept for a session on its way, until it is known where it is. */
-const MAX_COLLECTED = 10_000;
 
 /** The end of a session whose client was lost. */
 const LOST: Ending = { code: 1006, reason: "", sent: 0 };
@@ -515,6 +513,8 @@ export interface SessionParking {
   away(token: string): void;
   /** Parks a session, since this instance ends. Resolves when that is done, or has failed. */
   park(token: string, leaves: boolean): Promise<void>;
+  /** Has the store alone know of one that is there, to make room here. False: of none. */
+  letGo(): boolean;
 }
 
 /** Where the client of a session stands, as its resumption says. */
@@ -954,7 +954,8 @@ class Requests {
       }));
     }
     const found = this.#registry.find(token);
-    if (!found) return await router.route(request, token, namespace);
+    const mayWait = !!router.parking && resumes && movable && this.#registry.places.areTaken;
+    if (!found) return unlessFull(mayWait, await router.route(request, token, namespace));
     if (resumes) this.#rename(found, token);
     return await this.#route(request, runtime, namespace);
   }
@@ -1479,9 +1480,7 @@ class Registry implements Host {
   readonly #tombstones: Map<string, Tombstone> = new Map();
   /** Ends that their clients have yet to hear of. */
   readonly #untold: Set<Ending> = new Set();
-  /** Sessions without a connection, the longest away first: those never heard from, and others. */
-  readonly #strangers: Set<Session> = new Set();
-  readonly #away: Set<Session> = new Set();
+  readonly places: Places;
   readonly #closing: Set<Session> = new Set();
   /** Ended sessions whose last bytes are still to be taken. */
   readonly #lingering: Set<Session> = new Set();
@@ -1509,6 +1508,8 @@ class Registry implements Host {
     this.#topics = topics;
     this.#reports = reports;
     this.#instance = topics.backplane?.instance;
+    const taken = () => this.#sessions.size + this.#limbo.size;
+    this.places = new Places(settings.maxPeers, taken, () => this.#parking);
   }
 
   // --- Who is there ---
@@ -1522,7 +1523,7 @@ class Registry implements Host {
   }
 
   stats(): Stats {
-    const away = this.#strangers.size + this.#away.size;
+    const away = this.places.away;
     const closing = this.#closing.size;
     const peers = this.#sessions.size - closing;
     const { closed, refusals, ...counts } = this.tally;
@@ -1569,9 +1570,14 @@ class Registry implements Host {
     return this.#openings.get(name);
   }
 
-  /** The client of this session has its token. */
+  /** The client of this session has its token: also if it goes and comes back. */
   confirmed(session: FullSession): void {
-    this.#openings.delete(session.opening);
+    this.#forgetOpening(session);
+    session.opening = "";
+  }
+
+  #forgetOpening(session: FullSession): void {
+    if (this.#openings.get(session.opening) === session) this.#openings.delete(session.opening);
   }
 
   findPlain(key: string): PlainSession | undefined {
@@ -1583,29 +1589,25 @@ class Registry implements Host {
     if (this.#state !== "open") {
       throw new Refusal(503, "Shutting down", { headers: { "retry-after": "1" } });
     }
-    if (this.#sessions.size >= this.settings.maxPeers && !this.#expendable()) {
-      throw new Refusal(503, "Full", { headers: { "retry-after": "5" } });
-    }
+    this.places.check();
   }
 
   /** The same, and sees to it: "who is away makes room, who was never heard from first." */
   makeRoom(): void {
     this.checkRoom();
-    if (this.#sessions.size >= this.settings.maxPeers) this.#expendable()!.terminate();
+    this.places.free();
   }
 
-  #expendable(): Session | undefined {
-    return this.#strangers.values().next().value ?? this.#away.values().next().value;
+  get #parking(): SessionParking | undefined {
+    return this.#topics.backplane?.router?.parking;
   }
 
   // --- What sessions tell ---
 
   moved(session: Session, phase: Phase): void {
-    this.#strangers.delete(session);
-    this.#away.delete(session);
+    this.places.moved(session, phase);
     if (phase.startsWith("closing")) this.#closing.add(session);
     else this.#closing.delete(session);
-    if (phase === "away") (session.wasHeard ? this.#away : this.#strangers).add(session);
     if (phase === "lingering") {
       this.#lingering.add(session);
       this.#startTimer();
@@ -1614,7 +1616,7 @@ class Registry implements Host {
 
   dropped(session: Session): void {
     this.tally.drops++;
-    this.#topics.backplane?.router?.parking?.away(session.token);
+    this.#parking?.away(session.token);
   }
 
   /** Forgets a session that has ended; its tombstone tells those who missed the end. */
@@ -1640,7 +1642,7 @@ class Registry implements Host {
   /** The session is out of service. */
   #leave(session: Session): void {
     this.#sessions.delete(secretOf(session.token));
-    if (session instanceof FullSession) this.confirmed(session);
+    if (session instanceof FullSession) this.#forgetOpening(session);
     const peers = this.peers.get(session.namespace);
     peers?.delete(session.peer);
     if (!peers?.size) this.peers.delete(session.namespace);
@@ -1665,7 +1667,7 @@ class Registry implements Host {
   /** Whether a session of another instance may come here: not where sessions are sent away. */
   adopts(token: string): boolean {
     return this.#state === "open" && !this.find(token) &&
-      this.#sessions.size < this.settings.maxPeers;
+      (!this.places.areTaken || this.places.letGo());
   }
 
   /** Waits for a session that is asked for; an instance that ends does so, too, to send it on. */
@@ -1683,12 +1685,13 @@ class Registry implements Host {
     const secret = secretOf(token);
     const session = this.#sessions.get(secret);
     if (!(session instanceof FullSession)) return;
-    if (!claim && this.#state === "open" && !this.#isAway(session)) return;
+    if (!claim && this.#state === "open" && !this.places.isAway(session)) return;
     const packed = session.pack(claim);
     if (!packed) return;
     const { namespace } = session;
     this.#leave(session);
-    const limbo: Limbo = { session, namespace, topics: new Set(), frames: [], send: collect };
+    const send = (frame: Frame) => session.keep(frame);
+    const limbo: Limbo = { session, namespace, topics: new Set(), send };
     for (const topic of packed.topics) this.#topics.subscribe(limbo, topic);
     this.#limbo.set(secret, limbo);
     return packed;
@@ -1697,11 +1700,11 @@ class Registry implements Host {
   restore(token: string): void {
     const limbo = this.#endLimbo(token);
     if (!limbo) return;
-    const { session, topics, frames } = limbo;
+    const { session, topics } = limbo;
     session.restore();
     this.add(session);
+    if (session.isSwamped) return session.overflow();
     for (const topic of topics) this.#topics.subscribe(session, topic);
-    for (const frame of frames) session.send(frame);
     session.callHooks("revive");
   }
 
@@ -1720,10 +1723,6 @@ class Registry implements Host {
     return limbo;
   }
 
-  #isAway(session: Session): boolean {
-    return this.#away.has(session) || this.#strangers.has(session);
-  }
-
   /** Sends the sessions that can move to other instances, not all at once, and waits for that. */
   async #handOver(backplane: Backplane, signal?: AbortSignal): Promise<void> {
     this.#state = "handing over";
@@ -1731,10 +1730,12 @@ class Registry implements Host {
     const begun = clock();
     const end = begun + Math.min(this.settings.resumeTimeout, HANDOVER_TIMEOUT);
     let nextRound = begun;
-    const { parking } = backplane.router!;
+    const parking = this.#parking;
     const remain = () =>
       this.#limbo.size > (parking?.size ?? 0) ||
-      [...asked.keys()].some((one) => one.readyState === OPEN && !(parking && this.#isAway(one)));
+      [...asked.keys()].some((one) =>
+        one.readyState === OPEN && !(parking && this.places.isAway(one))
+      );
     const look = () => new Promise((resolve) => setTimeout(resolve, HANDOVER_LOOK));
     const isOver = () => clock() >= end || signal?.aborted;
     while (this.#arrivals.size && !isOver()) await look();
@@ -1771,7 +1772,9 @@ class Registry implements Host {
 
   /** Too much waits in all: closes those who have taken nothing for longest, until a quarter is free. */
   relieve(): void {
-    const waiting = [...this.#sessions.values()].filter((session) => session.bufferedAmount > 0)
+    const packed = [...this.#limbo.values()].map(({ session }) => session);
+    const waiting = [...this.#sessions.values(), ...packed]
+      .filter((session) => session.bufferedAmount > 0)
       .sort((one, other) => one.lastWrite - other.lastWrite);
     for (const session of waiting) {
       if (this.ledger.total <= 0.75 * this.settings.maxTotalBufferedAmount) return;
@@ -1902,13 +1905,70 @@ interface Renewal {
 interface Limbo extends Subscriber {
   readonly session: FullSession;
   readonly topics: Set<string>;
-  readonly frames: Frame[];
 }
 
-/** What is published meanwhile is kept, for the case that the session comes back. */
-function collect(this: Limbo, frame: Frame): number {
-  if (this.frames.length < MAX_COLLECTED) this.frames.push(frame);
-  return 0;
+/** As many as there may be peers, and who makes room. */
+class Places {
+  readonly #max: number;
+  readonly #taken: () => number;
+  readonly #parking: () => SessionParking | undefined;
+  /** Sessions without a connection, the longest away first: those never heard from, and others. */
+  readonly #strangers: Set<Session> = new Set();
+  readonly #others: Set<Session> = new Set();
+
+  /** `taken`: packed sessions, too. Who comes and goes would else have any number of them. */
+  constructor(max: number, taken: () => number, parking: () => SessionParking | undefined) {
+    this.#max = max;
+    this.#taken = taken;
+    this.#parking = parking;
+  }
+
+  get away(): number {
+    return this.#strangers.size + this.#others.size;
+  }
+
+  isAway(session: Session): boolean {
+    return this.#strangers.has(session) || this.#others.has(session);
+  }
+
+  moved(session: Session, phase: Phase): void {
+    this.#strangers.delete(session);
+    this.#others.delete(session);
+    if (phase === "away") (session.wasHeard ? this.#others : this.#strangers).add(session);
+  }
+
+  get areTaken(): boolean {
+    return this.#taken() >= this.#max;
+  }
+
+  /** Throws where nobody can make room. */
+  check(): void {
+    if (this.areTaken && !this.away && !this.#parking()?.size) throw noRoom();
+  }
+
+  /** Who is parked loses nothing by it. */
+  free(): void {
+    if (!this.areTaken) return;
+    const [stranger] = this.#strangers;
+    if (!stranger && this.letGo()) return;
+    const [first = stranger] = this.#others;
+    if (!first) throw noRoom();
+    (stranger ?? first).terminate();
+  }
+
+  letGo(): boolean {
+    return !!this.#parking()?.letGo();
+  }
+}
+
+function noRoom(): Refusal {
+  return new Refusal(503, "Full", { headers: { "retry-after": "5" } });
+}
+
+/** Where there is no room for a session that may be in the store, it is not gone. */
+function unlessFull(mayWait: boolean, response: Response): Response {
+  if (mayWait && response.status === 404) throw noRoom();
+  return response;
 }
 
 /** The half of a token that names a session, wherever it is; the key of a plain one's tombstone as it is. */
@@ -2388,9 +2448,9 @@ abstract class Session {
     this.connection = undefined;
     if (this.isOver) return this.release();
     if (this.isPacked) return;
-    if (this.isOpen) this.host.dropped(this);
     this.become(this.isOpen ? "away" : "closing away");
     this.deadline = Math.min(this.deadline, clock() + this.patience);
+    if (this.isOpen) this.host.dropped(this);
     if (!this.patience) this.terminate();
   }
 
@@ -2687,8 +2747,8 @@ abstract class Session {
 
 /** A session of the full level: PROTOCOL.md, sections 2 to 9. */
 class FullSession extends Session implements Receiver {
-  /** The name that its client gave the opening, or "". */
-  readonly opening: string;
+  /** The name that its client gave the opening, until it has shown that it has the token; or "". */
+  opening: string;
   /** The token that its client has come with, and the next, which it may not have heard of. */
   tokens: string[];
   #wasHeard = false;
@@ -2696,6 +2756,8 @@ class FullSession extends Session implements Receiver {
   #renewDue = false;
   /** What hooks have left in its context is no JSON. */
   #isUnpackable = false;
+  /** It is packed, and more was to be held back for it than may be. */
+  isSwamped = false;
   /** When the connection is old. */
   #renewAt = Infinity;
   readonly #pings: string[] = [];
@@ -2783,9 +2845,25 @@ class FullSession extends Session implements Receiver {
     this.#wasHeard = true;
     this.uplink.received = received;
     this.uplink.handled = handled;
-    if (credit) this.#credit.resize(credit);
+    if (credit) this.#credit.goOn(credit, handled);
     this.outbox.unpack({ firstUnacked, nextUngiven, frames: frames as Bytes[] });
     this.deadline = clock() + this.patience;
+  }
+
+  /** What is published to it meanwhile is held back as ever, for the case that it comes back. */
+  keep(frame: Frame): number {
+    const { settings, ledger } = this.host;
+    if (ledger.total > settings.maxTotalBufferedAmount) this.host.relieve();
+    if (this.outbox.cost > settings.maxBufferedAmount) this.overflow();
+    if (!this.isSwamped) this.outbox.push(this.encode(frame));
+    return 0;
+  }
+
+  override overflow(): void {
+    if (!this.isPacked) return super.overflow();
+    // Who has taken it has all that it was packed with. Else it ends when that is known.
+    this.isSwamped = true;
+    this.outbox.clear();
   }
 
   /** Nobody has taken it: it waits for its client, as after a lost connection. */
@@ -3832,13 +3910,17 @@ class Allowance {
   /** Whether it is another size than before. */
   resize(wanted: number): boolean {
     const { window, maxWindow, maxTotalBufferedAmount } = this.#settings;
-    const size = Math.round(Math.max(window, Math.min(wanted, maxWindow)));
+    const size = Math.max(window, Math.round(Math.min(wanted, maxWindow)));
     const { total, lent } = this.#ledger;
     const more = size - this.size;
     if (!more || more > 0 && total + lent + more > maxTotalBufferedAmount / 2) return false;
-    this.#ledger.lent += more;
-    this.size = size;
+    this.grant(size);
     return true;
+  }
+
+  protected grant(size: number): void {
+    this.#ledger.lent += size - this.size;
+    this.size = size;
   }
 
   close(): void {
@@ -3850,6 +3932,13 @@ class Allowance {
 class Credit extends Allowance {
   #since = 0;
   #before = 0;
+
+  /** What another instance has granted stands, whether there is room or not: the client goes by it. */
+  goOn(size: number, handled: number): void {
+    this.grant(Math.max(this.size, size));
+    this.#since = clock();
+    this.#before = handled;
+  }
 
   /** So many bytes in all have been handled: whether the client may send more ahead than before. */
   handled(bytes: number): boolean {

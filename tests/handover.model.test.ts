@@ -9,7 +9,15 @@ import process from "node:process";
 import { pathToFileURL } from "node:url";
 import { type MoveHead, Moves } from "../handover.ts";
 import { parking } from "../parking.ts";
-import { assertEquals, assertGreater, root, test, type TestContext, testOnce } from "./harness.ts";
+import {
+  assertEquals,
+  assertGreater,
+  assertLess,
+  root,
+  test,
+  type TestContext,
+  testOnce,
+} from "./harness.ts";
 import { walks } from "./handover.model.ts";
 
 type Make = typeof Moves<number>;
@@ -57,12 +65,12 @@ const RULES: Record<string, [string, string]> = {
 /** The same of parking.ts. */
 const PARKING_RULES: Record<string, [string, string]> = {
   "a session that was parked is taken back as anybody takes it": [
-    "isThere = !!bytes && await this.#isOf(parked, bytes);",
-    "isThere = true;",
+    "found = bytes ? await this.#sessionOf(parked, bytes) : undefined;",
+    "found = {} as never;",
   ],
   "what is taken back is what was parked": [
-    "isThere = !!bytes && await this.#isOf(parked, bytes);",
-    "isThere = !!bytes;",
+    'if (label.kind === "session" && label.id === id) return',
+    "return",
   ],
   "nothing points to a session that is in service again": [
     'if (!isStill(parked, "storing")) return;',
@@ -162,4 +170,29 @@ test("of an instance that has long been quiet, and was never heard here, nothing
     assertEquals(taken, [[]]);
     assertEquals(sent.map(({ kind }) => kind), ["adopt", "adopted"]);
   }
+});
+
+test("a publication costs the same however many sessions are waited for, and no more is kept of it", () => {
+  const sent: MoveHead[] = [];
+  const moves = new Moves<string>("here", 5_000, 30_000, {
+    ...{ now: () => 0, send: (_to, head) => void sent.push(head), owns: () => false },
+    ...{ pack: () => undefined, restore() {}, release() {}, quiet: () => [], take() {} },
+    counts: () => ({}),
+  });
+  for (let n = 0; n < 1_000; n++) { // anybody can make up tokens
+    moves.adopt(`${n}`, "there", { attempt: 1, received: 0, namespace: "/" });
+  }
+  let looks = 0;
+  for (let n = 1; n <= 10; n++) {
+    moves.published({
+      ...{ from: "there", n, message: "" },
+      get namespace() {
+        looks++;
+        return "/";
+      },
+    });
+  }
+  assertLess(looks, 100);
+  for (const { id } of sent) moves.unknown(id);
+  assertEquals(moves.size, 0);
 });

@@ -5,7 +5,7 @@
  */
 import { cluster } from "../cluster.ts";
 import { parking, type ParkingOptions, type ParkingStore } from "../parking.ts";
-import type { Peer } from "../server.ts";
+import type { Peer, SSEOptions } from "../server.ts";
 import { MemoryBus, type RoundRobin, roundRobin } from "./bus.ts";
 import {
   assert,
@@ -20,7 +20,7 @@ import {
   until,
 } from "./harness.ts";
 import { listen, type Pair } from "./pair.ts";
-import { type WireClient, wireClient } from "./wire.ts";
+import { ack, type WireClient, wireClient } from "./wire.ts";
 
 /** What is done in place of a step of the store. */
 type Fault = (step: "put" | "take", key: string, go: () => unknown) => unknown;
@@ -61,9 +61,14 @@ interface Fleet {
 /** Instances that count a session's messages in its context, and echo them. */
 async function start(
   t: TestContext,
-  { count = 2, resumeTimeout = 30_000, patience = 5_000, ...options }:
+  { count = 2, resumeTimeout = 30_000, patience = 5_000, server = {}, ...options }:
     & ParkingOptions
-    & { count?: number; resumeTimeout?: number; patience?: number } = {},
+    & {
+      count?: number;
+      resumeTimeout?: number;
+      patience?: number;
+      server?: SSEOptions<Record<string, unknown>>;
+    } = {},
 ): Promise<Fleet> {
   t.defer(() => sleep(50)); // last of all, what is being sealed
   const store = new MemoryStore();
@@ -78,6 +83,7 @@ async function start(
     const pair: Pair<Record<string, unknown>> = await listen(t, {
       resumeTimeout,
       heartbeatInterval: 1_000,
+      ...server,
       sync: cluster((context) => {
         ids.push(context.id);
         const driver = bus.adapter(context);
@@ -496,4 +502,159 @@ test("an instance that is alone closes its sessions at once where there is no st
   assertLess(performance.now() - begun, 3_000);
   await client.close(1012);
   await closing;
+});
+
+test("a waitUntil that throws is told, and leaves no session behind", async (t) => {
+  const waitUntil = () => {
+    throw new TypeError("Illegal invocation");
+  };
+  const fleet = await start(t, { whenAway: true, resumeTimeout: 400, count: 1, waitUntil });
+  const { instances: [a], told, errors } = fleet;
+  const client = await wireClient(t, a!.url);
+  await leave(a!, client);
+  await until(() => told.includes("close 0 1006"));
+  assertEquals(told, ["open 0", "suspend 0", "close 0 1006"]);
+  assertEquals(errors, ["Illegal invocation"]);
+  assertEquals(counts(a!).connected, 0);
+});
+
+test("a store that does not answer a take holds no session for ever", async (t) => {
+  const fleet = await start(t, {
+    ...{ whenAway: true, resumeTimeout: 300, timeout: 200, count: 1, patience: 500 },
+  });
+  const { instances: [a], told, store, errors } = fleet;
+  let hangs = true;
+  store.fault = (step, _key, go) => step === "take" && hangs ? new Promise(() => {}) : go();
+  const client = await wireClient(t, a!.url);
+  await leave(a!, client);
+  await until(() => errors.length > 0);
+  assertEquals(told, ["open 0", "suspend 0"], "nobody knows where it is");
+  hangs = false;
+  await until(() => told.includes("close 0 1006"));
+  assertEquals([counts(a!).parked, counts(a!).moving], [0, 0]);
+  assertEquals([...new Set(errors)], ["The store of parked sessions does not answer"]);
+});
+
+test("what a store gives late is taken, though it was asked again meanwhile", async (t) => {
+  const fleet = await start(t, { whenAway: true, timeout: 200, count: 1, patience: 500 });
+  const { instances: [a], told, store, proxy } = fleet;
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await leave(a!, client);
+  await until(() => counts(a!).parked === 1);
+  let takes = 0;
+  store.fault = async (step, _key, go) => {
+    const value = go();
+    if (step === "take" && !takes++) await until(() => takes > 1);
+    if (step === "take" && takes === 2) await sleep(50);
+    return value;
+  };
+  const status = (attempt: number) =>
+    client.resume(attempt, 0).then((back) => (t.use(back), 200), ({ status }) => status as number);
+  for (let attempt = 1; await status(attempt) !== 200 && attempt < 9;) attempt++;
+  assertEquals(told, ["open 0", "suspend 0", "revive 0"]);
+  assertGreater(takes, 0);
+});
+
+test("a session that is being taken back as its instance ends is parked again", async (t) => {
+  const fleet = await start(t, { whenAway: true, count: 1 });
+  const { instances: [a], told, proxy, store } = fleet;
+  const client = await wireClient(t, `${proxy.url}/room`);
+  assertEquals(await client.send("one"), 204);
+  await leave(a!, client);
+  await until(() => counts(a!).parked === 1);
+  store.fault = async (step, _key, go) => {
+    const value = go();
+    if (step === "take") await sleep(800);
+    return value;
+  };
+  const early = client.resume(1, 0).then((back) => t.use(back), () => {});
+  await until(() => store.values.size === 1); // it is on its way back
+  await a!.ws.close(1012);
+  store.fault = (_step, _key, go) => go();
+  await early;
+  await fleet.start();
+  proxy.choose = () => 1;
+  const back = t.use(await client.resume(2, 0));
+  assertEquals(await back.message(), "one 1 at 0");
+  assert(!told.some((call) => call.startsWith("close")), `${told}`);
+  assertEquals(told.at(-1), "revive 1");
+});
+
+for (const small of [true, false]) {
+  const what = small ? "20,000 small publications" : "more than maxBufferedAmount";
+  test(`a session that is away while ${what} are to come misses none in silence`, async (t) => {
+    const server = small ? {} : { maxBufferedAmount: 100_000 };
+    const { instances: [a], proxy } = await start(t, { whenAway: true, count: 1, server });
+    const client = await wireClient(t, `${proxy.url}/room`);
+    await leave(a!, client);
+    await until(() => counts(a!).parked === 1);
+    const each = small ? "" : "x".repeat(1000);
+    const many = small ? 20_000 : 1_000;
+    a!.ws.publish("all", "1");
+    assertGreater(a!.ws.stats().bufferedAmount, 0, "what is kept for it is held back");
+    for (let n = 2; n <= many; n++) a!.ws.publish("all", `${n}${each}`);
+    const back = t.use(await client.resume(1, 0));
+    if (!small) return assertEquals(await back.closed(), 1013);
+    for (let n = 1; n <= many; n++) {
+      assertEquals(await back.message(), `${n}`);
+      if (n % 1000 === 0) assertEquals(await back.frames(ack(n)), [204, 0]);
+    }
+  });
+}
+
+test("who comes and goes has no more sessions parked than there may be peers", async (t) => {
+  const fleet = await start(t, { whenAway: true, server: { maxPeers: 3 } });
+  const { instances: [a], told, proxy, store } = fleet;
+  const clients: WireClient[] = [];
+  for (let n = 1; n <= 6; n++) {
+    const client = await wireClient(t, `${proxy.url}/room`);
+    clients.push(client);
+    await client.send("one");
+    await client.message();
+    await leave(a!, client);
+    const parked = Math.min(n, 3);
+    await until(() => counts(a!).parked === parked);
+    assertEquals(a!.ws.stats().sessions, { connected: 0, away: 0, closing: 0, moving: 0 });
+  }
+  assertEquals(store.values.size, 12);
+  for (const client of clients) { // none is lost by that
+    const back = t.use(await client.resume(1, 1));
+    await back.send("two");
+    assertEquals(await back.message(), "two 2 at 0");
+    await back.close();
+  }
+  const others = told.filter((call) => !/^(open|suspend|revive|close) 0/.test(call));
+  assertEquals(others, []);
+  assertEquals(told.filter((call) => call.startsWith("close")), Array(6).fill("close 0 1000"));
+});
+
+test("an opening that was confirmed opens another session, also once the first has come back", async (t) => {
+  const { instances: [a], proxy, store, told } = await start(t, { whenAway: true, count: 1 });
+  const opening = { "x-duplex-opening": "0123456789abcdef".repeat(2) };
+  const client = await wireClient(t, `${proxy.url}/room`, opening);
+  await client.send("one");
+  await client.message();
+  store.fault = () => {
+    throw new Error("the store is away");
+  };
+  await leave(a!, client);
+  await until(() => told.includes("revive 0"));
+  const other = await wireClient(t, `${proxy.url}/room`, opening);
+  assert(other.token.slice(-32) !== client.token.slice(-32));
+});
+
+test("an instance that is full lets a parked session wait where it is", async (t) => {
+  const fleet = await start(t, { server: { maxPeers: 1 } });
+  const { instances: [a, b], told, proxy } = fleet;
+  const client = await wireClient(t, `${proxy.url}/room`);
+  const other = await wireClient(t, `${b!.url}/room`);
+  await leave(a!, client);
+  await close(fleet, 0);
+  proxy.choose = () => 1;
+  const refused = await client.resume(1, 0).then(() => 200, ({ status }) => status as number);
+  assertEquals(refused, 503);
+  assertEquals(await other.close(), 204);
+  await until(() => peersOf(b!).length === 0);
+  t.use(await client.resume(2, 0));
+  assertEquals(told.at(-1), "revive 1");
 });

@@ -6,7 +6,7 @@ import { assertLessOrEqual, test } from "./harness.ts";
 /** In bytes: 3 % above what is there, so that growth is noticed. */
 const budgets = {
   "client.ts": 16_100,
-  "server.ts": 19_100,
+  "server.ts": 19_500,
   "cluster.ts": 11_900,
   "stream.ts": 2_000,
 };
