@@ -15,6 +15,7 @@ import {
   needs,
   root,
   serve,
+  sleep,
   test,
   type TestContext,
   until,
@@ -220,10 +221,21 @@ test("Vite's proxy, and a module that it replaces", async (t) => {
   assertEquals(seen.codes, [1000]);
 }, { timeout: 90_000, skip });
 
-test("connecting again after 1006 loses nothing that was queued", async (t) => {
+/** Either recipe's `send`, to a URL. */
+const senders: Record<string, (t: TestContext, url: string) => Promise<(text: string) => void>> = {
+  async "again.ts"(t, url) {
+    const text = (await recipe("again.ts")).replace('"/room"', JSON.stringify(url));
+    const folder = await project(t, { "again.ts": text });
+    return (await import(`file://${folder}/again.ts`)).send;
+  },
+  async "reconnecting.ts"(t, url) {
+    const folder = await project(t, { "reconnecting.ts": await recipe("reconnecting.ts") });
+    return (await import(`file://${folder}/reconnecting.ts`)).reconnecting(url, () => {});
+  },
+};
+
+const againAfterALoss = (name: string) => async (t: TestContext) => {
   t.expect("a request came for a session of another instance"); // which the second server has not
-  const folder = await project(t, { "reconnecting.ts": await recipe("reconnecting.ts") });
-  const { reconnecting } = await import(`file://${folder}/reconnecting.ts`);
   const got: string[] = [];
   const hooks = {
     message: (_: unknown, message: { text(): string }) => void got.push(message.text()),
@@ -242,9 +254,10 @@ test("connecting again after 1006 loses nothing that was queued", async (t) => {
     };
   };
   const first = await start();
-  const send = reconnecting(`http://127.0.0.1:${port}/room`, () => {});
+  const send = await senders[name]!(t, `http://127.0.0.1:${port}/room`);
   send("before it was open");
   await until(() => got.length === 1);
+  await sleep(100); // for what acknowledges it
   for (let n = 0; n < 50; n++) send(`${n} to the first`);
   await first.end();
   for (let n = 0; n < 50; n++) send(`${n} between`);
@@ -261,11 +274,17 @@ test("connecting again after 1006 loses nothing that was queued", async (t) => {
   assertEquals(all.filter((text) => !got.includes(text)), []);
   const firsts = got.filter((text, at) => got.indexOf(text) === at);
   assertEquals(firsts, all, "in order");
+  assertEquals(got.filter((text) => text === all[0]).length, 1, "acknowledged, so not sent again");
   // The clean end: 1000 is the one that it does not come back from.
   for (const peers of second.ws.peers.values()) for (const peer of peers) peer.close(1000);
   await until(() => [...second.ws.peers.values()].every((peers) => peers.size === 0));
   await second.end();
-}, { timeout: 60_000 });
+};
+
+for (const name of Object.keys(senders)) {
+  const title = `connecting again after 1006 loses nothing that was queued (${name})`;
+  test(title, againAfterALoss(name), { timeout: 60_000 });
+}
 
 test("authentication by cookie, bearer token and ticket; renewed and revoked", async (t) => {
   const folder = await project(t, { "auth.ts": await recipe("auth.ts") });
