@@ -7,6 +7,7 @@ import {
   assertEquals,
   assertGreater,
   assertLessOrEqual,
+  assertMatch,
   sleep,
   test,
   type TestContext,
@@ -275,6 +276,44 @@ test("who has waited for half of the resume timeout takes the last slot, whoever
   await until(() => socket.messages.all.length === 1);
   assertEquals([frozen, socket.socket.isWaiting], [3, false]);
   assertEquals(socket.events, ["open"]);
+});
+
+test("a socket whose turn does not come within 2 s says once what would help, and goes on after it", async (t) => {
+  const locks = page(t, false);
+  const said: string[] = [];
+  const { warn } = console;
+  console.warn = (text: string) => void said.push(text);
+  t.defer(() => console.warn = warn);
+  const there = await crowd(t);
+  const ends = [1, 2, 3, 4].map((index) => {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    locks.request(`duplex-sse ${there.url.replace("http", "ws")} ${index}`, {}, () => promise);
+    return resolve;
+  });
+  const { socket, opened, events } = connect(t, there.url);
+  await until(() => said.length > 0);
+  assertMatch(said.join(), /keeps us waiting.*serve HTTP\/2/);
+  assertEquals([socket.isWaiting, events, there.peers.all.length], [true, [], 0]);
+  await sleep(2_200);
+  ends.forEach((end) => end());
+  await opened;
+  assertEquals([socket.isWaiting, events, said.length], [false, ["open"], 1]);
+});
+
+test("what shares connections lets the streams wait for what goes up", async (t) => {
+  page(t, true);
+  const there = await crowd(t);
+  const priorities: unknown[] = [];
+  const { socket, opened } = connect(t, there.url, {
+    fetch(input, init) {
+      priorities.push([init!.method, init!.priority]);
+      return fetch(input, init);
+    },
+  });
+  await opened;
+  socket.send("hello");
+  await until(() => priorities.length === 2);
+  assertEquals(priorities, [["GET", "low"], ["POST", undefined]]);
 });
 
 test("a request without an answer takes the place of the tab's own stream, and arrives once", async (t) => {
