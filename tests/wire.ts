@@ -440,7 +440,7 @@ export class Scene {
     const ws = sseAdapter({
       bidir: true,
       // As long as a runtime may stall where all else is busy, too: what answers in time needs it.
-      resumeTimeout: runtime === "node" ? 1_500 : 500, // hosts run beside each other
+      resumeTimeout: runtime === "node" ? 800 : 500, // hosts run beside each other
       ...options,
       hooks: {
         upgrade: (request) => {
