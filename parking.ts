@@ -44,6 +44,8 @@ const SLACK = 30_000;
 /** How long an instance knows which sessions have left it for the store. */
 const MEMORY = 90_000;
 const MAX_REMEMBERED = 100_000;
+/** In a second. */
+const MAX_REPORTS = 10;
 const SILENT = "The store of parked sessions does not answer";
 
 const encoder: TextEncoder = new TextEncoder();
@@ -234,6 +236,9 @@ export class Parking implements SessionParking {
   readonly #putting: Set<string> = new Set();
   #pendingBytes = 0;
   #failing = false;
+  /** How many reports there were in this second. */
+  #reports = 0;
+  #second = 0;
 
   /** @ignore `parking` makes it. */
   constructor(
@@ -609,8 +614,12 @@ export class Parking implements SessionParking {
     this.#report(error);
   }
 
+  /** Anybody can bring one about, by asking for a session that never was. */
   #report(error: unknown): void {
-    this.#quay.host.report(error, { stage: "delivery" });
+    const second = Math.floor(this.#now / 1_000);
+    if (second !== this.#second) this.#reports = 0;
+    this.#second = second;
+    if (this.#reports++ < MAX_REPORTS) this.#quay.host.report(error, { stage: "delivery" });
   }
 
   get #now(): number {

@@ -12,6 +12,7 @@ import {
   assertEquals,
   assertGreater,
   assertLess,
+  assertLessOrEqual,
   assertMatch,
   assertThrows,
   sleep,
@@ -657,4 +658,28 @@ test("an instance that is full lets a parked session wait where it is", async (t
   await until(() => peersOf(b!).length === 0);
   t.use(await client.resume(2, 0));
   assertEquals(told.at(-1), "revive 1");
+});
+
+test("a store that is away is told of a few times a second, whoever asks for how many sessions", async (t) => {
+  const { instances: [a], store, errors } = await start(t, { count: 1, patience: 500 });
+  store.fault = () => {
+    throw new Error("the store is away");
+  };
+  const begun = performance.now();
+  const statuses = await Promise.all(Array.from({ length: 60 }, async (_, n) => {
+    const token = `${"ab".repeat(8)}.${`${n}`.padStart(32, "0")}`; // of an instance that never was
+    const headers = {
+      ...{ accept: "text/event-stream", "x-duplex-version": "1", "x-crossws-id": token },
+      ...{ "x-duplex-attempt": "1", "last-event-id": "0" },
+    };
+    const { status, body } = await fetch(`${a!.url}/room`, { headers });
+    await body?.cancel();
+    return status;
+  }));
+  assert(statuses.every((status) => status === 503), `${statuses}`);
+  const seconds = 1 + Math.ceil((performance.now() - begun) / 1_000);
+  const told = errors.filter((error) => error === "the store is away").length;
+  assertGreater(told, 0);
+  assertLessOrEqual(told, 10 * seconds);
+  assertEquals(peersOf(a!), []);
 });
