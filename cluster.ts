@@ -1323,7 +1323,8 @@ class Migration implements Mover<SyncMessage> {
     const token = this.#tokenOf(head.session);
     if (to === STORE) {
       if (head.kind === "adopt") {
-        this.parking!.look(head, token).then((found) => found || this.moves.unknown(head.id));
+        // Who was asked for as well had its answer by that.
+        this.parking!.look(head, token).then(() => this.moves.unknown(head.id));
       }
       return; // it needs no confirmation
     }
@@ -1338,7 +1339,7 @@ class Migration implements Mover<SyncMessage> {
   }
 
   owns(session: string): boolean {
-    const token = this.#names.tokenOf(session);
+    const token: string | undefined = this.#tokenOf(session); // it has its name a little later
     return token !== undefined && this.#host.owns(token);
   }
 

@@ -453,6 +453,29 @@ test("of many that ask for a parked session at once one gets it", async (t) => {
   assertEquals(errors, []);
 });
 
+test("who asks again while a session is on its way out of the store waits no longer than for that", async (t) => {
+  const fleet = await start(t);
+  const { instances, proxy, told, store } = fleet;
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await leave(instances[0]!, client);
+  await close(fleet, 0);
+  proxy.choose = () => 1;
+  store.fault = async (step, _key, go) => {
+    if (step === "take") await sleep(50); // all come meanwhile
+    return go();
+  };
+  const begun = performance.now();
+  const attempts = Array.from(
+    { length: 6 },
+    (_, n) =>
+      client.resume(n + 1, 0).then((back) => (t.use(back), 200), ({ status }) => status as number),
+  );
+  const statuses = await Promise.all(attempts);
+  assertLess(performance.now() - begun, 3_000);
+  assertGreater(statuses.filter((status) => status === 200).length, 0);
+  assertEquals(told, ["open 0", "suspend 0", "revive 1"]);
+});
+
 test("who resumes in another namespace gets nothing out of the store, and leaves it there", async (t) => {
   const fleet = await start(t);
   const { instances: [a], proxy, told } = fleet;
