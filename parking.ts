@@ -513,10 +513,7 @@ export class Parking implements SessionParking {
     const { session } = asking;
     let landing = this.#landing.get(session);
     if (!landing) {
-      const ended = () => {
-        if (this.#landing.get(session) === landing) this.#landing.delete(session);
-      };
-      landing = this.#inTime(asking, token).finally(ended);
+      landing = this.#inTime(asking, token).finally(() => this.#landing.delete(session));
       this.#landing.set(session, landing);
     }
     return await landing;

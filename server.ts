@@ -1698,9 +1698,8 @@ class Registry implements Host {
   }
 
   restore(token: string): void {
-    const limbo = this.#endLimbo(token);
-    if (!limbo) return;
-    const { session, topics } = limbo;
+    const { session, topics = [] } = this.#endLimbo(token) ?? {};
+    if (!session) return;
     session.restore();
     this.add(session);
     if (session.isSwamped) return session.overflow();

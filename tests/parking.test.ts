@@ -604,21 +604,27 @@ test("a session that is being taken back as its instance ends is parked again", 
   assertEquals(told.at(-1), "revive 1");
 });
 
-for (const small of [true, false]) {
-  const what = small ? "20,000 small publications" : "more than maxBufferedAmount";
-  test(`a session that is away while ${what} are to come misses none in silence`, async (t) => {
-    const server = small ? {} : { maxBufferedAmount: 100_000 };
+for (const limit of ["", "maxBufferedAmount", "maxTotalBufferedAmount"]) {
+  const what = limit ? `more than ${limit} is` : "10,500 small publications are";
+  test(`a session that is away while ${what} to come misses none in silence`, async (t) => {
+    const server = limit ? { [limit]: 100_000 } : {};
     const { instances: [a], proxy } = await start(t, { whenAway: true, count: 1, server });
     const client = await wireClient(t, `${proxy.url}/room`);
     await leave(a!, client);
     await until(() => counts(a!).parked === 1);
-    const each = small ? "" : "x".repeat(1000);
-    const many = small ? 20_000 : 1_000;
+    const held = () => a!.ws.stats().bufferedAmount;
     a!.ws.publish("all", "1");
-    assertGreater(a!.ws.stats().bufferedAmount, 0, "what is kept for it is held back");
-    for (let n = 2; n <= many; n++) a!.ws.publish("all", `${n}${each}`);
+    assertGreater(held(), 0, "what is kept for it is held back");
+    const many = limit ? 1_000 : 10_500;
+    for (let n = 2; n <= many; n++) {
+      a!.ws.publish("all", `${n}${limit && "x".repeat(1_000)}`);
+      if (limit) assertLess(held(), 110_000);
+    }
     const back = t.use(await client.resume(1, 0));
-    if (!small) return assertEquals(await back.closed(), 1013);
+    if (limit) {
+      assertEquals(await back.closed(), 1013);
+      return assertEquals(held(), 0);
+    }
     for (let n = 1; n <= many; n++) {
       assertEquals(await back.message(), `${n}`);
       if (n % 1000 === 0) assertEquals(await back.frames(ack(n)), [204, 0]);
