@@ -7,7 +7,7 @@ import { assertLessOrEqual, test } from "./harness.ts";
 const budgets = {
   "client.ts": 16_100,
   "server.ts": 19_500,
-  "cluster.ts": 11_900,
+  "cluster.ts": 12_300,
   "stream.ts": 2_000,
 };
 
