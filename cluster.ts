@@ -505,8 +505,8 @@ class Router implements RoutingDriver {
   // --- As the instance that owns the session ---
 
   async #serve(message: Incoming, head: RequestHead): Promise<void> {
-    const known = await this.#names.find(head.session);
-    if (!known) return this.#sayUnknown(head);
+    const known = await this.#names.find(head.session) ?? this.#migration.expected(head.session);
+    if (!known) return await this.#sayUnknown(head);
     const key = await (known.key ??= keyOf(known.token));
     await authenticate(key, message);
     this.#presence.heard(head.from);
@@ -516,6 +516,7 @@ class Router implements RoutingDriver {
     await this.#migration.settled(known.token, head.session);
     if (this.#migration.isMoving(known.token, head.session)) return; // silence is 503 there
     const to = this.#migration.whereabouts(known.token, head.session);
+    if (to === undefined && !await this.#names.find(head.session)) return; // it has not come
     if (to !== undefined && !this.#host.has(known.token)) {
       if (to !== STORE) await this.#send(head.from, key, { kind: "moved", id: head.id, to });
       return;
@@ -525,8 +526,7 @@ class Router implements RoutingDriver {
     await this.#answer(head, key, await this.#serveHere(head, known.token, message.body));
   }
 
-  async #sayUnknown({ id, from, session }: { id: string; from: string; session: string }) {
-    if (this.#migration.holds(session)) return; // soon it is here
+  async #sayUnknown({ id, from }: { id: string; from: string }) {
     if (!this.#bus.busy) await this.#tell(from, { kind: "unknown", id }); // anybody can ask
   }
 
@@ -565,8 +565,9 @@ class Router implements RoutingDriver {
   // --- Sessions that move ---
 
   async #onMove(message: Incoming, head: MoveHead): Promise<void> {
-    const known = head.kind !== "adopt" || await this.#names.find(head.session);
-    if (!known) return this.#sayUnknown(head);
+    const known = head.kind !== "adopt" || await this.#names.find(head.session) ||
+      this.#migration.expected(head.session);
+    if (!known) return await this.#sayUnknown(head);
     await this.#migration.receive(message, head);
     this.#presence.heard(head.from);
   }
@@ -1197,6 +1198,12 @@ class Migration implements Mover<SyncMessage> {
   /** The session is in this instance's hands, though not in service. */
   holds(session: string): boolean {
     return this.moves.holds(session) || !!this.parking?.isLanding(session);
+  }
+
+  /** A session that is in this instance's hands, and is to be in service soon. */
+  expected(session: string): Known | undefined {
+    const token = this.holds(session) ? this.#asked.get(session)?.token : undefined;
+    return token === undefined ? undefined : { token };
   }
 
   isMoving(token: string, session: string): boolean {

@@ -457,6 +457,39 @@ test("a request that waits for an instance that has gone is served where its ses
   assertEquals([told, errors], [["open 0", "suspend 0", "revive 1"], []]);
 });
 
+test("a request waits where its session is about to be in service", async (t) => {
+  const bus = new MemoryBus(t);
+  const late: (() => void)[] = [];
+  let started = 0;
+  const fleet = await start(t, (context) => {
+    const driver = bus.adapter(context);
+    if (started++ !== 1) return driver;
+    // Publications come late to the second one: it waits for them before it takes a session.
+    const subscribe: typeof driver.subscribe = (deliver) =>
+      driver.subscribe((message) => {
+        const { data } = message;
+        const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+        if (!text.includes('"kind":"publication"')) deliver(message);
+        else late.push(() => deliver(message));
+        if (message.topic !== context.id || !text.includes('"kind":"request"')) return;
+        setTimeout(() => late.forEach((go) => go()), 20);
+      });
+    return { ...driver, subscribe };
+  }, { count: 3 });
+  const { instances, proxy, told, errors } = fleet;
+  const peer = await wireClient(t, `${proxy.url}/room`);
+  instances[0]!.ws.publish("all", "one");
+  assertEquals(await peer.message(), "one");
+  proxy.choose = () => 1;
+  const resuming = peer.resume(1, 1);
+  await until(() => told.includes("suspend 0"));
+  proxy.choose = () => 2; // which asks the first, and then all
+  assertEquals(await peer.send("a"), 204);
+  const moved = t.use(await resuming);
+  assertEquals(await moved.message(), "a 1 at 1");
+  assertEquals([told, errors], [["open 0", "suspend 0", "revive 1"], []]);
+});
+
 test("all are asked for a session as often as it takes", async (t) => {
   const { bus, lost } = losing(t, "where", 2);
   let isFrozen = false;
