@@ -1373,7 +1373,9 @@ class Migration implements Mover<SyncMessage> {
 
   quiet(time: number): string[] {
     const now = clock();
-    return [...this.#counts].filter(([, { at }]) => now - at >= time).map(([from]) => from);
+    const isQuiet = ([from, { at }]: [string, { at: number }]) =>
+      now - at >= (this.#presence.hasLeft(from) ? time / 4 : time);
+    return [...this.#counts].filter(isQuiet).map(([from]) => from);
   }
 
   // --- The parking store ---
@@ -1587,6 +1589,11 @@ class Presence {
     const other = this.#others.get(instance);
     if (other) return other.left || other.age >= GONE;
     return !this.#voice.addresses && this.#age >= GONE;
+  }
+
+  /** Whether the instance has said farewell. */
+  hasLeft(instance: string): boolean {
+    return !!this.#others.get(instance)?.left;
   }
 
   /** How many others are there. */

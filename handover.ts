@@ -92,7 +92,7 @@ export interface Mover<Message> {
   take(session: string, state: Bytes, missed: Message[]): void;
   /** How many publications of each instance have been delivered here. */
   counts(): Counts;
-  /** Those of them whose last one was delivered so long ago, in ms. */
+  /** Those of them whose last one was delivered so long ago, in ms; sooner, where they have left. */
   quiet(time: number): string[];
 }
 

@@ -184,6 +184,34 @@ test("a session goes to an instance that began after all that it has been publis
   assertEquals(await messages.take(2), ["three", "three"]);
 });
 
+test("nobody waits for publications of an instance that has said farewell", async (t) => {
+  const bus = new MemoryBus(t);
+  const ids: string[] = [];
+  const fleet = await start(t, (context) => {
+    ids.push(context.id);
+    return bus.adapter(context);
+  });
+  const { instances: [first, second], proxy, errors } = fleet;
+  const peer = await wireClient(t, `${proxy.url}/room`);
+  const other = t.use(await wireClient(t, `${second!.url}/room`)); // whose instance is known, then
+  await hearsOfAnother(first!);
+  await other.close();
+  second!.ws.publish("all", "one");
+  assertEquals(await peer.message(), "one");
+  await second!.ws.close(1012);
+  await until(() => !first!.ws.stats().cluster!.instances);
+  await sleep(250, t.signal);
+  const { instances: [later], told } = await start(t, bus.adapter, { count: 1 });
+  proxy.ports.push(later!.port);
+  proxy.choose = () => 2;
+  t.use(await peer.resume(1, 1));
+  assertEquals(told, ["revive 0"]);
+  const state = bus.payloads.map((payload) => atob(/"data":"([^"]*)"/.exec(payload)?.[1] ?? ""))
+    .find((text) => text.includes('"kind":"state"'))!;
+  assertEquals(/"quiet":\[[^\]]*/.exec(state)?.[0].includes(ids[1]!), true);
+  assertEquals(errors, []);
+});
+
 test("what travels is sealed, and says nothing of the token", async (t) => {
   const bus = new MemoryBus(t);
   const fleet = await start(t, bus.adapter);
