@@ -458,6 +458,33 @@ test("a session that has been everywhere is asked for where its token says", asy
   assertEquals(errors, []);
 }, { timeout: 30_000 });
 
+test("a session that has just come, and has no name yet, is not asked for again", async (t) => {
+  const { digest } = crypto.subtle;
+  t.defer(() => crypto.subtle.digest = digest);
+  let isSlow = false;
+  let asked = 0;
+  const bus = new MemoryBus(t, {
+    fault: ({ data }) => {
+      const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+      if (text.includes('"kind":"adopt"')) asked++;
+      const isState = text.includes('"kind":"state"');
+      isSlow ||= isState;
+      return [isState ? 300 : 0]; // both ask by then
+    },
+  });
+  crypto.subtle.digest = async (...args: Parameters<typeof digest>) => {
+    if (isSlow) await sleep(50);
+    return await digest.apply(crypto.subtle, args);
+  };
+  const { proxy, told, errors } = await start(t, bus.adapter);
+  const peer = await wireClient(t, `${proxy.url}/room`);
+  proxy.choose = () => 1;
+  const first = peer.resume(1, 0).then((back) => void t.use(back), () => {}); // 409, if it is late
+  t.use(await peer.resume(2, 0));
+  await first;
+  assertEquals([asked, told, errors], [1, ["open 0", "suspend 0", "revive 1"], []]);
+});
+
 /** A bus that loses the first so many messages of a kind. */
 function losing(t: TestContext, kind: string, most: number): { bus: MemoryBus; lost: string[] } {
   const lost: string[] = [];
