@@ -475,7 +475,8 @@ class Router implements RoutingDriver {
         this.#relays.delete(id);
         this.#subscription.leave(id);
       },
-      again: () => void (relay.owner === this.#instance ? here() : go()),
+      again: () =>
+        void (relay.owner === this.#instance ? this.#answerHere(relay, head, body) : go()),
     });
     const head: RequestHead = {
       ...{ kind: "request", id, from: this.#instance, session, time: Date.now() },
@@ -485,7 +486,6 @@ class Router implements RoutingDriver {
       this.#presence.asked(relay.owner);
       return await this.#send(relay.owner, key, head, body) || relay.end();
     };
-    const here = async () => relay.answer(await this.#serveHere(head, token, body));
     const late = setTimeout(() => {
       const { owner: instance } = relay;
       const context = { stage: "delivery", instance, namespace } as const;
@@ -500,6 +500,15 @@ class Router implements RoutingDriver {
       clearTimeout(late);
       heard();
     });
+  }
+
+  /** Who was asked says that the session is here; it may have left again. */
+  async #answerHere(relay: Relay, head: RequestHead, body: Bytes): Promise<void> {
+    const { token } = relay;
+    await this.#migration.settled(token, head.session);
+    const to = this.#host.has(token) ? "" : this.#migration.whereabouts(token, head.session);
+    if (to) relay.redirect(to);
+    else relay.answer(await this.#serveHere(head, token, body));
   }
 
   // --- As the instance that owns the session ---
@@ -729,8 +738,8 @@ class Relay {
   readonly response: Promise<Response>;
   /** The instance that is asked. */
   owner: string;
+  readonly token: string;
   readonly #id: string;
-  readonly #token: string;
   readonly #timeout: number;
   readonly #line: Line;
   readonly #parts: Sequence = new Sequence();
@@ -756,7 +765,7 @@ class Relay {
   ) {
     this.#id = id;
     this.key = key;
-    this.#token = token;
+    this.token = token;
     this.owner = owner;
     this.#timeout = timeout;
     this.#line = line;
@@ -772,7 +781,7 @@ class Relay {
 
   /** Whether it is for the session of this token, whichever of its instances that names. */
   isOf(token: string): boolean {
-    return secretOf(token) === secretOf(this.#token);
+    return secretOf(token) === secretOf(this.token);
   }
 
   /** "Anyone on the backplane can say unknown", so the owner may yet contradict. */
@@ -787,7 +796,11 @@ class Relay {
   /** The owner says that another instance has the session. */
   redirect(to: string): void {
     if (this.#phase !== "asking" && this.#phase !== "doubted" || to === this.owner) return;
-    if (++this.#redirections > MAX_REDIRECTIONS) return this.end();
+    if (++this.#redirections > MAX_REDIRECTIONS) { // who has it says so itself, when all are asked
+      this.#redirections = 0;
+      this.owner = "";
+      return;
+    }
     this.owner = to;
     this.#line.again();
   }
@@ -818,7 +831,7 @@ class Relay {
     }
     this.#phase = "streaming";
     // "The token does not travel": the header that tells it is put back here.
-    const all = { ...headers, [TOKEN_HEADER]: this.#token };
+    const all = { ...headers, [TOKEN_HEADER]: this.token };
     this.#respond(new Response(this.#stream(), { status: status!, headers: all }));
   }
 

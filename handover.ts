@@ -293,9 +293,9 @@ export class Moves<Message> {
     const adoption = this.#adoptions.get(session);
     // "A state that nobody waits for is dropped": its giver asks, and takes it back.
     if (adoption?.id !== id || adoption.arrived || this.#isOld(head.time)) return;
-    if (status === "moved" && to && to !== this.#instance && adoption.hops++ < MAX_HOPS) {
-      return this.#ask(adoption, to);
-    }
+    // It may have come here, and left again.
+    const next = to === this.#instance ? this.#moved.get(session) : to;
+    if (status === "moved" && next && adoption.hops++ < MAX_HOPS) return this.#ask(adoption, next);
     if (status !== "here") return this.#end(adoption);
     adoption.arrived = { from, state, counts, quiet };
     this.#arrived.add(adoption);

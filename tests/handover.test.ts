@@ -438,9 +438,11 @@ test("a session that has been everywhere is asked for where its token says", asy
   const count = 8;
   const { instances, proxy, errors } = await start(t, bus.adapter, { count });
   let peer = await wireClient(t, `${proxy.url}/room`);
+  let old = peer;
   for (let at = 1; at < count; at++) {
     proxy.choose = () => at;
     peer = t.use(await peer.resume(at, 0));
+    if (at === 1) old = peer;
   }
   await until(() => instances.at(-2)!.ws.stats().movedOut === 1);
   bus.reset();
@@ -455,6 +457,13 @@ test("a session that has been everywhere is asked for where its token says", asy
   t.use(await peer.resume(count, 0));
   await until(() => instances.at(-1)!.ws.stats().movedOut === 1);
   assertEquals(bus.counts.published, 3, "adopt, state, adopted");
+  // Nor is it lost where its client has not heard of its ways since: each instance knows the next.
+  for (let at = 1; at < count; at++) {
+    proxy.choose = () => at;
+    assertEquals(await old.send("b"), 204, `at ${at}`);
+  }
+  proxy.choose = () => 3;
+  t.use(await old.resume(count + 1, 0));
   assertEquals(errors, []);
 }, { timeout: 30_000 });
 
