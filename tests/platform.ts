@@ -12,6 +12,8 @@ export interface PlatformOptions {
   limit?: number;
   /** Stops a process (SIGSTOP) as soon as no request of it is open. */
   freezes?: boolean;
+  /** How long an instance goes on when its last request has ended, in ms. Default: no time. */
+  lingers?: number;
   /** One request an instance at a time, as Lambda has it. */
   exclusive?: boolean;
   /** How long a request waits for an instance that is free, in ms. Default: 1000. */
@@ -25,7 +27,7 @@ export interface Backend {
 }
 
 export interface Platform extends TestServer {
-  readonly backends: Backend[];
+  readonly backends: readonly Place[];
   /** How many answers of each status have been given. */
   readonly statuses: Record<number, number>;
   /** How often an instance was frozen, and a stream cut. */
@@ -34,8 +36,10 @@ export interface Platform extends TestServer {
   retire(backend: Backend): void;
 }
 
-interface Place extends Backend {
+export interface Place extends Backend {
+  /** Requests that are open there, and all that it has had. */
   open: number;
+  had: number;
   isFrozen: boolean;
 }
 
@@ -43,9 +47,10 @@ interface Place extends Backend {
 export async function platform(
   t: TestContext,
   backends: Backend[],
-  { limit, freezes = false, exclusive = false, patience = 1_000 }: PlatformOptions = {},
+  { limit, freezes = false, lingers = 0, exclusive = false, patience = 1_000 }: PlatformOptions =
+    {},
 ): Promise<Platform> {
-  const places: Place[] = backends.map((one) => ({ ...one, open: 0, isFrozen: false }));
+  const places: Place[] = backends.map((one) => ({ ...one, open: 0, had: 0, isFrozen: false }));
   const statuses: Record<number, number> = {};
   const counts = { frozen: 0, cut: 0 };
   let turn = 0;
@@ -57,10 +62,17 @@ export async function platform(
       // it has ended
     }
   };
-  const leave = (place: Place) => {
-    if (--place.open > 0 || !freezes || !places.includes(place)) return;
+  const timers = new Set<ReturnType<typeof setTimeout>>();
+  t.defer(() => timers.forEach(clearTimeout));
+  const freeze = (place: Place) => {
+    if (place.open > 0 || place.isFrozen || !places.includes(place)) return;
     counts.frozen++;
     signal(place, "SIGSTOP");
+  };
+  const leave = (place: Place) => {
+    if (--place.open > 0 || !freezes) return;
+    if (!lingers) return freeze(place);
+    if (!t.signal.aborted) timers.add(setTimeout(() => freeze(place), lingers));
   };
   const take = async (): Promise<Place | undefined> => {
     const late = performance.now() + patience;
@@ -69,6 +81,7 @@ export async function platform(
       if (free.length) {
         const place = free[turn++ % free.length]!;
         place.open++;
+        place.had++;
         if (place.isFrozen) signal(place, "SIGCONT");
         return place;
       }

@@ -27,6 +27,7 @@ import {
 import { connect, shutDown } from "./pair.ts";
 import { platform, type PlatformOptions } from "./platform.ts";
 import { project } from "./project.ts";
+import { wireClient } from "./wire.ts";
 
 interface Place extends PlatformOptions {
   instances: number;
@@ -139,6 +140,31 @@ for (const [name, place] of Object.entries(places)) {
     { timeout: 90_000, skip: needs("redis-server", place.runtime) },
   );
 }
+
+testOnce(
+  "examples/edge/lambda.ts: who was away is taken up, though the environment that it left is frozen",
+  async (t) => {
+    const place = places.lambda!;
+    const redis = await RedisServer.start(t);
+    const folder = await deployed(t, "lambda", place);
+    const instances = await Promise.all([1, 2, 3].map(() => launch(t, folder, place, redis)));
+    t.defer(() => instances.forEach(({ child }) => child.kill("SIGKILL")));
+    await sleep(300, t.signal); // their subscriptions
+    // The handler goes on when its client has gone, which only it knows.
+    const front = await platform(t, instances, { freezes: true, exclusive: true, lingers: 1_000 });
+    let client = await wireClient(t, `${front.url}/room`);
+    for (let n = 1; n < 4; n++) {
+      assertEquals(await client.send(`${n}`), 204);
+      assertMatch(await client.message(), RegExp(`: ${n}$`));
+      await client.drop();
+      const areFrozen = () => front.backends.every(({ isFrozen, had }) => isFrozen || !had);
+      await until(areFrozen, { timeout: 10_000 });
+      client = t.use(await client.resume(n, n));
+    }
+    assertEquals(Object.keys(front.statuses), ["200", "204"]);
+  },
+  { timeout: 60_000, skip: needs("redis-server", "node-24") },
+);
 
 /** A folder with the example as it is, but for where our files are, and for its hours. */
 async function deployed(t: TestContext, name: string, { main }: Place): Promise<string> {

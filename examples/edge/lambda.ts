@@ -7,7 +7,9 @@
  *   (`maxConnectionAge`); resumption hides what is cut nevertheless.
  * - Isolation: an environment has one request at a time, and is frozen between them. The `POST`s of
  *   a session never reach the environment of its stream: `cluster` carries each there, and an
- *   answer takes two trips over Redis. Each client that listens keeps one environment busy.
+ *   answer takes two trips over Redis. Each client that listens keeps one environment busy. One
+ *   whose client has gone is frozen with its session: so that waits in Redis (`parking`), and the
+ *   handler returns when it is there.
  * - A request's body comes whole: clients use `transport: "post"`, which spares them the trial.
  * - Shutdown: SIGTERM where an extension is registered, 500 ms.
  */
@@ -19,6 +21,7 @@ import { pipeline } from "node:stream/promises";
 import { redis } from "crossws/sync";
 import { Redis } from "ioredis";
 import { cluster } from "../../cluster.ts"; // yours: duplex-sse/cluster
+import { parking, type ParkingStore } from "../../parking.ts"; // yours: duplex-sse/parking
 import { sseAdapter } from "../../server.ts"; // yours: duplex-sse/server
 
 /** In seconds, as in the function's configuration. */
@@ -46,9 +49,24 @@ declare const awslambda: {
 
 const client = new Redis(process.env.REDIS_URL!);
 
+const store: ParkingStore = {
+  put: (key, bytes, ttl) => client.set(`parked:${key}`, Buffer.from(bytes), "PX", Math.ceil(ttl)),
+  take: (key) => client.getdelBuffer(`parked:${key}`),
+};
+/** What is to be done before this environment may be frozen. */
+const parked: Set<Promise<void>> = new Set();
+
 const ws = sseAdapter({
   bidir: true,
-  sync: cluster(redis({ client: client as never, channel: "room" })),
+  sync: cluster(redis({ client: client as never, channel: "room" }), {
+    parking: parking(store, {
+      whenAway: true,
+      waitUntil(work) {
+        parked.add(work);
+        work.finally(() => parked.delete(work));
+      },
+    }),
+  }),
   maxConnectionAge: TIMEOUT * 800,
   hooks: {
     open: (peer) => peer.subscribe("room"),
@@ -70,6 +88,8 @@ export const handler: Handler = awslambda.streamifyResponse(async (event, output
   };
   const stream = awslambda.HttpResponseStream.from(output, head);
   await pipeline(response.body ?? [], stream).catch(() => {}); // its client has gone
+  await new Promise(setImmediate); // which its session is told by now
+  await Promise.all(parked);
 });
 
 function toRequest(event: Event, method: string): Request {
