@@ -234,11 +234,9 @@ export class Parking implements SessionParking {
   readonly #landing: Map<string, Promise<boolean>> = new Map();
   /** Those for which something is on its way to the store. */
   readonly #putting: Set<string> = new Set();
-  #pendingBytes = 0;
+  readonly #gate: Gate = new Gate();
   #failing = false;
-  /** How many reports there were in this second. */
-  #reports = 0;
-  #second = 0;
+  readonly #limit: Limit = new Limit();
 
   /** @ignore `parking` makes it. */
   constructor(
@@ -262,7 +260,7 @@ export class Parking implements SessionParking {
 
   /** Something is kept that a tick will look at. */
   get remembers(): boolean {
-    return this.#parked.size + this.#gone.size > 0;
+    return this.#parked.size + this.#gone.size + this.#gate.waiting > 0;
   }
 
   /** The store has failed when it was asked last: what it did not return may be there. */
@@ -317,6 +315,13 @@ export class Parking implements SessionParking {
       await before.end.promise; // it may be out of the store already
       return await this.park(token, leaves);
     }
+    await this.#gate.pass(() => this.#begin(token, leaves));
+  }
+
+  /** Nobody has parked it; or somebody has, while there was no room. */
+  async #begin(token: string, leaves: boolean): Promise<void> {
+    const secret = secretOf(token);
+    if (this.#parked.has(secret)) return await this.park(token, leaves);
     // What still goes to the store for it would come between.
     const packed = this.#putting.has(secret) ? undefined : this.#quay.host.pack(token);
     if (!packed) return;
@@ -330,15 +335,15 @@ export class Parking implements SessionParking {
     };
     this.#parked.set(secret, parked);
     this.#quay.wake();
-    if (size > this.#options.maxSize || this.#pendingBytes + size > MAX_PENDING_BYTES) {
+    if (size > this.#options.maxSize) {
       this.#report(new RangeError(`A session of ${size} bytes is too large to be parked`));
       return this.#back(parked);
     }
-    this.#pendingBytes += size;
+    this.#gate.enter(size);
     this.#putting.add(secret);
     this.#put(parked, packed, state).finally(() => {
-      this.#pendingBytes -= size;
       this.#putting.delete(secret);
+      this.#gate.leave(size);
     });
     return await parked.stored.promise;
   }
@@ -523,12 +528,9 @@ export class Parking implements SessionParking {
   async #inTime(asking: Asking, token: string): Promise<boolean> {
     const late = deferred();
     const timer = setTimeout(late.resolve, this.#options.timeout);
-    const tooLate = late.promise.then(() => {
-      this.#fail(new Error(SILENT));
-      return false;
-    });
     const answered = () => clearTimeout(timer);
-    return await Promise.race([this.#fetch(asking, token, answered), tooLate]).finally(answered);
+    const tooLate = late.promise.then(() => void this.#fail(new Error(SILENT)));
+    return !!await Promise.race([this.#fetch(asking, token, answered), tooLate]);
   }
 
   /** `answered`: the store has no more to say. */
@@ -611,12 +613,9 @@ export class Parking implements SessionParking {
     this.#report(error);
   }
 
-  /** Anybody can bring one about, by asking for a session that never was. */
   #report(error: unknown): void {
-    const second = Math.floor(this.#now / 1_000);
-    if (second !== this.#second) this.#reports = 0;
-    this.#second = second;
-    if (this.#reports++ < MAX_REPORTS) this.#quay.host.report(error, { stage: "delivery" });
+    if (this.#limit.isPassed(this.#now)) return;
+    this.#quay.host.report(error, { stage: "delivery" });
   }
 
   get #now(): number {
@@ -627,6 +626,7 @@ export class Parking implements SessionParking {
   tick(period: number): void {
     const now = this.#now;
     const { resumeTimeout } = this.#quay.host;
+    if (this.#gate.tick(period, this.#options.timeout)) this.#fail(new Error(SILENT));
     for (const parked of [...this.#parked.values()]) {
       parked.age += period;
       const { phase, age, since } = parked;
@@ -649,6 +649,56 @@ export class Parking implements SessionParking {
       if (now - since <= MEMORY) break;
       this.#gone.delete(secret);
     }
+  }
+}
+
+/** What is on its way to the store; where that is too much, others wait for their turn. */
+class Gate {
+  #bytes = 0;
+  readonly #waiting: { go: () => void; giveUp: () => void }[] = [];
+  /** How long nothing has arrived. */
+  #stalled = 0;
+
+  get waiting(): number {
+    return this.#waiting.length;
+  }
+
+  async pass(begin: () => Promise<void>): Promise<void> {
+    if (this.#bytes < MAX_PENDING_BYTES) return await begin();
+    await new Promise<void>((resolve) => {
+      this.#waiting.push({ go: () => resolve(begin()), giveUp: resolve });
+    });
+  }
+
+  enter(size: number): void {
+    this.#bytes += size;
+  }
+
+  leave(size: number): void {
+    this.#bytes -= size;
+    this.#stalled = 0;
+    while (this.#bytes < MAX_PENDING_BYTES && this.#waiting.length) this.#waiting.shift()!.go();
+  }
+
+  /** Whether nobody need wait any longer. */
+  tick(period: number, patience: number): boolean {
+    this.#stalled = this.#waiting.length ? this.#stalled + period : 0;
+    if (this.#stalled <= patience) return false;
+    for (const { giveUp } of this.#waiting.splice(0)) giveUp();
+    return true;
+  }
+}
+
+/** Anybody can bring a report about, by asking for a session that never was. */
+class Limit {
+  #second = 0;
+  #count = 0;
+
+  isPassed(now: number): boolean {
+    const second = Math.floor(now / 1_000);
+    if (second !== this.#second) this.#count = 0;
+    this.#second = second;
+    return ++this.#count > MAX_REPORTS;
   }
 }
 

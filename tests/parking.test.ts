@@ -4,7 +4,7 @@
  * step, and anybody may read and write there.
  */
 import { cluster } from "../cluster.ts";
-import { parking, type ParkingOptions, type ParkingStore } from "../parking.ts";
+import { parking, type ParkingOptions, type ParkingStore, type Quay } from "../parking.ts";
 import type { Peer, SSEOptions } from "../server.ts";
 import { MemoryBus, type RoundRobin, roundRobin } from "./bus.ts";
 import {
@@ -453,6 +453,22 @@ test("of many that ask for a parked session at once one gets it", async (t) => {
   assertEquals(errors, []);
 });
 
+test("a take that is never answered keeps nobody for ever from the session", async (t) => {
+  const fleet = await start(t, { timeout: 200 });
+  const { instances: [a], proxy, store, told, errors } = fleet;
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await leave(a!, client);
+  await close(fleet, 0);
+  let takes = 0;
+  store.fault = (step, _key, go) => step === "take" && !takes++ ? new Promise(() => {}) : go();
+  proxy.choose = () => 1;
+  const refused = await client.resume(1, 0).then(() => 200, ({ status }) => status as number);
+  assertEquals([refused, takes], [503, 1]);
+  assertEquals(errors, ["The store of parked sessions does not answer"]);
+  t.use(await client.resume(2, 0));
+  assertEquals(told, ["open 0", "suspend 0", "revive 1"]);
+});
+
 test("who asks again while a session is on its way out of the store waits no longer than for that", async (t) => {
   const fleet = await start(t);
   const { instances, proxy, told, store } = fleet;
@@ -711,4 +727,55 @@ test("a store that is away is told of a few times a second, whoever asks for how
   assertGreater(told, 0);
   assertLessOrEqual(told, 10 * seconds);
   assertEquals(peersOf(a!), []);
+});
+
+/** An instance of 100 sessions of 1 MB, and what it has given back, with a store that takes its time. */
+function crowd(put: () => Promise<void>) {
+  const state = new Uint8Array(1_000_000);
+  const told = { packed: 0, restored: 0, released: 0, errors: [] as string[] };
+  const packed = {
+    ...{ id: "", namespace: "/", tokens: [], context: {}, protocol: "", topics: [], frames: [] },
+    ...{ heartbeatInterval: 1, received: 0, handled: 0, firstUnacked: 1, nextUngiven: 1 },
+  };
+  const quay: Quay = {
+    instance: "a".repeat(16),
+    host: {
+      resumeTimeout: 30_000,
+      pack: () => (told.packed++, packed),
+      restore: () => void told.restored++,
+      release: () => void told.released++,
+      report: (error) => void told.errors.push((error as Error).message),
+    },
+    ...{ now: () => Date.now(), wake() {}, counts: () => ({}), asks: () => false },
+    ...{ take: () => Promise.resolve(), confirm() {}, encodePacked: () => state },
+    digest: () => Promise.resolve(new Uint8Array(32)),
+    seal: () => Promise.resolve(new Uint8Array(1)),
+    unseal: () => Promise.resolve(new Uint8Array(1)),
+  };
+  const parked = parking({ put, take: () => null }, { timeout: 2_000 })(quay);
+  const tokens = Array.from({ length: 100 }, (_, n) => `${"a".repeat(24)}.${n}`);
+  return { told, parked, tokens };
+}
+
+test("of sessions that are more than may be on their way at once, all are parked, in turn", async (t) => {
+  let most = 0;
+  let underWay = 0;
+  const { told, parked, tokens } = crowd(async () => {
+    most = Math.max(most, ++underWay);
+    await sleep(5, t.signal);
+    underWay--;
+  });
+  await Promise.all(tokens.map((token) => parked.park(token, true)));
+  assertEquals([told.packed, told.restored, told.released, told.errors], [100, 0, 100, []]);
+  assertLessOrEqual(most, 68); // 64 MiB, and one
+});
+
+test("who waits for a store that stands still is not kept for ever", async () => {
+  const { told, parked, tokens } = crowd(() => new Promise(() => {}));
+  const parking = Promise.all(tokens.map((token) => parked.park(token, true)));
+  await sleep(0);
+  for (let n = 0; n < 6; n++) parked.tick(500);
+  await parking;
+  assertEquals([told.packed, told.restored], [68, 68]);
+  assertEquals([...new Set(told.errors)], ["The store of parked sessions does not answer"]);
 });
