@@ -3662,10 +3662,12 @@ function failureOf(isOpening: boolean, { fault, cause, status }: Trouble): Failu
   return { message, error: new Error(message, cause === undefined ? {} : { cause }), status };
 }
 
-/** Deno and Bun name the whole URL in what their `fetch` throws; its query is often secret. */
-function withoutQuery(error: unknown, query: string): unknown {
+/** Deno and Bun name the whole URL in what their `fetch` throws, and in its causes; its query is often secret. */
+function withoutQuery(error: unknown, query: string, depth = 9): unknown {
   if (!query || !(error instanceof Error)) return error;
-  const { name, message, cause, code } = error as Error & { code?: unknown };
+  if (!depth) return; // causes may go round
+  const { name, message, code } = error as Error & { code?: unknown };
+  const cause = withoutQuery(error.cause, query, depth - 1);
   return Object.assign(new Error(message.replaceAll(query, "?…"), { cause }), { name, code });
 }
 

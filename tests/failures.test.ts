@@ -2,6 +2,7 @@
  * A failure says what has failed: the `error` event of a socket, its console in pages, what the
  * constructor refuses, and what `console.log` shows. Nothing secret is in any of them.
  */
+import { type AddressInfo, createServer } from "node:net";
 import { inspect } from "node:util";
 import { WebSocketSSE, type WebSocketSSEErrorEvent, type WebSocketSSEOptions } from "../client.ts";
 import {
@@ -147,6 +148,25 @@ test("who has a query does not find it in what fetch throws, but all else", asyn
   const cause = (await failure(t, socket)).error.cause as Error & { code: string };
   assertEquals(cause.message, "error sending request for url (http://localhost/room?…)");
   assertEquals([cause.name, cause.code, cause.cause], ["TypeError", "ECONNREFUSED", "of it"]);
+});
+
+test("who has a query does not find it in the causes of what fetch throws, either", async (t) => {
+  const cuts = createServer((socket) => socket.destroy());
+  await new Promise<void>((resolve) => cuts.listen(0, "127.0.0.1", resolve));
+  t.defer(() => new Promise((resolve) => cuts.close(resolve)));
+  const { port } = cuts.address() as AddressInfo;
+  const round = new Error(`of ${QUERY}`);
+  round.cause = round;
+  const fetch = () => Promise.reject(new TypeError("failed", { cause: round }));
+  const failures = await Promise.all([
+    new WebSocketSSE(`http://127.0.0.1:${port}${QUERY}`),
+    new WebSocketSSE(`http://host.invalid${QUERY}`),
+    new WebSocketSSE(`http://localhost${QUERY}`, { fetch }),
+  ].map((socket) => failure(t, socket)));
+  for (const { error } of failures) {
+    assert(!SECRETS.test(inspect(error, { depth: 20, showHidden: true })));
+    assert(error.cause instanceof Error);
+  }
 });
 
 test("a socket that its page has ended says that", async (t) => {
