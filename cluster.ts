@@ -1365,7 +1365,7 @@ class Migration implements Mover<SyncMessage> {
 
   pack(session: string, claim: Claim): Bytes | undefined {
     const packed = this.#host.pack(this.#tokenOf(session), claim);
-    return packed && encodePacked(packed);
+    return packed && packed !== "busy" ? encodePacked(packed) : undefined;
   }
 
   restore(session: string): void {

@@ -232,6 +232,8 @@ export class Parking implements SessionParking {
   readonly #gone: Map<string, { to: string; since: number }> = new Map();
   /** Sessions that are being taken out of the store here, by name. */
   readonly #landing: Map<string, Promise<boolean>> = new Map();
+  /** Those that are to be parked once their hooks have settled. */
+  readonly #busy: Map<string, Deferred> = new Map();
   /** Those for which something is on its way to the store. */
   readonly #putting: Set<string> = new Set();
   readonly #gate: Gate = new Gate();
@@ -296,7 +298,7 @@ export class Parking implements SessionParking {
   away(token: string): void {
     if (!this.#options.whenAway) return;
     const task = new Promise((resolve) => setTimeout(resolve));
-    const work = task.then(() => this.park(token, false)).catch((error) => this.#report(error));
+    const work = task.then(() => this.#parkAway(token)).catch((error) => this.#report(error));
     try {
       this.#options.waitUntil?.(work);
     } catch (error) { // as a platform's own does that is not called as its method
@@ -304,27 +306,56 @@ export class Parking implements SessionParking {
     }
   }
 
+  /** With hooks at work it cannot be packed: then it is parked once they have settled. */
+  async #parkAway(token: string): Promise<void> {
+    while (await this.#park(token, false)) {
+      const secret = secretOf(token);
+      const stirred = this.#busy.get(secret) ?? deferred();
+      this.#busy.set(secret, stirred);
+      await stirred.promise;
+    }
+  }
+
+  /** Its hooks have settled, or its client is away no more. */
+  stir(token: string): void {
+    const secret = secretOf(token);
+    this.#busy.get(secret)?.resolve();
+    this.#busy.delete(secret);
+  }
+
   /** Parks the session, if it can be packed. Resolves when that is done, or has failed. */
   async park(token: string, leaves: boolean): Promise<void> {
+    await this.#park(token, leaves);
+  }
+
+  /** The same. True: not before the session's hooks have settled. */
+  async #park(token: string, leaves: boolean): Promise<boolean> {
     const secret = secretOf(token);
     const before = this.#parked.get(secret);
     if (before) {
       before.leaves ||= leaves;
       if (before.phase === "parked") this.#settle(before);
-      if (before.phase !== "reclaiming" || !leaves) return await before.stored.promise;
+      if (before.phase !== "reclaiming" || !leaves) {
+        await before.stored.promise;
+        return false;
+      }
       await before.end.promise; // it may be out of the store already
-      return await this.park(token, leaves);
+      return await this.#park(token, leaves);
     }
-    await this.#gate.pass(() => this.#begin(token, leaves));
+    let isBusy = false;
+    await this.#gate.pass(async () => {
+      isBusy = await this.#begin(token, leaves);
+    });
+    return isBusy;
   }
 
   /** Nobody has parked it; or somebody has, while there was no room. */
-  async #begin(token: string, leaves: boolean): Promise<void> {
+  async #begin(token: string, leaves: boolean): Promise<boolean> {
     const secret = secretOf(token);
-    if (this.#parked.has(secret)) return await this.park(token, leaves);
+    if (this.#parked.has(secret)) return await this.#park(token, leaves);
     // What still goes to the store for it would come between.
     const packed = this.#putting.has(secret) ? undefined : this.#quay.host.pack(token);
-    if (!packed) return;
+    if (!packed || packed === "busy") return packed === "busy";
     const state = this.#quay.encodePacked(packed);
     const size = state.length;
     const parked: Parked = {
@@ -337,7 +368,8 @@ export class Parking implements SessionParking {
     this.#quay.wake();
     if (size > this.#options.maxSize) {
       this.#report(new RangeError(`A session of ${size} bytes is too large to be parked`));
-      return this.#back(parked);
+      this.#back(parked);
+      return false;
     }
     this.#gate.enter(size);
     this.#putting.add(secret);
@@ -345,7 +377,8 @@ export class Parking implements SessionParking {
       this.#putting.delete(secret);
       this.#gate.leave(size);
     });
-    return await parked.stored.promise;
+    await parked.stored.promise;
+    return false;
   }
 
   /**

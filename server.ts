@@ -465,10 +465,10 @@ export interface RoutingHost {
   /** Whether the token is that of a session in service here. */
   owns(token: string): boolean;
   /**
-   * Takes a session out of service and returns it; undefined: it cannot move now. Without a claim
-   * only while its client is away, or this instance about to end.
+   * Takes a session out of service and returns it; undefined: it cannot move now; "busy": not before
+   * its hooks have settled. Without a claim only while its client is away, or this instance ends.
    */
-  pack(token: string, claim?: Claim): Packed | undefined;
+  pack(token: string, claim?: Claim): Packed | "busy" | undefined;
   /** Puts a packed session back in service. */
   restore(token: string): void;
   /** Forgets a packed session: another instance has it, or it is lost. */
@@ -511,6 +511,8 @@ export interface SessionParking {
   readonly size: number;
   /** The session has lost its connection. */
   away(token: string): void;
+  /** Its hooks have settled, or its client is away no more. */
+  stir(token: string): void;
   /** Parks a session, since this instance ends. Resolves when that is done, or has failed. */
   park(token: string, leaves: boolean): Promise<void>;
   /** Has the store alone know of one that is there, to make room here. False: of none. */
@@ -1606,6 +1608,7 @@ class Registry implements Host {
 
   moved(session: Session, phase: Phase): void {
     this.places.moved(session, phase);
+    if (phase !== "away") this.settled(session);
     if (phase.startsWith("closing")) this.#closing.add(session);
     else this.#closing.delete(session);
     if (phase === "lingering") {
@@ -1617,6 +1620,10 @@ class Registry implements Host {
   dropped(session: Session): void {
     this.tally.drops++;
     this.#parking?.away(session.token);
+  }
+
+  settled({ token }: Session): void {
+    this.#parking?.stir(token);
   }
 
   /** Forgets a session that has ended; its tombstone tells those who missed the end. */
@@ -1681,13 +1688,13 @@ class Registry implements Host {
     return this.#state === "handing over" && session.isMovable && session.readyState === OPEN;
   }
 
-  pack(token: string, claim?: Claim): Packed | undefined {
+  pack(token: string, claim?: Claim): Packed | "busy" | undefined {
     const secret = secretOf(token);
     const session = this.#sessions.get(secret);
     if (!(session instanceof FullSession)) return;
     if (!claim && this.#state === "open" && !this.places.isAway(session)) return;
-    const packed = session.pack(claim);
-    if (!packed) return;
+    const packed = session.isBusy ? "busy" : session.pack(claim);
+    if (!packed || packed === "busy") return packed;
     const { namespace } = session;
     this.#leave(session);
     const send = (frame: Frame) => session.keep(frame);
@@ -1750,6 +1757,9 @@ class Registry implements Host {
     }
     for (const { timer } of asked.values()) clearTimeout(timer);
     const packed = () => [...this.#limbo.values()].map(({ session }) => session);
+    // Hooks at work are waited for, since no session of theirs can be packed before.
+    const isBusy = () => [...this.#sessions.values()].some((one) => one.isBusy);
+    while (parking && !isOver() && isBusy()) await look();
     const left = [...this.#sessions.values(), ...packed()];
     await Promise.all(left.map(({ token }) => parking?.park(token, true)));
     // Whoever was sent these has them, or nobody will.
@@ -2301,6 +2311,8 @@ interface Host {
   moved(session: Session, phase: Phase): void;
   /** It loses its connection. */
   dropped(session: Session): void;
+  /** Its hooks are at work no more, while its client is away. */
+  settled(session: Session): void;
   /** It has ended, which is to be told to those who missed it. */
   bury(session: Session, ending: Ending | undefined): void;
   /** More waits in all than `maxTotalBufferedAmount`. */
@@ -2402,6 +2414,8 @@ abstract class Session {
   abstract get wasHeard(): boolean;
   /** It can go to another instance. */
   abstract get isMovable(): boolean;
+  /** It could, but for its hooks, which are at work. */
+  abstract get isBusy(): boolean;
   /** What becomes of a client that does not come back. */
   protected get loss(): Ending {
     return LOST;
@@ -2798,11 +2812,15 @@ class FullSession extends Session implements Receiver {
     return isMovable(this.hooks) && !this.#isUnpackable;
   }
 
+  get isBusy(): boolean {
+    return this.isMovable && this.isOpen && !!(this.unhandledBytes || this.#pendingControls);
+  }
+
   // --- To another instance, and from one ---
 
   /** The session as it stands, which is out of service from now on. Not while hooks are at work. */
   pack(claim?: Claim): Packed | undefined {
-    if (!this.isMovable || !this.isOpen || this.unhandledBytes || this.#pendingControls) return;
+    if (!this.isMovable || !this.isOpen) return;
     if (claim ? !this.#meets(claim) : this.#isLeft) return;
     this.callHooks("suspend");
     if (!this.isOpen) return; // it failed, or has closed the peer
@@ -3006,6 +3024,7 @@ class FullSession extends Session implements Receiver {
     if (size && this.isOpen) this.#credit.handled(this.uplink.handled);
     this.#ackDue = this.controlDue = true;
     this.schedule();
+    this.#settle();
   }
 
   get #credit(): Credit {
@@ -3021,7 +3040,14 @@ class FullSession extends Session implements Receiver {
     const pending = this.callHooks(type === "PING" ? "ping" : "pong", payload.slice());
     if (!pending) return;
     this.#pendingControls++;
-    pending.then(() => this.#pendingControls--);
+    pending.then(() => {
+      this.#pendingControls--;
+      this.#settle();
+    });
+  }
+
+  #settle(): void {
+    if (!this.connection && !this.isBusy) this.host.settled(this);
   }
 
   /** "LEAVE says that the page of connection attempt is left, and ends that connection; … if no other resumes, that was a close by 1001." */
@@ -3102,6 +3128,10 @@ class PlainSession extends Session {
 
   get isMovable(): boolean {
     return false; // what it has sent and received is not numbered
+  }
+
+  get isBusy(): boolean {
+    return false;
   }
 
   get wasHeard(): boolean {

@@ -15,6 +15,7 @@ import {
   assertLessOrEqual,
   assertMatch,
   assertThrows,
+  deferred,
   sleep,
   test,
   type TestContext,
@@ -62,13 +63,15 @@ interface Fleet {
 /** Instances that count a session's messages in its context, and echo them. */
 async function start(
   t: TestContext,
-  { count = 2, resumeTimeout = 30_000, patience = 5_000, server = {}, ...options }:
+  { count = 2, resumeTimeout = 30_000, patience = 5_000, server = {}, work, ...options }:
     & ParkingOptions
     & {
       count?: number;
       resumeTimeout?: number;
       patience?: number;
       server?: SSEOptions<Record<string, unknown>>;
+      /** What message hooks wait for. */
+      work?: () => Promise<void>;
     } = {},
 ): Promise<Fleet> {
   t.defer(() => sleep(50)); // last of all, what is being sealed
@@ -105,6 +108,7 @@ async function start(
           const count = peer.context.count as number + 1;
           peer.context.count = count;
           peer.send(`${message.text()} ${count} at ${at}`);
+          return work?.();
         },
         close: (_, { code }) => void told.push(`close ${at} ${code}`),
         suspend: () => void told.push(`suspend ${at}`),
@@ -226,6 +230,64 @@ test("where instances may freeze, a session is parked as its client leaves, and 
   assertEquals(counts(a!).parked, 0);
   assertEquals(told, ["open 0", "suspend 0", "revive 1", "suspend 1", "revive 0"]);
   assertEquals([peersOf(b!).length, errors], [0, []]);
+});
+
+for (const how of ["once they have settled", "unless it comes back"] as const) {
+  test(`a session whose hooks are at work as its client leaves is parked ${how}`, async (t) => {
+    const parked: Promise<void>[] = [];
+    const hook = deferred<void>();
+    const { instances: [a], told, proxy, errors, deaf } = await start(t, {
+      ...{ whenAway: true, waitUntil: (work) => void parked.push(work) },
+      work: () => hook.promise,
+    });
+    const client = await wireClient(t, `${proxy.url}/room`);
+    await client.send("one");
+    await client.message();
+    await leave(a!, client);
+    await sleep(50, t.signal);
+    assertEquals([counts(a!).away, parked.length], [1, 1]);
+    if (how === "unless it comes back") {
+      t.use(await client.resume(1, 1));
+      await Promise.all(parked);
+      hook.resolve();
+      await sleep(50, t.signal);
+      assertEquals([counts(a!).connected, told], [1, ["open 0"]]);
+    } else {
+      hook.resolve();
+      await Promise.all(parked);
+      assertEquals(counts(a!).parked, 1);
+      deaf.add(0); // it is frozen
+      proxy.choose = () => 1;
+      const back = t.use(await client.resume(1, 1));
+      await back.send("two");
+      assertEquals(await back.message(), "two 2 at 1");
+      assertEquals(told, ["open 0", "suspend 0", "revive 1"]);
+    }
+    assertEquals(errors, []);
+  });
+}
+
+test("hooks that are at work at a shutdown are waited for, and their session is parked", async (t) => {
+  const hook = deferred<void>();
+  const { instances, told, proxy, start: launch } = await start(t, {
+    count: 1,
+    work: () => hook.promise,
+  });
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await client.send("one");
+  await client.message();
+  await leave(instances[0]!, client);
+  const closed = instances[0]!.ws.close(1012);
+  await sleep(500, t.signal); // it has found out that it is alone
+  assertEquals(told, ["open 0"]);
+  hook.resolve();
+  await closed;
+  await launch();
+  proxy.choose = () => 1;
+  const back = t.use(await client.resume(1, 1));
+  await back.send("two");
+  assertEquals(await back.message(), "two 2 at 1");
+  assertEquals(told, ["open 0", "suspend 0", "revive 1"]);
 });
 
 test("a client that comes back to the instance that has parked its session finds it there", async (t) => {
