@@ -543,32 +543,12 @@ class Router implements RoutingDriver {
     return await this.#host.fetch(routedRequest(head, token, body), head.namespace);
   }
 
-  async #answer(
-    { id, from }: RequestHead,
-    key: CryptoKey,
-    response: Response,
-  ): Promise<void> {
-    const { status } = response;
-    const late = clock() + this.#timeout; // nobody waits for the beginning any more
-    const waits = () => !(this.#served.get(id)?.cancelled ?? clock() > late);
-    const send = (head: Head, body?: Bytes) => this.#send(from, key, head, body, waits);
-    const commitment = await this.#presence.introduce(from);
-    const begin = { kind: "answer", id, n: 0, status, ...commitment && { commitment } } as const;
-    const headers = Object.fromEntries(response.headers);
-    delete headers[TOKEN_HEADER];
-    if (!response.headers.get("content-type")?.startsWith(STREAM_TYPE) || !response.body) {
-      const body = new Uint8Array(await response.arrayBuffer());
-      return void await send({ ...begin, end: true, headers }, body);
-    }
-    const served = new Served(id, key, response.body.getReader(), this.#timeout, send);
-    this.#served.set(id, served);
-    this.#startTimer();
-    try {
-      if (await send({ ...begin, end: false, headers })) await served.run();
-    } finally {
-      this.#served.delete(id);
-      served.cancel();
-    }
+  #answer(head: RequestHead, key: CryptoKey, response: Response): Promise<void> {
+    return giveAnswer(head, key, response, {
+      ...{ served: this.#served, presence: this.#presence, timeout: this.#timeout },
+      send: (...message) => this.#send(...message),
+      wake: () => this.#startTimer(),
+    });
   }
 
   // --- Sessions that move ---
@@ -1061,6 +1041,52 @@ class Served {
 
   tick(period: number): void {
     if ((this.#quiet += period) > 3 * this.#timeout) this.cancel();
+  }
+}
+
+/** What an answer is given with. */
+interface Answering {
+  readonly served: Map<string, Served>;
+  readonly presence: Presence;
+  readonly timeout: number;
+  send(
+    to: string,
+    key: CryptoKey,
+    head: Head,
+    body: Bytes | undefined,
+    waits: () => boolean,
+  ): Promise<boolean>;
+  /** Has time go on. */
+  wake(): void;
+}
+
+/** Gives the session's response to the instance that relays it, to its end. */
+async function giveAnswer(
+  { id, from }: RequestHead,
+  key: CryptoKey,
+  response: Response,
+  { served: all, presence, timeout, wake, ...bus }: Answering,
+): Promise<void> {
+  const { status } = response;
+  const late = clock() + timeout; // nobody waits for the beginning any more
+  const waits = () => !(all.get(id)?.cancelled ?? clock() > late);
+  const send = (head: Head, body?: Bytes) => bus.send(from, key, head, body, waits);
+  const commitment = await presence.introduce(from);
+  const begin = { kind: "answer", id, n: 0, status, ...commitment && { commitment } } as const;
+  const headers = Object.fromEntries(response.headers);
+  delete headers[TOKEN_HEADER];
+  if (!response.headers.get("content-type")?.startsWith(STREAM_TYPE) || !response.body) {
+    const body = new Uint8Array(await response.arrayBuffer());
+    return void await send({ ...begin, end: true, headers }, body);
+  }
+  const served = new Served(id, key, response.body.getReader(), timeout, send);
+  all.set(id, served);
+  wake();
+  try {
+    if (await send({ ...begin, end: false, headers })) await served.run();
+  } finally {
+    all.delete(id);
+    served.cancel();
   }
 }
 
@@ -1618,7 +1644,7 @@ class Presence {
 
   /** Whether somebody is asked, and has not answered. */
   get waits(): boolean {
-    return this.#others.values().some(({ asked }) => asked);
+    return [...this.#others.values()].some(({ asked }) => asked);
   }
 
   /** Anything that is authentic shows that its instance is there. */

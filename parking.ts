@@ -233,7 +233,7 @@ export class Parking implements SessionParking {
   /** Sessions that are being taken out of the store here, by name. */
   readonly #landing: Map<string, Promise<boolean>> = new Map();
   /** Those that are to be parked once their hooks have settled. */
-  readonly #busy: Map<string, Deferred> = new Map();
+  readonly #busy: Busy = new Busy();
   /** Those for which something is on its way to the store. */
   readonly #putting: Set<string> = new Set();
   readonly #gate: Gate = new Gate();
@@ -308,19 +308,12 @@ export class Parking implements SessionParking {
 
   /** With hooks at work it cannot be packed: then it is parked once they have settled. */
   async #parkAway(token: string): Promise<void> {
-    while (await this.#park(token, false)) {
-      const secret = secretOf(token);
-      const stirred = this.#busy.get(secret) ?? deferred();
-      this.#busy.set(secret, stirred);
-      await stirred.promise;
-    }
+    while (await this.#park(token, false)) await this.#busy.wait(secretOf(token));
   }
 
   /** Its hooks have settled, or its client is away no more. */
   stir(token: string): void {
-    const secret = secretOf(token);
-    this.#busy.get(secret)?.resolve();
-    this.#busy.delete(secret);
+    this.#busy.stir(secretOf(token));
   }
 
   /** Parks the session, if it can be packed. Resolves when that is done, or has failed. */
@@ -358,12 +351,7 @@ export class Parking implements SessionParking {
     if (!packed || packed === "busy") return packed === "busy";
     const state = this.#quay.encodePacked(packed);
     const size = state.length;
-    const parked: Parked = {
-      ...{ id: hex(crypto.getRandomValues(new Uint8Array(16))), token, leaves },
-      marks: packed.tokens.map(markOf),
-      ...{ since: this.#now, phase: "storing", age: 0, wanted: false, takes: 0 },
-      ...{ stored: deferred(), end: deferred() },
-    };
+    const parked = begun(token, packed.tokens, leaves, this.#now);
     this.#parked.set(secret, parked);
     this.#quay.wake();
     if (size > this.#options.maxSize) {
@@ -395,7 +383,7 @@ export class Parking implements SessionParking {
       return this.#quay.seal(token, encode(label, rest));
     };
     try {
-      const keys = await Promise.all(tokens.map((one) => this.#keyOf(one)));
+      const keys = await Promise.all(tokens.map((one) => keyOf(this.#quay, one)));
       await this.#store.put(id, await seal("session", keys, state), ttl);
       if (!isStill(parked, "storing")) return; // too late: it is in service again
       this.#enter(parked, "pointing");
@@ -468,7 +456,7 @@ export class Parking implements SessionParking {
     }
     const waits = isStill(parked, "reclaiming") || isStill(parked, "parked");
     if (found && !waits) await this.#cameLate(parked, found);
-    else if (found && (parked.wanted || !this.#isLate(parked))) this.#back(parked);
+    else if (found && (parked.wanted || !isLate(parked, this.#quay))) this.#back(parked);
     else if (found) this.#leave(parked, "", "lost"); // its client has not come back
     else if (isStill(parked, "reclaiming") && take === parked.takes) this.#leave(parked, "");
   }
@@ -494,10 +482,6 @@ export class Parking implements SessionParking {
     } catch (error) {
       this.#report(error);
     }
-  }
-
-  #isLate({ since }: Parked): boolean {
-    return this.#now - since > this.#quay.host.resumeTimeout;
   }
 
   /** Another instance says that it has taken the session. */
@@ -582,10 +566,10 @@ export class Parking implements SessionParking {
 
   /** "Who takes the session has it": the pointer alone decides nothing. */
   async #take({ namespace }: Asking, token: string): Promise<Landing | undefined> {
-    const key = await this.#keyOf(token);
+    const key = await keyOf(this.#quay, token);
     const pointer = await this.#store.take(key);
     if (!pointer) return;
-    const [{ id, until, namespace: own }] = await this.#open(token, pointer, "pointer", key);
+    const [{ id, until, namespace: own }] = await open(this.#quay, token, pointer, "pointer", key);
     const left = until - this.#now;
     if (left <= 0) return;
     const returned = () => this.#store.put(key, copy(pointer), left);
@@ -598,7 +582,7 @@ export class Parking implements SessionParking {
       throw error;
     }
     if (!bytes) return;
-    const [label, state] = await this.#open(token, bytes, "session", key);
+    const [label, state] = await open(this.#quay, token, bytes, "session", key);
     if (label.id !== id) throw new Error("What is parked is not what its name says");
     return { ...label, state };
   }
@@ -620,23 +604,6 @@ export class Parking implements SessionParking {
     await this.#store.put(id, await seal("session", state), left);
     const pointer = await seal("pointer");
     await Promise.all(label.keys.map(async (key) => await this.#store.put(key, pointer, left)));
-  }
-
-  async #open(
-    token: string,
-    bytes: Uint8Array,
-    kind: Label["kind"],
-    key: string,
-  ): Promise<[Label, Bytes]> {
-    const opened = decode(await this.#quay.unseal(token, copy(bytes)));
-    // "Each says which pointers belong to it": nothing older can stand in for it.
-    if (opened[0].kind === kind && opened[0].keys.includes(key)) return opened;
-    throw new Error("What is parked is not what its name says");
-  }
-
-  /** "The pointer's name is made of the whole token", which each answer to a resumption renews. */
-  async #keyOf(token: string): Promise<string> {
-    return hex((await this.#quay.digest(`duplex-sse park ${token}`)).subarray(0, 16));
   }
 
   // --- Failures and time ---
@@ -673,7 +640,7 @@ export class Parking implements SessionParking {
         if (age > MEMORY) this.#forget(parked);
       } else if (phase === "parked" && age > MEMORY && now - since > resumeTimeout + MEMORY) {
         this.#leave(parked, ""); // the store does not answer, and has it no more
-      } else if (phase === "parked" && (parked.wanted || this.#isLate(parked))) {
+      } else if (phase === "parked" && (parked.wanted || isLate(parked, this.#quay))) {
         // "After the resume timeout an instance takes back what nobody has come for."
         this.#reclaim(parked);
       }
@@ -682,6 +649,22 @@ export class Parking implements SessionParking {
       if (now - since <= MEMORY) break;
       this.#gone.delete(secret);
     }
+  }
+}
+
+/** Sessions whose hooks are at work, and who waits for that. */
+class Busy {
+  readonly #ends: Map<string, Deferred> = new Map();
+
+  async wait(session: string): Promise<void> {
+    const end = this.#ends.get(session) ?? deferred();
+    this.#ends.set(session, end);
+    await end.promise;
+  }
+
+  stir(session: string): void {
+    this.#ends.get(session)?.resolve();
+    this.#ends.delete(session);
   }
 }
 
@@ -735,6 +718,20 @@ class Limit {
   }
 }
 
+function begun(token: string, tokens: readonly string[], leaves: boolean, since: number): Parked {
+  return {
+    ...{ id: hex(crypto.getRandomValues(new Uint8Array(16))), token, leaves },
+    marks: tokens.map(markOf),
+    ...{ since, phase: "storing", age: 0, wanted: false, takes: 0 },
+    ...{ stored: deferred(), end: deferred() },
+  };
+}
+
+/** Its client is waited for no longer. */
+function isLate({ since }: Parked, quay: Quay): boolean {
+  return quay.now() - since > quay.host.resumeTimeout;
+}
+
 /** Meanwhile it may have gone on. */
 function isStill({ phase }: Parked, then: Phase): boolean {
   return phase === then;
@@ -755,6 +752,25 @@ function encode(label: Label, rest: Bytes = new Uint8Array()): Bytes {
 function decode(bytes: Bytes): [Label, Bytes] {
   const end = 4 + new DataView(bytes.buffer, bytes.byteOffset).getUint32(0);
   return [JSON.parse(decoder.decode(bytes.subarray(4, end))), bytes.slice(end)];
+}
+
+/** Of a value in the store, what it is, if it is that. */
+async function open(
+  quay: Quay,
+  token: string,
+  bytes: Uint8Array,
+  kind: Label["kind"],
+  key: string,
+): Promise<[Label, Bytes]> {
+  const opened = decode(await quay.unseal(token, copy(bytes)));
+  // "Each says which pointers belong to it": nothing older can stand in for it.
+  if (opened[0].kind === kind && opened[0].keys.includes(key)) return opened;
+  throw new Error("What is parked is not what its name says");
+}
+
+/** "The pointer's name is made of the whole token", which each answer to a resumption renews. */
+async function keyOf(quay: Quay, token: string): Promise<string> {
+  return hex((await quay.digest(`duplex-sse park ${token}`)).subarray(0, 16));
 }
 
 /** A driver's bytes may be a view of something larger, or shared. */

@@ -1749,7 +1749,7 @@ class Registry implements Host {
     const isAlone = await backplane.router!.isAlone();
     while (!isAlone && !isOver()) {
       if (clock() >= nextRound) { // others may still have come, and some may not have heard it
-        this.#askToGo(asked);
+        askToGo(this.#sessions.values(), asked);
         nextRound = clock() + HANDOVER_ROUND;
       }
       if (!remain()) break;
@@ -1758,25 +1758,13 @@ class Registry implements Host {
     for (const { timer } of asked.values()) clearTimeout(timer);
     const packed = () => [...this.#limbo.values()].map(({ session }) => session);
     // Hooks at work are waited for, since no session of theirs can be packed before.
-    const isBusy = () => [...this.#sessions.values()].some((one) => one.isBusy);
+    const isBusy = () =>
+      [...this.#sessions.values()].some((one) => one instanceof FullSession && one.isBusy);
     while (parking && !isOver() && isBusy()) await look();
     const left = [...this.#sessions.values(), ...packed()];
     await Promise.all(left.map(({ token }) => parking?.park(token, true)));
     // Whoever was sent these has them, or nobody will.
     for (const { token } of packed()) this.release(token, "moved");
-  }
-
-  /** Asks the clients of sessions that can move to connect anew, if they were not asked lately. */
-  #askToGo(asked: Map<FullSession, Renewal>): void {
-    const now = clock();
-    const going = [...this.#sessions.values()].filter((one) => one instanceof FullSession)
-      .filter((one) => one.isMovable && now >= (asked.get(one)?.nextAt ?? now));
-    const spread = Math.min(MAX_HANDOVER_SPREAD, going.length * HANDOVER_SPREAD);
-    for (const [i, session] of going.entries()) {
-      const after = (i + Math.random()) / going.length * spread;
-      const timer = setTimeout(() => session.renew(), after);
-      asked.set(session, { timer, nextAt: now + after + HANDOVER_PATIENCE });
-    }
   }
 
   /** Too much waits in all: closes those who have taken nothing for longest, until a quarter is free. */
@@ -1908,6 +1896,22 @@ class Registry implements Host {
 interface Renewal {
   readonly timer: ReturnType<typeof setTimeout>;
   readonly nextAt: number;
+}
+
+/** Asks the clients of sessions that can move to connect anew, if they were not asked lately. */
+function askToGo(
+  sessions: Iterable<Session>,
+  asked: Map<FullSession, Renewal>,
+): void {
+  const now = clock();
+  const going = [...sessions].filter((one) => one instanceof FullSession)
+    .filter((one) => one.isMovable && now >= (asked.get(one)?.nextAt ?? now));
+  const spread = Math.min(MAX_HANDOVER_SPREAD, going.length * HANDOVER_SPREAD);
+  for (const [i, session] of going.entries()) {
+    const after = (i + Math.random()) / going.length * spread;
+    const timer = setTimeout(() => session.renew(), after);
+    asked.set(session, { timer, nextAt: now + after + HANDOVER_PATIENCE });
+  }
 }
 
 /** A session that is packed, and stands in for it where that is subscribed. */
@@ -2414,8 +2418,6 @@ abstract class Session {
   abstract get wasHeard(): boolean;
   /** It can go to another instance. */
   abstract get isMovable(): boolean;
-  /** It could, but for its hooks, which are at work. */
-  abstract get isBusy(): boolean;
   /** What becomes of a client that does not come back. */
   protected get loss(): Ending {
     return LOST;
@@ -2812,6 +2814,7 @@ class FullSession extends Session implements Receiver {
     return isMovable(this.hooks) && !this.#isUnpackable;
   }
 
+  /** It could go, but for its hooks, which are at work. */
   get isBusy(): boolean {
     return this.isMovable && this.isOpen && !!(this.unhandledBytes || this.#pendingControls);
   }
@@ -3128,10 +3131,6 @@ class PlainSession extends Session {
 
   get isMovable(): boolean {
     return false; // what it has sent and received is not numbered
-  }
-
-  get isBusy(): boolean {
-    return false;
   }
 
   get wasHeard(): boolean {
