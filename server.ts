@@ -1767,8 +1767,9 @@ class Registry implements Host {
     for (const { token } of packed()) this.release(token, "moved");
   }
 
-  /** Too much waits in all: closes those who have taken nothing for longest, until a quarter is free. */
+  /** Where too much waits in all: closes those who have taken nothing for longest, until a quarter is free. */
   relieve(): void {
+    if (this.ledger.total <= this.settings.maxTotalBufferedAmount) return;
     const packed = [...this.#limbo.values()].map(({ session }) => session);
     const waiting = [...this.#sessions.values(), ...packed]
       .filter((session) => session.bufferedAmount > 0)
@@ -2319,7 +2320,7 @@ interface Host {
   settled(session: Session): void;
   /** It has ended, which is to be told to those who missed it. */
   bury(session: Session, ending: Ending | undefined): void;
-  /** More waits in all than `maxTotalBufferedAmount`. */
+  /** Sees to it that no more waits in all than `maxTotalBufferedAmount`. */
   relieve(): void;
   /** Calls in a task of its own. */
   later(call: () => void): void;
@@ -2489,10 +2490,9 @@ abstract class Session {
   /** The message goes at the end of the current job; with `hold`, at that of a rest. */
   send(frame: Frame, hold = false): number {
     if (!this.isOpen) return 0;
-    const { settings, ledger } = this.host;
-    if (ledger.total > settings.maxTotalBufferedAmount) this.host.relieve();
+    this.host.relieve();
     // "A send on a peer that already has more than maxBufferedAmount held back closes it with 1013."
-    if (this.outbox.cost > settings.maxBufferedAmount) this.overflow();
+    if (this.outbox.cost > this.host.settings.maxBufferedAmount) this.overflow();
     if (!this.isOpen) return 0;
     const encoded = this.encode(frame);
     this.outbox.push(encoded);
@@ -2872,9 +2872,8 @@ class FullSession extends Session implements Receiver {
 
   /** What is published to it meanwhile is held back as ever, for the case that it comes back. */
   keep(frame: Frame): number {
-    const { settings, ledger } = this.host;
-    if (ledger.total > settings.maxTotalBufferedAmount) this.host.relieve();
-    if (this.outbox.cost > settings.maxBufferedAmount) this.overflow();
+    this.host.relieve();
+    if (this.outbox.cost > this.host.settings.maxBufferedAmount) this.overflow();
     if (!this.isSwamped) this.outbox.push(this.encode(frame));
     return 0;
   }

@@ -91,8 +91,8 @@ export const BUGS: readonly Bug[] = [
   server(
     "all sessions together have no bound",
     140,
-    "    if (ledger.total > settings.maxTotalBufferedAmount) this.host.relieve();\n",
-    "",
+    "    if (this.ledger.total <= this.settings.maxTotalBufferedAmount) return;\n",
+    "    return;\n",
   ),
   client(
     "an ACK is lost with the batch that carried it",

@@ -151,7 +151,8 @@ function judgeEnd(world: World, client: Client, session: Session): void {
     return;
   }
   // A refused message ends its socket, whatever the server was about to say.
-  if (client.oversized && here.code === 1009 && session.closing) return;
+  const wasAboutTo = session.closing || there.code === 1013;
+  if (client.oversized && here.code === 1009 && wasAboutTo) return;
   if (isOutOfReach(client, session) || isUnheard(world, client, session)) return;
   if (here.code !== there.code || here.reason !== there.reason) world.violated("codes", name);
   if (isOfTheServer(world, client, session)) return;
@@ -268,11 +269,16 @@ const EXCUSES: Record<string, Excuse> = {
     server.resumeTimeout < 1.5 * server.heartbeatInterval &&
     faults.some((fault) => !!unnoticed(fault)),
   /** "But for one that closes at that moment, and whose connection (or the backplane …) breaks before it is told." */
-  "shut down while closing": ({ network, scenario }, { closing, number, ending }, session) =>
-    (closing && network.wasHit(number) && !!session?.shutDown || scenario.backplane.loss > 0 ||
-      // What it was told, and did not know, is lost with the instance.
-      !!closing && scenario.traits.rate < Infinity) &&
-    session?.server.shutdown?.done !== undefined && session.server.shutdown.done < ending!.at,
+  "shut down while closing": ({ network, scenario }, { closing, number, ending }, session) => {
+    const { at, done } = session?.server.shutdown ?? {};
+    const { backplane, traits } = scenario;
+    // From its farewell on, the others say 404 of its sessions, if they are told no better.
+    if (backplane.loss > 0) return at !== undefined && at < ending!.at && !!session?.ending;
+    // What it was told, and did not know, is lost with the instance.
+    const isLost = !!closing &&
+      (traits.rate < Infinity || network.wasHit(number) && session?.shutDown);
+    return !!isLost && done !== undefined && done < ending!.at;
+  },
   /** What the server said last is lost with the only instance that knew it. */
   "lost with its instance": ({ network }, { number, ending }, session) =>
     !!session?.ending && network.wasHit(number) &&
