@@ -18,6 +18,8 @@ import { Remote, type Runtime } from "../rpc.ts";
 
 const NAMES = ["native", "ours"] as const;
 type Name = (typeof NAMES)[number];
+/** In bytes: `window`, by default. */
+const FIRST_WINDOW = 256 * 1024;
 /** In ms. */
 const CUT_EVERY = 5_000;
 /** For what is on its way, in ms: partysocket waits for up to 5 s before it tries again. */
@@ -55,7 +57,7 @@ export async function network({ short, rounds, runtimes }: Scale): Promise<Outco
           goodput[name].push(await flood(runtime, name, delay, short ? 2_000 : 8_000));
         }
       }
-      tell(outcome, runtime, `${delay} ms each way, a cut every 5 s`, talks, goodput);
+      tell(outcome, runtime, delay, talks, goodput);
     }
   }
   return outcome;
@@ -64,10 +66,11 @@ export async function network({ short, rounds, runtimes }: Scale): Promise<Outco
 function tell(
   { figures, ratios }: Outcome,
   runtime: Runtime,
-  network: string,
+  delay: number,
   talks: Record<Name, Talk[]>,
   goodput: Samples<Name>,
 ): void {
+  const network = `${delay} ms each way, a cut every 5 s`;
   const sampled = (what: keyof Talk): Samples<Name> => ({
     native: talks.native.map((talk) => talk[what]),
     ours: talks.ours.map((talk) => talk[what]),
@@ -76,9 +79,17 @@ function tell(
   const lost = sampled("lost");
   ratios.push(bounded(`${runtime}: lost, ${rate}`, spread(lost.ours), { atMost: 0 }));
   const name = `goodput down, ${network}`;
-  const atLeast = 0.4;
+  // What native sockets make of two seconds says little.
+  if (lost.native.length) {
+    ratios.push(
+      ratio(`${runtime}: ${name}, ours / native`, goodput.ours, goodput.native, { atLeast: 0.4 }),
+    );
+  }
+  const first = goodput.ours.map(() => FIRST_WINDOW / (2 * delay) / 1000);
   ratios.push(
-    ratio(`${runtime}: ${name}, ours / native`, goodput.ours, goodput.native, { atLeast }),
+    ratio(`${runtime}: ${name}, ours / what the first window carries`, goodput.ours, first, {
+      atLeast: 2,
+    }),
   );
   figures.push(figure(name, runtime, "MB/s", goodput));
   if (!lost.native.length) return;
