@@ -5,6 +5,7 @@
  */
 import type { Kind } from "../tests/contenders.ts";
 import type { Overhead, Result, Speed } from "../tests/interruptions.ts";
+import { table } from "./markdown.ts";
 
 /** A kind of contender, and perhaps how it was set up: "ours, gather: 50". */
 export type Wire = string;
@@ -77,16 +78,6 @@ export function overheadTable({ overhead }: AiResults): string {
     ],
     lines,
   );
-}
-
-/** As `deno fmt` aligns it. */
-function table(head: string[], lines: string[][]): string {
-  const widths = head.map((name, at) =>
-    Math.max(name.length, ...lines.map((line) => line[at]!.length))
-  );
-  const row = (cells: string[]) =>
-    `| ${cells.map((cell, at) => cell.padEnd(widths[at]!)).join(" | ")} |`;
-  return [row(head), row(widths.map((width) => "-".repeat(width))), ...lines.map(row)].join("\n");
 }
 
 function median(values: number[]): number | undefined {

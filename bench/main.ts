@@ -2,11 +2,11 @@
  * The bench: `deno task bench`. Everything that is compared runs in the same
  * run, on the same runtime, in turns.
  *
- *     deno run -A bench/main.ts [--short] [--only name] [--runtime deno|bun] [--record]
+ *     deno run -A bench/main.ts [--short] [--only name,name] [--runtime deno|bun] [--record]
  *
- * A full run writes results.json and results.svg. `--short` is for CI: it fails
- * when a ratio has collapsed, see `collapsed`; `--record` keeps its ratios to
- * compare with.
+ * A full run writes results.json, its charts, and the tables of README.md and
+ * docs/performance.md. `--short` is for CI: it fails when a ratio has collapsed, see
+ * `collapsed`; `--record` keeps its ratios to compare with.
  *
  * @module
  */
@@ -16,6 +16,7 @@ import process from "node:process";
 import { parseArgs } from "node:util";
 import type { Outcome, Ratio, Scale, Scenario } from "./measure.ts";
 import { chart, describe, machine, plot, table } from "./report.ts";
+import { type Results, update } from "./performance.ts";
 import type { Runtime } from "./rpc.ts";
 import { binary } from "./scenarios/binary.ts";
 import { browsers } from "./scenarios/browsers.ts";
@@ -60,13 +61,6 @@ const SCENARIOS: Record<string, Scenario> = {
 };
 const RESULTS = join(import.meta.dirname!, "results.json");
 
-interface Results {
-  machine: string;
-  outcomes: Record<string, Outcome>;
-  /** The ratios of a short run, by name. */
-  short: Record<string, number>;
-}
-
 const { values: options } = parseArgs({
   options: {
     short: { type: "boolean", default: false },
@@ -86,11 +80,12 @@ const recorded: Results = await readFile(RESULTS, "utf8").then(JSON.parse, () =>
   short: {},
 }));
 
+const wanted = (options.only ?? "").toLowerCase().split(",");
 let passed = 0;
 const failed: string[] = [];
 const outcomes: Record<string, Outcome> = {};
 for (const [name, scenario] of Object.entries(SCENARIOS)) {
-  if (options.only && !name.toLowerCase().includes(options.only.toLowerCase())) continue;
+  if (!wanted.some((part) => name.toLowerCase().includes(part))) continue;
   const started = performance.now();
   let outcome = await scenario(scale);
   // What looks like a collapse is looked at twice: it may have been the machine.
@@ -122,6 +117,11 @@ if (options.short) {
   await writeFile(RESULTS.replace(".json", ".svg"), chart(recorded.outcomes));
   if ("saturation" in recorded.outcomes) {
     await writeFile(join(import.meta.dirname!, "latency.svg"), plot(recorded.outcomes));
+  }
+  const saved: Results = JSON.parse(await readFile(RESULTS, "utf8")); // which is rounded
+  for (const file of ["README.md", "docs/performance.md"]) {
+    const path = join(import.meta.dirname!, "..", file);
+    await writeFile(path, update(await readFile(path, "utf8"), saved));
   }
 }
 

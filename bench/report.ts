@@ -40,7 +40,8 @@ function show({ median, min, max }: Spread): string {
   return min === max ? short(median) : `${short(median)} (${short(min)} to ${short(max)})`;
 }
 
-function short(value: number): string {
+/** Three digits of it. */
+export function short(value: number): string {
   if (Math.abs(value) >= 10_000) return `${Math.round(value / 1000)}k`;
   return String(Number(value.toPrecision(value >= 100 ? 4 : 3)));
 }

@@ -8,6 +8,8 @@ import { join } from "node:path";
 import { execFile } from "node:child_process";
 import { gzipSync } from "node:zlib";
 import { type AiResults, interruptionTable, overheadTable } from "../bench/ai-tables.ts";
+import { marksOf } from "../bench/markdown.ts";
+import { update } from "../bench/performance.ts";
 import { cluster } from "../cluster.ts";
 import { sseAdapter, type SSEOptions } from "../mod.ts";
 import { MemoryBus } from "./bus.ts";
@@ -450,6 +452,19 @@ test("docs/ai.md's tables are what bench/ai.ts has measured, and ours loses noth
       assert(first[page] <= most, `${page}: at most 1.1 times its time to the first token`);
     }
   }
+});
+
+test("the tables of README.md and docs/performance.md are what the bench has recorded", async () => {
+  const results = JSON.parse(await readFile(join(root, "bench/results.json"), "utf8"));
+  for (const file of ["README.md", "docs/performance.md"]) {
+    const document = await readFile(join(root, file), "utf8");
+    for (const name of marksOf(document)) {
+      assert(name === "readme" || results.outcomes[name], `${name} has not been recorded`);
+    }
+    assertEquals(document, update(document, results), file);
+  }
+  const scenarios = marksOf(await readFile(join(root, "docs/performance.md"), "utf8"));
+  assertEquals(scenarios.toSorted(), Object.keys(results.outcomes).toSorted());
 });
 
 test("docs/ai.md's bounds are those of ai.ts", async () => {

@@ -26,7 +26,7 @@ export async function roundTrip({ short, rounds, runtimes }: Scale): Promise<Out
     }
     // Short trips of native sockets have two speeds, 0.025 and 0.07 ms on Bun, by whether the
     // processes fall asleep in between: no measure for a few of them, so a short run compares raw.
-    const target = { atMost: 1.5 };
+    const target = { atMost: runtime === "deno" ? 1.45 : 1.6 };
     const p99: Samples = { native: [], raw: [], crossws: [], ours: [] };
     const p50 = await interleaved(NAMES, rounds, async (kind) => {
       const times = await client.call<{ p50: number; p99: number }>(
@@ -51,7 +51,7 @@ export async function roundTrip({ short, rounds, runtimes }: Scale): Promise<Out
         `${runtime}: round trip p50, ours / raw`,
         p50.ours,
         p50.raw,
-        short ? target : undefined,
+        { atMost: short ? 1.5 : 1.15 },
       ),
     );
     if (short) continue; // a short run has too few for a 99th percentile
