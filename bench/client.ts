@@ -6,14 +6,8 @@
 import { WebSocketSSE } from "../client.ts";
 import { BATCH, text } from "./message.ts";
 import { answer } from "./rpc.ts";
+import { roundTrips, type Socket } from "./trips.ts";
 
-interface Socket {
-  onopen: (() => void) | null;
-  onmessage: ((event: { data: unknown }) => void) | null;
-  onerror: (() => void) | null;
-  send(text: string): void;
-  close(): void;
-}
 type Kind = "native" | "raw" | "crossws" | "ours";
 
 async function open(kind: Kind, port: number, transport?: "post"): Promise<Socket> {
@@ -72,25 +66,7 @@ async function stream(url: string): Promise<Socket> {
 answer({
   /** Echoes, one after the other; milliseconds. */
   async roundTrip({ kind, port, trips }) {
-    const socket = await open(kind, port);
-    const times: number[] = [];
-    await new Promise<void>((resolve) => {
-      let started = 0;
-      const send = () => {
-        started = performance.now();
-        socket.send(`echo ${times.length}`);
-      };
-      socket.onmessage = () => {
-        times.push(performance.now() - started);
-        if (times.length < trips) send();
-        else resolve();
-      };
-      send();
-    });
-    socket.close();
-    times.splice(0, trips >> 3); // warming up
-    times.sort((a, b) => a - b);
-    return { p50: times[times.length >> 1], p99: times[Math.floor(times.length * 0.99)] };
+    return await roundTrips(await open(kind, port), trips);
   },
 
   /** Bursts up, each when one has been answered; messages per second. */

@@ -6,25 +6,18 @@
 import { WebSocketSSE as Crossws } from "crossws/websocket/sse";
 import { WebSocketSSE } from "../client.ts";
 import { wallClock } from "./clock.ts";
+import { type Percentiles, percentiles, roundTrips, type Socket } from "./trips.ts";
 
 export type PageKind = "native" | "raw" | "crossws" | "ours";
 
 /** What the page offers to whoever drives the browser. */
 export interface BenchPage {
   /** Echoes, one after the other; milliseconds. */
-  roundTrip(kind: PageKind, trips: number): Promise<{ p50: number; p99: number }>;
+  roundTrip(kind: PageKind, trips: number): Promise<Percentiles>;
   /** Opens a socket that takes as many stamped messages. */
   listen(kind: PageKind, messages: number): Promise<void>;
   /** How late those were, in ms, once all have come. */
-  delays(): Promise<{ p50: number; p99: number }>;
-}
-
-interface Socket {
-  onopen: (() => void) | null;
-  onmessage: ((event: { data: string }) => void) | null;
-  onerror: (() => void) | null;
-  send(text: string): void;
-  close(): void;
+  delays(): Promise<Percentiles>;
 }
 
 const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
@@ -106,32 +99,11 @@ async function uplink(
   return (text) => void writer.write(encoder.encode(text));
 }
 
-function percentiles(times: number[]): { p50: number; p99: number } {
-  times.sort((a, b) => a - b);
-  return { p50: times[times.length >> 1]!, p99: times[Math.floor(times.length * 0.99)]! };
-}
-
 let arrived: Promise<number[]>;
 
 const page: BenchPage = {
   async roundTrip(kind, trips) {
-    const socket = await open(kind);
-    const times: number[] = [];
-    await new Promise<void>((resolve) => {
-      let started = 0;
-      const send = () => {
-        started = performance.now();
-        socket.send(`echo ${times.length}`);
-      };
-      socket.onmessage = () => {
-        times.push(performance.now() - started);
-        if (times.length < trips) send();
-        else resolve();
-      };
-      send();
-    });
-    socket.close();
-    return percentiles(times.slice(trips >> 3)); // warming up
+    return await roundTrips(await open(kind), trips);
   },
 
   async listen(kind, messages) {

@@ -10,6 +10,7 @@ import { onPath, root } from "../../tests/spawn.ts";
 import { figure, interleaved, type Outcome, ratio, type Samples, type Scale } from "../measure.ts";
 import type { BenchPage, PageKind } from "../page.ts";
 import { Remote, type Runtime } from "../rpc.ts";
+import type { Percentiles } from "../trips.ts";
 
 declare const globalThis: { page: BenchPage };
 
@@ -103,7 +104,7 @@ async function show(
 }
 
 /** Only a window in front has timers and tasks in time. */
-async function roundTrip(page: Page, kind: PageKind): Promise<{ p50: number; p99: number }> {
+async function roundTrip(page: Page, kind: PageKind): Promise<Percentiles> {
   await page.bringToFront();
   return await page.evaluate(
     (kind, trips) => globalThis.page.roundTrip(kind, trips),
@@ -115,7 +116,7 @@ async function roundTrip(page: Page, kind: PageKind): Promise<{ p50: number; p99
 async function stream(
   { server, page }: { server: Remote; page: Page },
   kind: PageKind,
-): Promise<{ p50: number; p99: number }> {
+): Promise<Percentiles> {
   await page.bringToFront();
   await page.evaluate((kind, most) => globalThis.page.listen(kind, most), kind, MESSAGES);
   // A client is connected a little before its server subscribes it.
