@@ -4,7 +4,7 @@
  * sessions grow exactly as far as they could before.
  */
 import { cluster } from "../cluster.ts";
-import { parking, type ParkingStore } from "../parking.ts";
+import { parking } from "../parking.ts";
 import type { Peer, SSEAdapter, SSEOptions } from "../server.ts";
 import { MemoryBus } from "./bus.ts";
 import {
@@ -17,6 +17,7 @@ import {
   until,
 } from "./harness.ts";
 import { adapter, shutDown } from "./pair.ts";
+import { MemoryStore } from "./store.ts";
 import { ack, CLOSE_3127, WireClient } from "./wire.ts";
 
 const HOME = "http://localhost/room";
@@ -210,15 +211,7 @@ test("a window that is no whole number is lent and given back as it is", async (
 for (const how of ["moves to another instance", "is parked, and left", "is parked, and expires"]) {
   test(`after a session ${how}, all that it was lent and held back is there for others`, async (t) => {
     t.defer(() => sleep(50));
-    const values = new Map<string, Uint8Array>();
-    const store: ParkingStore = {
-      put: (key, bytes) => void values.set(key, bytes),
-      take(key) {
-        const bytes = values.get(key);
-        values.delete(key);
-        return bytes;
-      },
-    };
+    const store = new MemoryStore();
     const bus = new MemoryBus(t);
     const sync = () =>
       cluster(bus.adapter, { parking: parking(store, { whenAway: !how.startsWith("moves") }) });

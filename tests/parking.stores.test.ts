@@ -5,7 +5,6 @@
  */
 import { join } from "node:path";
 import process from "node:process";
-import type { ParkingStore } from "../parking.ts";
 import type { SSEAdapter } from "../server.ts";
 import { MemoryBus, PostgresServer, RedisServer, roundRobin } from "./bus.ts";
 import { type Instance, launch } from "./fleet.ts";
@@ -20,6 +19,7 @@ import {
 } from "./harness.ts";
 import { shutDown } from "./pair.ts";
 import { project, recipeOf } from "./project.ts";
+import { MemoryStore } from "./store.ts";
 import { numbers } from "./talker.ts";
 import { type WireClient, wireClient } from "./wire.ts";
 
@@ -94,15 +94,7 @@ for (const [name, { file, skip, start, runtimes, flags }] of Object.entries(kind
 
 testOnce("docs/scale.md's server parks what its clients have left, and takes it up", async (t) => {
   const { serve } = await import(await recipe(t, "parked-server.ts"));
-  const values = new Map<string, Uint8Array>();
-  const store: ParkingStore = {
-    put: (key, bytes) => void values.set(key, bytes),
-    take(key) {
-      const bytes = values.get(key);
-      values.delete(key);
-      return bytes;
-    },
-  };
+  const store = new MemoryStore();
   t.defer(() => sleep(200)); // what is being sealed
   const bus = new MemoryBus(t);
   let ws: SSEAdapter = serve(bus.adapter, store);
@@ -110,7 +102,7 @@ testOnce("docs/scale.md's server parks what its clients have left, and takes it 
   const client = await wireClient(t, front.url);
   await client.send("before");
   await ws.close(1012);
-  assertEquals(values.size, 2);
+  assertEquals(store.values.size, 2);
   ws = serve(bus.adapter, store);
   t.defer(() => shutDown(ws));
   const back = t.use(await client.resume(1, 0));

@@ -4,7 +4,7 @@
  * step, and anybody may read and write there.
  */
 import { cluster } from "../cluster.ts";
-import { parking, type ParkingOptions, type ParkingStore, type Quay } from "../parking.ts";
+import { parking, type ParkingOptions, type Quay } from "../parking.ts";
 import type { Peer, SSEOptions } from "../server.ts";
 import { MemoryBus, type RoundRobin, roundRobin } from "./bus.ts";
 import {
@@ -22,31 +22,8 @@ import {
   until,
 } from "./harness.ts";
 import { listen, type Pair } from "./pair.ts";
+import { MemoryStore } from "./store.ts";
 import { ack, type WireClient, wireClient } from "./wire.ts";
-
-/** What is done in place of a step of the store. */
-type Fault = (step: "put" | "take", key: string, go: () => unknown) => unknown;
-
-/** A store in memory, with its history. */
-class MemoryStore implements ParkingStore {
-  readonly values: Map<string, Uint8Array> = new Map();
-  /** All that was ever put. */
-  readonly history: [key: string, bytes: Uint8Array, ttl: number][] = [];
-  fault: Fault = (_step, _key, go) => go();
-
-  async put(key: string, bytes: Uint8Array<ArrayBuffer>, ttl: number): Promise<void> {
-    this.history.push([key, bytes, ttl]);
-    await this.fault("put", key, () => void this.values.set(key, bytes));
-  }
-
-  async take(key: string): Promise<Uint8Array | undefined> {
-    return await this.fault("take", key, () => {
-      const bytes = this.values.get(key);
-      this.values.delete(key);
-      return bytes;
-    }) as Uint8Array | undefined;
-  }
-}
 
 interface Fleet {
   readonly bus: MemoryBus;
