@@ -397,6 +397,7 @@ class Router implements RoutingDriver {
     clearInterval(this.#timer);
     this.#searches.end();
     this.#subscription.end();
+    this.#migration.moves.close();
     for (const relay of this.#relays.values()) relay.end();
     for (const served of this.#served.values()) served.cancel();
     // Answers on their way, the last CLOSE's among them.

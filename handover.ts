@@ -151,6 +151,7 @@ export class Moves<Message> {
   /** Adoptions by which a session came here, and sessions that went from here to which instance. */
   readonly #taken: Memory<string> = new Memory(MEMORY);
   readonly #moved: Memory<string>;
+  #isOver = false;
 
   /**
    * `timeout` bounds how long a session is waited for; a client that has not heard where its
@@ -198,7 +199,7 @@ export class Moves<Message> {
   /** Asks `owner` for the session. Resolves when it is here, or stays where it is. */
   async adopt(session: string, owner: string, claim: Claim): Promise<void> {
     for (let end; (end = this.moving(session));) await end;
-    if (owner === this.#instance || this.#mover.owns(session)) return;
+    if (this.#isOver || owner === this.#instance || this.#mover.owns(session)) return;
     const end = deferred();
     const adoption = {
       id: "",
@@ -459,6 +460,14 @@ export class Moves<Message> {
     }
     this.#taken.forget(this.#mover.now());
     this.#moved.forget(this.#mover.now());
+  }
+
+  /** Nobody is heard and no tick comes any more: requests that wait for a session go without it. */
+  close(): void {
+    this.#isOver = true;
+    for (const { end } of this.#limbos.values()) end.resolve();
+    this.#limbos.clear();
+    for (const adoption of [...this.#adoptions.values()]) this.#end(adoption);
   }
 }
 

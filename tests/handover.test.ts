@@ -16,6 +16,7 @@ import {
   test,
   type TestContext,
   until,
+  within,
 } from "./harness.ts";
 import { connect, listen, type Pair } from "./pair.ts";
 import { wireClient } from "./wire.ts";
@@ -356,6 +357,29 @@ for (
     assertEquals(events.includes("error"), false);
   }, { timeout: 40_000 });
 }
+
+test("an instance that ends answers who waits for a session that does not come", async (t) => {
+  let asked = 0;
+  const bus = new MemoryBus(t, {
+    fault: ({ data }) => {
+      const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+      if (text.includes('"kind":"adopt"')) asked++;
+      return asked ? [] : [0];
+    },
+  });
+  const { instances: [first, second], proxy } = await start(t, bus.adapter);
+  const peer = await wireClient(t, `${proxy.url}/room`);
+  await hearsOfAnother(second!);
+  assertEquals(first!.ws.stats().sessions.connected, 1);
+  proxy.choose = () => 1;
+  // One is asked for, and the other waits for that.
+  const refusals = [1, 2].map((attempt) =>
+    peer.resume(attempt, 0).then(() => 200, ({ status }) => status)
+  );
+  await until(() => asked > 0);
+  await second!.ws.close(1012, "", { signal: AbortSignal.abort() });
+  assertEquals(await within(Promise.all(refusals), 1_000, "answers"), [503, 503]);
+}, { timeout: 15_000 });
 
 test("a session that got lost on its way comes back, and goes on", async (t) => {
   const lost = { state: 0, have: 0 };
