@@ -120,6 +120,8 @@ const PLAIN_HISTORY = 64 * 1024;
 const GAIN = 1.1;
 /** What it carries is measured for so many ms at least: a path of no length has rounds of no meaning. */
 const ROUND_SPAN = 100;
+/** But rounds of less than this show that a path carries more, and that little of it waits on its way. */
+const START_SPAN = 20;
 /** After so many full rounds that is tried anew. */
 const TRIAL_EVERY = 8;
 /** A client may be ahead of its hooks by what they handle in this time, in ms, measured this often. */
@@ -3597,8 +3599,11 @@ class Window {
   readonly allowance: Allowance;
   /** In this round something had to wait for room. */
   isFull = false;
-  /** Whether twice the size carries more: what is acknowledged first went under the size before. */
-  #trial: "none" | "filling" | "running" = "none";
+  /**
+   * Whether twice the size carries more: what is acknowledged first went under the size before. It
+   * begins with sizes that fast rounds alone speak for.
+   */
+  #trial: "starting" | "none" | "filling" | "running" = "starting";
   /** Full rounds until the next trial. */
   #pause = 0;
   /** Bytes a millisecond, of the last full round. */
@@ -3625,9 +3630,17 @@ class Window {
     const elapsed = this.isFull && this.#since && clock() - this.#since;
     this.isFull = false;
     this.#last = next;
-    if (elapsed && elapsed < ROUND_SPAN && this.#trial !== "filling") return; // it goes on
+    const starts = this.#trial === "starting" && elapsed && this.#start(elapsed);
+    if (!starts && elapsed && elapsed < ROUND_SPAN && this.#trial !== "filling") return; // it goes on
     this.#since = 0;
-    if (elapsed) this.#judge(this.#bytes / elapsed);
+    if (elapsed && !starts) this.#judge(this.#bytes / elapsed);
+  }
+
+  /** Whether it has grown, by a round that was full. */
+  #start(elapsed: number): boolean {
+    const grows = elapsed < START_SPAN && this.allowance.resize(2 * this.allowance.size);
+    if (!grows) this.#trial = "none";
+    return grows;
   }
 
   #judge(rate: number): void {

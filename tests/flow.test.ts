@@ -453,6 +453,36 @@ test("a window does not grow for a client that is slow itself", async (t) => {
   assertLessOrEqual(half, 20, `${counts}`); // a trial of twice the size aside
 });
 
+test("a window doubles with each full round that is short, and not by a long one", async (t) => {
+  const now = performance.now;
+  let time = now.call(performance);
+  t.defer(() => performance.now = now);
+  performance.now = () => time;
+  const peers: Peer[] = [];
+  const ws = adapter(t, {
+    ...{ window: 10_000, maxWindow: 80_000 },
+    hooks: { open: (peer) => void peers.push(peer) },
+  });
+  for (const [duration, rounds] of [[19, [10, 10, 20, 40, 80, 80]], [21, [10, 10, 10]]] as const) {
+    const client = t.use(await WireClient.open(ws.fetch, HOME));
+    for (let i = 0; i < 300; i++) peers.at(-1)!.send("x".repeat(992)); // and 8 bytes around it
+    let received = 0;
+    let next = client.message();
+    for (const [round, size] of rounds.entries()) {
+      for (let n = 0; n < size; n++, received++) {
+        await next;
+        next = client.message(); // which lets the server write what it may
+      }
+      await sleep(0);
+      assertEquals(peers.at(-1)!.bufferedAmount, (300 - received) * 1_000, `round ${round}`);
+      time += duration;
+      assertEquals(await client.frames(ackOf(received)), [204, 0]);
+    }
+    await next;
+    await client.events.cancel();
+  }
+});
+
 test("a window is what it was at first on the next connection", async (t) => {
   const peers: Peer[] = [];
   const ws = adapter(t, {
