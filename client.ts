@@ -102,6 +102,10 @@ const UPLINK_PATIENCE_MS = 5_000;
 const CLOSE_TIMEOUT_MS = 3_000;
 /** How long a page waits for the one before it to let go of its session. */
 const CLAIM_TIMEOUT_MS = 1_000;
+/** Of messages that go on with a session: `sessionStorage` has room for 5 Mi characters, of base64. */
+const MAX_KEPT_BYTES = 3.75 * 1024 * 1024;
+/** So that two who go on with one session by the same text do not make the same attempts. */
+const MAX_LEAP = 2 ** 20;
 const MAX_REASON_BYTES = 123;
 /** The most of any term: timers cannot wait longer. */
 const MAX_TERM = 2 ** 31 - 1;
@@ -189,6 +193,8 @@ export interface WebSocketSSEOptions {
    * so a secure context. Default: false.
    */
   persist?: boolean | string | undefined;
+  /** What {@link WebSocketSSE.pack} has given: goes on with that session. Once: it is for one socket. */
+  resume?: string | null | undefined;
   /** Used instead of the global `fetch`. */
   fetch?: ((input: string, init?: RequestInit) => Promise<Response>) | undefined;
   /** Fails the socket when it aborts. */
@@ -450,7 +456,7 @@ export class WebSocketSSE extends EventTarget {
       ...{ session, requests, inbox, outbox, receipts },
       transports: new Transports(requests.target, options),
       pauses: new Pauses(),
-      keeper: new Keeper(options.persist, requests.target, session, outbox, receipts),
+      keeper: new Keeper(options, requests.target, session, outbox, receipts),
     };
     this.#course = new Course(this.#parts, this.#reports());
     checkOptions(options, (text) => requests.warn(text));
@@ -546,8 +552,9 @@ export class WebSocketSSE extends EventTarget {
   }
 
   /**
-   * Whether the session was begun by an earlier page: see {@link WebSocketSSEOptions.persist}. If
-   * not, the page begins with nothing. Not of the standard.
+   * Whether the session was begun by an earlier page or socket: see
+   * {@link WebSocketSSEOptions.persist} and {@link pack}. If not, the page begins with nothing. Not
+   * of the standard.
    */
   get resumed(): boolean {
     return this.#parts.keeper.hasTakenOver;
@@ -647,6 +654,44 @@ export class WebSocketSSE extends EventTarget {
   /** Goes on after {@link pause}. So does `close()`: nothing comes after it that could wait. */
   resume(): void {
     this.#setPaused(false);
+  }
+
+  /**
+   * Packs the session as text, with which another socket of the same URL, protocols and credentials
+   * goes on: by the option `resume`, within the server's `resumeTimeout`, in whatever process. Both
+   * ways nothing is lost and nothing arrives twice; a message counts as received once it was
+   * dispatched here. This socket is over: it is CLOSING at once, sends nothing more, and `close` by
+   * 1001 follows, which is not clean. The text has the session's token and what was sent and is not
+   * acknowledged: keep it as secret as the credentials. Not of the standard.
+   *
+   * @returns Undefined, and then the socket goes on as if it had not been asked: while it connects
+   * (unless to resume), closes or is closed, while a `Blob` is being read, with over 3.75 MiB unsent,
+   * and at a server that resumes nothing.
+   * @example
+   * ```ts
+   * import { WebSocketSSE } from "@duplex/sse/client";
+   *
+   * const url = "https://example.com/chat";
+   *
+   * function save(socket: WebSocketSSE): void {
+   *   const packed = socket.pack();
+   *   if (packed) localStorage.setItem("chat", packed);
+   * }
+   *
+   * function restore(): WebSocketSSE {
+   *   const resume = localStorage.getItem("chat");
+   *   localStorage.removeItem("chat"); // it is for one socket
+   *   return new WebSocketSSE(url, { resume }); // its `resumed` tells whether that could be
+   * }
+   * ```
+   */
+  pack(): string | undefined {
+    const packed = this.#course.pack(this.#readyState === OPEN);
+    if (packed) {
+      this.#readyState = CLOSING;
+      this.#setPaused(false);
+    }
+    return packed;
   }
 
   #setPaused(isPaused: boolean): void {
@@ -916,14 +961,26 @@ class Course implements LinkHost {
    * out, as far as 64 KiB of keepalive go.
    */
   leave(isOpen: boolean): void {
-    const { isOver, isKeepable, terms, level } = this.#session;
+    const { isOver, terms, level } = this.#session;
     if (isOver) return;
-    if (isKeepable && (isOpen || this.#keeper.hasTakenOver) && this.link.keep()) return;
+    if (this.#mayGoOn(isOpen) && this.link.keep()) return;
     if (terms) {
       if (isOpen) this.#outbox.add(level.close(1001, EMPTY), 0, true);
       this.#uplink.flush();
     }
     this.#end([1001, "", false]);
+  }
+
+  /** The session leaves this socket, as what is returned. The server hears nothing of that. */
+  pack(isOpen: boolean): string | undefined {
+    const packed = this.#mayGoOn(isOpen) ? this.#keeper.pack() : undefined;
+    if (packed) this.#end([1001, "packed", false]);
+    return packed;
+  }
+
+  /** Elsewhere, if the page has heard of the session, or will: it was begun by another. */
+  #mayGoOn(isOpen: boolean): boolean {
+    return this.#session.isKeepable && (isOpen || this.#keeper.hasTakenOver);
   }
 
   /** The page was kept, in the back/forward cache. Another may have its session by now. */
@@ -2449,6 +2506,8 @@ class Keeper {
   readonly #locks: Locks | undefined;
   /** Where it is kept. */
   readonly #key: string;
+  /** What the option `resume` has, until it is taken. */
+  #carried: Kept | undefined;
   /** A tab that was duplicated has a copy of what is kept. The lock of this name tells whose it is. */
   #id = "";
   #free = (): void => {};
@@ -2457,7 +2516,7 @@ class Keeper {
   hasTakenOver = false;
 
   constructor(
-    persist: string | boolean | undefined,
+    { persist, resume }: WebSocketSSEOptions,
     target: string,
     session: Session,
     outbox: Outbox,
@@ -2468,6 +2527,10 @@ class Keeper {
     this.#receipts = receipts;
     this.#key = `duplex-sse ${persist === true ? target : persist}`;
     if (persist && "document" in globalThis) this.#locks = locks();
+    if (resume === undefined || resume === null) return;
+    this.#carried = keptOf(resume);
+    if (!this.#carried) throw new TypeError("The option resume is not what pack() gave");
+    this.#carried.attempt += Math.ceil(Math.random() * MAX_LEAP);
   }
 
   get isAsleep(): boolean {
@@ -2481,14 +2544,16 @@ class Keeper {
 
   /** Takes what is kept, before another task can see it; with an id, only what is its. */
   take(id?: string): Kept | undefined {
-    if (!this.#locks) return;
+    const carried = this.#carried;
+    this.#carried = undefined;
+    if (carried || !this.#locks) return carried;
     try {
-      const kept: Kept = JSON.parse(sessionStorage.getItem(this.#key)!);
-      if (id && kept.id !== id) return;
+      const kept = keptOf(sessionStorage.getItem(this.#key));
+      if (!kept || id && kept.id !== id) return;
       sessionStorage.removeItem(this.#key);
       return kept;
     } catch {
-      // there is nothing, or it is not allowed
+      // it is not allowed
     }
   }
 
@@ -2508,8 +2573,8 @@ class Keeper {
   }
 
   /** Claims a session, or a new one: the page before may be about to let go of it. */
-  claim(id: string = randomName()): Promise<boolean> | undefined {
-    if (!this.#locks) return;
+  claim(id: string = randomName()): boolean | Promise<boolean> {
+    if (!this.#locks) return true;
     this.end();
     this.#id = id;
     const request = new AbortController();
@@ -2524,18 +2589,25 @@ class Keeper {
     });
   }
 
-  /** Keeps the session as it stands. False: it is too much, or not allowed. */
-  keep(): boolean {
+  /** The session as it stands. Undefined: it is too much, or not all there. */
+  pack(): string | undefined {
     const { token, terms, attempt, lostAt } = this.#session;
-    const outbox = this.#outbox.pack();
-    if (!this.#locks || !this.#id || !terms || !outbox) return false;
+    const outbox = this.#outbox.size > MAX_KEPT_BYTES ? undefined : this.#outbox.pack();
+    if (!terms || !outbox) return;
     const kept: Kept = {
-      ...{ id: this.#id, token, terms, attempt, outbox },
-      lostAt: Date.now() - (lostAt && clock() - lostAt),
+      ...{ id: this.#id || randomName(), token, terms, attempt, outbox },
+      lostAt: Math.floor(Date.now() - (lostAt && clock() - lostAt)),
       dispatched: this.#receipts.dispatched,
     };
+    return JSON.stringify(kept);
+  }
+
+  /** Keeps the session as it stands. False: it is too much, or not allowed. */
+  keep(): boolean {
+    const packed = this.#locks && this.#id && this.pack();
+    if (!packed) return false;
     try {
-      sessionStorage.setItem(this.#key, JSON.stringify(kept));
+      sessionStorage.setItem(this.#key, packed);
     } catch {
       return false;
     }
@@ -2556,6 +2628,25 @@ class Keeper {
 
   end(): void {
     this.#free();
+  }
+}
+
+/** What was packed, unless the text is something else: others can write where it was. */
+function keptOf(text: string | null | undefined): Kept | undefined {
+  try {
+    const kept: Kept = JSON.parse(text!);
+    const { token, terms, attempt, lostAt, dispatched, outbox } = kept;
+    const { firstUnacked, nextUnsent, begun, handled, messages } = outbox;
+    const counts = [
+      ...[attempt, lostAt, dispatched, begun, handled, firstUnacked - 1],
+      ...[nextUnsent - firstUnacked, firstUnacked + messages.length - nextUnsent],
+      ...messages.map(([frame, size]) => fromBase64(frame) && size),
+    ];
+    const areCounts = counts.every((count) => Number.isSafeInteger(count) && count >= 0);
+    const isToken = typeof token === "string" && /^[!-~]+$/.test(token);
+    if (areCounts && isToken && areTerms(terms)) return kept;
+  } catch {
+    // it is no JSON, or has another shape
   }
 }
 
@@ -3630,6 +3721,7 @@ const OPTIONS: Readonly<Record<keyof WebSocketSSEOptions, string>> = {
   stream: "",
   transport: "auto, duplex, stream, post or poll",
   persist: "",
+  resume: "",
   fetch: "a function",
   signal: "",
 };

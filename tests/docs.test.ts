@@ -96,7 +96,8 @@ test("README.md's snippets type-check, as do the examples in doc comments", asyn
   const { dir } = t.use(await consumer());
   const snippets = (await blocks("README.md")).filter(({ language }) => language === "ts")
     .map(({ text }) => text);
-  for (const file of ["docs/frameworks.md", "docs/ai.md", "docs/operate.md", "docs/platforms.md"]) {
+  for (const page of ["frameworks", "ai", "operate", "platforms", "pages"]) {
+    const file = `docs/${page}.md`;
     for (const { language, text } of await blocks(file)) {
       if (language === "ts") snippets.push(text);
     }

@@ -5,7 +5,7 @@ import { assertLessOrEqual, test } from "./harness.ts";
 
 /** In bytes: 3 % above what is there, so that growth is noticed. */
 const budgets = {
-  "client.ts": 16_100,
+  "client.ts": 16_500,
   "server.ts": 19_500,
   "cluster.ts": 12_500,
   "stream.ts": 2_000,
