@@ -54,6 +54,8 @@ const STOP_TIMEOUT = 5_000;
 const MOVE_TIMEOUT = 30_000;
 /** How long another instance has to say that it has a chat's run. */
 const FIND_TIMEOUT = 1_000;
+/** What was said has so long to be published before this instance ends. */
+const SAY_TIMEOUT = 5_000;
 /** How often instances that show each other's runs hear of each other; after three silences one is gone. */
 const WATCH_PERIOD = 2_000;
 const MAX_SILENCES = 3;
@@ -504,6 +506,8 @@ class Chats {
     };
     if (signal?.aborted) abort();
     signal?.addEventListener("abort", abort);
+    // Where timers can do so, ours keep no process alive: it would end before its answers have.
+    const awake = setInterval(() => {}, WATCH_PERIOD);
     promise.catch(() => {}); // told by the race, where there is one
     try {
       if (signal?.aborted) await promise;
@@ -513,9 +517,11 @@ class Chats {
         if (waits.length === 0) break;
         await Promise.race([promise, ...waits]);
       }
-      await Promise.race([promise, this.#others?.said]);
+      await this.#others?.said(promise);
     } finally {
-      await this.#others?.close();
+      this.#others?.close();
+      await this.#others?.said(promise).catch(() => {});
+      clearInterval(awake);
       signal?.removeEventListener("abort", abort);
     }
   }
@@ -607,16 +613,18 @@ class Others {
   }
 
   /** Hears and says no more. */
-  async close(): Promise<void> {
+  close(): void {
     this.#isClosed = true;
     clearInterval(this.#timer);
     this.#try(() => this.#driver.close?.());
-    await this.said;
   }
 
-  /** Resolves when all that was said is published. */
-  get said(): Promise<unknown> {
-    return Promise.all(this.#saying);
+  /** Resolves when all that was said is published, or the driver has had its time. Fails as `hurry` does. */
+  async said(hurry: Promise<never>): Promise<void> {
+    const { promise, resolve } = deferred();
+    const late = setTimeout(resolve, SAY_TIMEOUT);
+    await Promise.race([hurry, promise, Promise.all(this.#saying)])
+      .finally(() => clearTimeout(late));
   }
 
   /** Resolves when nobody elsewhere has yet to be shown the end of a run; undefined: nobody has. */

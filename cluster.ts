@@ -80,6 +80,8 @@ const ROUTED_HEADERS = [
 /** Redis takes much more; a batch of 512 KiB fits in one. */
 const DEFAULT_MAX_PAYLOAD = 1024 * 1024;
 const DEFAULT_TIMEOUT = 5_000;
+/** How long each step of a shutdown takes that is aborted. */
+const HURRY = 500;
 /** Room for what a driver writes around a message, beside what crossws's write. */
 const ENVELOPE_SLACK = 64;
 /** What a client puts in one batch, besides one message of any size. */
@@ -387,27 +389,28 @@ class Router implements RoutingDriver {
     };
   }
 
-  async close(): Promise<void> {
+  async close(signal?: AbortSignal): Promise<void> {
     // What others are about to answer: cut off, it would be asked for again, a second later.
     const asking = [...this.#relays.values()].filter(({ streams }) => !streams);
     const answers = Promise.all(asking.map(({ response }) => response));
-    await within(answers, Math.min(DOUBT, this.#timeout));
+    await within(answers, Math.min(DOUBT, this.#timeout), signal);
     this.#closed = true;
     if (this.#subscription.stands) this.#presence.leave();
     clearInterval(this.#timer);
     this.#searches.end();
     this.#subscription.end();
-    this.#migration.moves.close();
+    this.#migration.close();
+    this.#bodies.end();
     for (const relay of this.#relays.values()) relay.end();
     for (const served of this.#served.values()) served.cancel();
+    this.#bus.look();
     // Answers on their way, the last CLOSE's among them.
-    await within(Promise.allSettled(this.#work), this.#timeout);
-    try {
-      if (await within(this.#driver.close?.(), this.#timeout)) return;
-      throw new Error("The backplane does not close");
-    } catch (error) { // who stops while the backplane is down must be able to
-      this.#report({ stage: "subscribe" }, error);
-    }
+    const last = [...this.#work, ...this.#migration.sending];
+    await within(Promise.allSettled(last), this.#timeout, signal);
+    this.#bus.end();
+    await closeDriver(this.#driver, this.#timeout, signal).catch((error) =>
+      this.#report({ stage: "subscribe" }, error)
+    );
   }
 
   // --- As the instance that received a request ---
@@ -450,7 +453,7 @@ class Router implements RoutingDriver {
       }
       const body = await this.#bodies.read(request, this.#host.maxMessageSize + MAX_BATCH);
       if (body instanceof Response) return body;
-      if (this.#closed) return refuse(503, "Shutting down"); // elsewhere it may go at once
+      if (this.#closed) return shuttingDown();
       if (this.#bus.behind || this.#relays.size >= MAX_RELAYS) return unavailable();
       return await this.#ask(request, body, token, session, owner, namespace);
     } catch (error) {
@@ -507,6 +510,7 @@ class Router implements RoutingDriver {
   async #answerHere(relay: Relay, head: RequestHead, body: Bytes): Promise<void> {
     const { token } = relay;
     await this.#migration.settled(token, head.session);
+    if (relay.isOver) return; // its client has been told otherwise
     const to = this.#host.has(token) ? "" : this.#migration.whereabouts(token, head.session);
     if (to) relay.redirect(to);
     else relay.answer(await this.#serveHere(head, token, body));
@@ -699,6 +703,12 @@ class Router implements RoutingDriver {
   }
 }
 
+/** Who stops while the backplane is down must be able to. */
+async function closeDriver(driver: SyncDriver, timeout: number, signal?: AbortSignal) {
+  if (await within(driver.close?.(), timeout, signal) || signal?.aborted) return;
+  throw new Error("The backplane does not close");
+}
+
 // --- Relaying: the receiving instance's side of one request ---
 
 /** What a relay needs of its instance. */
@@ -760,6 +770,10 @@ class Relay {
     return this.#phase === "streaming";
   }
 
+  get isOver(): boolean {
+    return this.#phase === "ended";
+  }
+
   /** Whether it is for the session of this token, whichever of its instances that names. */
   isOf(token: string): boolean {
     return secretOf(token) === secretOf(this.token);
@@ -788,6 +802,7 @@ class Relay {
 
   /** The answer did not come over the backplane. */
   answer(response: Response): void {
+    if (this.isOver) response.body?.cancel().catch(() => {}); // nobody else would end it
     this.#respond(response);
     this.end();
   }
@@ -1190,7 +1205,7 @@ class Migration implements Mover<SyncMessage> {
       ...{ instance, host, wake, digest, seal, unseal, encodePacked },
       now: () => this.now(),
       counts: () => this.counts(),
-      asks: (session) => this.moves.asks(session),
+      asks: (session) => host.takes && this.moves.asks(session),
       take: (session, state, counts) => this.#takeParked(session, state, counts),
       confirm: (to, id, session) =>
         this.send(to, { kind: "adopted", id, session, from: this.#instance }),
@@ -1228,6 +1243,16 @@ class Migration implements Mover<SyncMessage> {
   tick(period: number): void {
     this.moves.tick(period);
     this.parking?.tick(period);
+  }
+
+  close(): void {
+    this.moves.close();
+    this.parking?.hurry();
+  }
+
+  /** What is being said of sessions. */
+  get sending(): Promise<void>[] {
+    return this.#outgoing.all;
   }
 
   /** Something is kept that a tick will forget. */
@@ -1385,6 +1410,10 @@ class Migration implements Mover<SyncMessage> {
       .catch((error) => this.#host.report(error, { stage: "publish", instance: to }));
   }
 
+  get takes(): boolean {
+    return this.#host.takes;
+  }
+
   owns(session: string): boolean {
     const token: string | undefined = this.#tokenOf(session); // it has its name a little later
     return token !== undefined && this.#host.owns(token);
@@ -1427,11 +1456,12 @@ class Migration implements Mover<SyncMessage> {
   }
 
   /** The store answers for who has parked the session: nothing is to come of whom we never heard. */
-  async #takeParked(session: string, state: Bytes, counts: Counts): Promise<void> {
+  async #takeParked(session: string, state: Bytes, counts: Counts): Promise<boolean> {
     const id = this.moves.askAnew(session)!;
     const head = { kind: "state", status: "here", id, session, from: STORE, counts } as const;
     this.moves.receive({ ...head, time: this.now(), quiet: Object.keys(counts) }, state);
     await this.moves.moving(session);
+    return this.moves.took(id);
   }
 
   /** Of a session that is here, was, or was asked for. */
@@ -1449,6 +1479,11 @@ class Lines {
 
   isBusy(name: string): boolean {
     return this.#last.has(name);
+  }
+
+  /** The end of each. */
+  get all(): Promise<void>[] {
+    return [...this.#last.values()];
   }
 
   async run(name: string, work: () => Promise<void>): Promise<void> {
@@ -1955,6 +1990,7 @@ class Bus {
   #stalled = 0;
   /** Streams' messages, until less is pending. */
   readonly #waiting: (() => void)[] = [];
+  #isOver = false;
 
   constructor(driver: ClusterDriver, maxPayload: number, timeout: number) {
     this.#driver = driver;
@@ -2018,7 +2054,7 @@ class Bus {
   async send(to: string, bytes: Bytes, waits?: () => boolean, place?: SyncPlace): Promise<void> {
     if (bytes.length > this.#maxMessage) throw new RangeError("Too large for the backplane");
     while (this.behind) {
-      if (!waits?.()) throw new Error("The backplane is behind");
+      if (this.#isOver || !waits?.()) throw new Error("The backplane is behind");
       await new Promise<void>((resolve) => this.#waiting.push(resolve));
     }
     const count = Math.ceil(bytes.length / this.#capacity);
@@ -2101,11 +2137,21 @@ class Bus {
   tick(period: number): void {
     this.#time += period;
     this.#stalled = this.#pending ? this.#stalled + period : 0;
-    for (const look of this.#waiting.splice(0)) look();
+    this.look();
     for (const [id, assembly] of this.#assemblies) {
       if (this.#time <= assembly.expires) break;
       this.#discard(id, assembly);
     }
+  }
+
+  look(): void {
+    for (const look of this.#waiting.splice(0)) look();
+  }
+
+  /** No tick comes any more. */
+  end(): void {
+    this.#isOver = true;
+    this.look();
   }
 }
 
@@ -2296,6 +2342,11 @@ class RoutedBodies {
     }
   }
 
+  /** Elsewhere they may go at once. */
+  end(): void {
+    for (const body of this.#pending) body.refuse(shuttingDown());
+  }
+
   /** Those that began first have had their time. */
   #relieve(newest: RoutedBody): void {
     let held = this.#held;
@@ -2334,6 +2385,11 @@ function refuse(status: number, reason: string, headers: Record<string, string> 
   });
 }
 
+/** Elsewhere it may go at once. */
+function shuttingDown(): Response {
+  return refuse(503, "Shutting down");
+}
+
 function noSession(): Response {
   return refuse(404, "No such session");
 }
@@ -2369,14 +2425,25 @@ function contextOf(head: Head): ErrorContext {
   return { stage: "delivery", ...Object.fromEntries(known) };
 }
 
-/** Whether something is done in time. */
-async function within(doing: unknown, timeout: number): Promise<boolean> {
+/** Whether something is done in time; there is little of that once the signal is aborted. */
+async function within(doing: unknown, timeout: number, signal?: AbortSignal): Promise<boolean> {
   let timer: ReturnType<typeof setTimeout> | undefined;
+  let hurry!: () => void;
   const late = new Promise<false>((resolve) => {
-    timer = setTimeout(() => resolve(false), timeout);
+    const wait = (time: number) => {
+      clearTimeout(timer);
+      timer = setTimeout(() => resolve(false), time);
+    };
+    wait(timeout);
+    hurry = () => wait(Math.min(timeout, HURRY));
   });
+  if (signal?.aborted) hurry();
+  signal?.addEventListener("abort", hurry);
   const done = Promise.resolve(doing).then(() => true);
-  return await Promise.race([done, late]).finally(() => clearTimeout(timer));
+  return await Promise.race([done, late]).finally(() => {
+    clearTimeout(timer);
+    signal?.removeEventListener("abort", hurry);
+  });
 }
 
 /** Milliseconds, for what happens here: other than Date.now(), it is never set back. */

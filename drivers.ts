@@ -30,6 +30,8 @@ export type { MaybePromise, SyncDriver, SyncMessage, SyncPlace } from "./server.
 
 /** Until a channel that could not be joined or left is tried again, in ms. */
 const RETRY_PERIOD = 500;
+/** How long a backplane has for each step of its end, in ms. */
+const END_TIMEOUT = 1_000;
 /** NOTIFY takes less than this, in bytes. */
 const POSTGRES_PAYLOAD = 8000;
 /** A statement does not grow without end while the one before it runs. */
@@ -223,7 +225,7 @@ class Channels implements TopicDriver {
       return channel.stands !== false && this.#line.unlisten(name);
     });
     // Who stops while the backplane is down must be able to.
-    return Promise.allSettled(leaving).then(() => this.#line.close());
+    return inTime(Promise.allSettled(leaving)).then(() => this.#line.close());
   }
 
   /** What is published to all namespaces is published to the topic of the empty one. */
@@ -266,12 +268,16 @@ class Channels implements TopicDriver {
       if (!channel.wanted) this.#channels.delete(name);
     } catch (error) {
       channel.stands = undefined;
-      channel.retry = setTimeout(() => this.#settle(name, channel).catch(() => {}), RETRY_PERIOD);
-      (channel.retry as { unref?(): void }).unref?.(); // where timers can do so
+      if (!this.#closed) this.#retry(name, channel);
       throw error;
     } finally {
       channel.work = undefined;
     }
+  }
+
+  #retry(name: string, channel: Channel): void {
+    channel.retry = setTimeout(() => this.#settle(name, channel).catch(() => {}), RETRY_PERIOD);
+    (channel.retry as { unref?(): void }).unref?.(); // where timers can do so
   }
 
   #take(payload: string): void {
@@ -310,7 +316,7 @@ class RedisLine implements Line {
     if (!subscriber || subscriber.status === "end") return;
     const ended = new Promise<void>((resolve) => subscriber.on("end", resolve));
     subscriber.disconnect();
-    await ended;
+    await inTime(ended); // who was about to connect says nothing
   }
 
   /** The client joins its channels again by itself after each loss of the connection. */
@@ -418,6 +424,13 @@ class PostgresLine implements Line {
   }
 
   close(): void {}
+}
+
+/** Waits for something that may never be done. */
+async function inTime(doing: Promise<unknown>): Promise<void> {
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const late = new Promise<void>((resolve) => timer = setTimeout(resolve, END_TIMEOUT));
+  await Promise.race([doing, late]).finally(() => clearTimeout(timer));
 }
 
 // --- What travels ---

@@ -80,6 +80,8 @@ export interface Mover<Message> {
   /** By the clock of the day, in ms: it goes on while a process is frozen. */
   now(): number;
   send(to: string, head: MoveHead, state?: Bytes): void;
+  /** Sessions may come: not to where all are closed. */
+  readonly takes: boolean;
   /** Whether the session is here, and no other instance has it. */
   owns(session: string): boolean;
   /** Takes the session out of service and returns it, packed; undefined: it cannot move now. */
@@ -250,6 +252,11 @@ export class Moves<Message> {
     return this.#rename(adoption);
   }
 
+  /** Whether the session has come by the id by which it was asked for. */
+  took(id: string): boolean {
+    return this.#taken.get(id) !== undefined;
+  }
+
   /** As which client. */
   claimOf(session: string): Claim | undefined {
     return this.#adoptions.get(session)?.claim;
@@ -297,7 +304,8 @@ export class Moves<Message> {
     // It may have come here, and left again.
     const next = to === this.#instance ? this.#moved.get(session) : to;
     if (status === "moved" && next && adoption.hops++ < MAX_HOPS) return this.#ask(adoption, next);
-    if (status !== "here") return this.#end(adoption);
+    // Where it is refused, its giver asks, and takes it back.
+    if (status !== "here" || !this.#mover.takes) return this.#end(adoption);
     adoption.arrived = { from, state, counts, quiet };
     this.#arrived.add(adoption);
     if (this.#caughtUp(adoption.arrived)) this.#take(adoption);
@@ -462,12 +470,20 @@ export class Moves<Message> {
     this.#moved.forget(this.#mover.now());
   }
 
-  /** Nobody is heard and no tick comes any more: requests that wait for a session go without it. */
+  /**
+   * Nobody is heard and no tick comes any more: requests that wait for a session go without it, and
+   * who has sent it, or is about to, is told that nobody has taken it.
+   */
   close(): void {
     this.#isOver = true;
     for (const { end } of this.#limbos.values()) end.resolve();
     this.#limbos.clear();
-    for (const adoption of [...this.#adoptions.values()]) this.#end(adoption);
+    for (const adoption of [...this.#adoptions.values()]) {
+      const { id, session, owner, arrived } = adoption;
+      this.#end(adoption);
+      const head = { kind: "taken", id, session, from: this.#instance, yes: false } as const;
+      this.#mover.send(arrived?.from ?? owner, head);
+    }
   }
 }
 

@@ -98,12 +98,12 @@ export interface Quay {
   counts(): Readonly<Record<string, number>>;
   /** Whether the session is asked for here. */
   asks(session: string): boolean;
-  /** Takes a session into service that is asked for here. Resolves when that is done. */
+  /** Takes a session into service that is asked for here. Resolves when that is done; false: nobody asks any more. */
   take(
     session: string,
     state: Uint8Array<ArrayBuffer>,
     counts: Readonly<Record<string, number>>,
-  ): Promise<void>;
+  ): Promise<boolean>;
   /** Tells the instance that parked the session that it was taken here. */
   confirm(to: string, id: string, session: string): void;
   /** SHA-256. */
@@ -232,6 +232,7 @@ export class Parking implements SessionParking {
   readonly #gone: Map<string, { to: string; since: number }> = new Map();
   /** Sessions that are being taken out of the store here, by name. */
   readonly #landing: Map<string, Promise<boolean>> = new Map();
+  readonly #waits: Waits = new Waits();
   /** Those that are to be parked once their hooks have settled. */
   readonly #busy: Busy = new Busy();
   /** Those for which something is on its way to the store. */
@@ -308,7 +309,7 @@ export class Parking implements SessionParking {
 
   /** With hooks at work it cannot be packed: then it is parked once they have settled. */
   async #parkAway(token: string): Promise<void> {
-    while (await this.#park(token, false)) await this.#busy.wait(secretOf(token));
+    await this.#busy.repeat(secretOf(token), () => this.#park(token, false));
   }
 
   /** Its hooks have settled, or its client is away no more. */
@@ -471,7 +472,7 @@ export class Parking implements SessionParking {
   /** It was given up here by then: the next who asks for it is to find it. */
   async #cameLate({ token }: Parked, found: Landing): Promise<void> {
     if (this.whereabouts(token) !== "") return; // somebody is known to have it
-    await this.#putBack(token, found).catch((error) => this.#fail(error));
+    await putBack(this.#store, this.#quay, token, found).catch((error) => this.#fail(error));
   }
 
   /** Anybody can put anything there, once it is taken. */
@@ -528,6 +529,15 @@ export class Parking implements SessionParking {
     return false;
   }
 
+  hurry(): void {
+    this.#gate.giveUp();
+    for (const parked of [...this.#parked.values()]) {
+      if (parked.phase === "storing") this.#back(parked);
+      else if (parked.phase !== "left") this.#leave(parked, "");
+    }
+    this.#waits.end();
+  }
+
   // --- The instance that its client comes to ---
 
   /** Looks for a session in the store, and takes it. False: it is not there. */
@@ -543,11 +553,9 @@ export class Parking implements SessionParking {
 
   /** Whatever the store says later is taken as well, by whoever waits then. */
   async #inTime(asking: Asking, token: string): Promise<boolean> {
-    const late = deferred();
-    const timer = setTimeout(late.resolve, this.#options.timeout);
-    const answered = () => clearTimeout(timer);
-    const tooLate = late.promise.then(() => void this.#fail(new Error(SILENT)));
-    return !!await Promise.race([this.#fetch(asking, token, answered), tooLate]);
+    const fetch = (answered: () => void) => this.#fetch(asking, token, answered);
+    const silent = () => this.#fail(new Error(SILENT));
+    return !!await this.#waits.inTime(fetch, this.#options.timeout, silent);
   }
 
   /** `answered`: the store has no more to say. */
@@ -556,7 +564,9 @@ export class Parking implements SessionParking {
       const found = await this.#take(asking, token).finally(answered);
       this.#failing = false;
       if (!found) return false;
-      if (!await this.#land(asking.session, found)) await this.#putBack(token, found);
+      if (!await this.#land(asking.session, found)) {
+        await putBack(this.#store, this.#quay, token, found);
+      }
       return true;
     } catch (error) {
       this.#fail(error);
@@ -590,20 +600,9 @@ export class Parking implements SessionParking {
   /** The store answers for who has parked the session, as any owner does. */
   async #land(session: string, { id, from, state, counts }: Landing): Promise<boolean> {
     if (!this.#quay.asks(session)) return false;
-    await this.#quay.take(session, state, counts);
+    if (!await this.#quay.take(session, state, counts)) return false;
     this.#quay.confirm(from, id, session);
     return true;
-  }
-
-  /** Nobody waits for it here any more: it waits for the next who does, under another name. */
-  async #putBack(token: string, { state, ...label }: Landing): Promise<void> {
-    const left = label.until - this.#now;
-    const id = hex(crypto.getRandomValues(new Uint8Array(16)));
-    const seal = (kind: Label["kind"], rest?: Bytes) =>
-      this.#quay.seal(token, encode({ ...label, id, kind }, rest));
-    await this.#store.put(id, await seal("session", state), left);
-    const pointer = await seal("pointer");
-    await Promise.all(label.keys.map(async (key) => await this.#store.put(key, pointer, left)));
   }
 
   // --- Failures and time ---
@@ -656,15 +655,56 @@ export class Parking implements SessionParking {
 class Busy {
   readonly #ends: Map<string, Deferred> = new Map();
 
-  async wait(session: string): Promise<void> {
+  /** Tries until they are at work no more, each time that they have settled. */
+  async repeat(session: string, isAtWork: () => Promise<boolean>): Promise<void> {
+    // They may settle before it is known here that they had not.
+    for (let settled = this.#wait(session); await isAtWork(); settled = this.#wait(session)) {
+      await settled;
+    }
+    this.stir(session);
+  }
+
+  #wait(session: string): Promise<void> {
     const end = this.#ends.get(session) ?? deferred();
     this.#ends.set(session, end);
-    await end.promise;
+    return end.promise;
   }
 
   stir(session: string): void {
     this.#ends.get(session)?.resolve();
     this.#ends.delete(session);
+  }
+}
+
+/** Waits for the store, which the end of the instance ends, too. */
+class Waits {
+  readonly #ends: Set<() => void> = new Set();
+
+  /** What is done in time; `silent` is called where it is not. */
+  async inTime<T>(
+    doing: (answered: () => void) => Promise<T>,
+    timeout: number,
+    silent: () => void,
+  ): Promise<T | undefined> {
+    const late = deferred();
+    const timer = setTimeout(() => {
+      silent();
+      late.resolve();
+    }, timeout);
+    const answered = () => {
+      clearTimeout(timer);
+      this.#ends.delete(end);
+    };
+    const end = () => {
+      answered();
+      late.resolve();
+    };
+    this.#ends.add(end);
+    return await Promise.race([doing(answered), late.promise.then(() => undefined)]);
+  }
+
+  end(): void {
+    for (const end of this.#ends) end();
   }
 }
 
@@ -700,8 +740,12 @@ class Gate {
   tick(period: number, patience: number): boolean {
     this.#stalled = this.#waiting.length ? this.#stalled + period : 0;
     if (this.#stalled <= patience) return false;
-    for (const { giveUp } of this.#waiting.splice(0)) giveUp();
+    this.giveUp();
     return true;
+  }
+
+  giveUp(): void {
+    for (const { giveUp } of this.#waiting.splice(0)) giveUp();
   }
 }
 
@@ -738,6 +782,22 @@ function isStill({ phase }: Parked, then: Phase): boolean {
 }
 
 // --- Values in the store ---
+
+/** Nobody waits for it here any more: it waits for the next who does, under another name. */
+async function putBack(
+  store: ParkingStore,
+  quay: Quay,
+  token: string,
+  { state, ...label }: Landing,
+): Promise<void> {
+  const left = label.until - quay.now();
+  const id = hex(crypto.getRandomValues(new Uint8Array(16)));
+  const seal = (kind: Label["kind"], rest?: Bytes) =>
+    quay.seal(token, encode({ ...label, id, kind }, rest));
+  await store.put(id, await seal("session", state), left);
+  const pointer = await seal("pointer");
+  await Promise.all(label.keys.map(async (key) => await store.put(key, pointer, left)));
+}
 
 /** The length of the label, the label, and what it stands on. */
 function encode(label: Label, rest: Bytes = new Uint8Array()): Bytes {

@@ -184,6 +184,9 @@ const HANDOVER_TIMEOUT = 5_000;
 const HANDOVER_LOOK = 20;
 const HANDOVER_ROUND = 250;
 const HANDOVER_PATIENCE = 2_000;
+/** How long a backplane has to close, in ms; and it, or a store of sessions, once the shutdown is aborted. */
+const BACKPLANE_TIMEOUT = 5_000;
+const HURRY = 500;
 /** A session more, and at most: whoever gets them is to get no more than 20 a second of a few. */
 const HANDOVER_SPREAD = 50;
 const MAX_HANDOVER_SPREAD = 1_500;
@@ -462,6 +465,8 @@ export interface RoutingHost {
   readonly size: number;
   /** Sessions may go and come, since a `revive` hook is known: publications are counted. */
   readonly movable: boolean;
+  /** Sessions that were asked for may come: not to where all are closed. */
+  readonly takes: boolean;
   /** Whether the token is that of a session here, or of one that closed lately. */
   has(token: string): boolean;
   /** Whether the token is that of a session in service here. */
@@ -505,6 +510,8 @@ export interface RoutingDriver extends SyncDriver {
   route(request: Request, token: string, namespace: string): Promise<Response>;
   /** What it knows of the other instances, and does for them. */
   stats(): ClusterStats;
+  /** Ends within a time of its own, and soon once the signal is aborted. */
+  close(signal?: AbortSignal): Promise<void>;
 }
 
 /** A store for sessions that no instance has: see `parking`. */
@@ -517,6 +524,8 @@ export interface SessionParking {
   stir(token: string): void;
   /** Parks a session, since this instance ends. Resolves when that is done, or has failed. */
   park(token: string, leaves: boolean): Promise<void>;
+  /** The store is waited for no longer: what nobody can have taken is in service again. */
+  hurry(): void;
   /** Has the store alone know of one that is there, to make room here. False: of none. */
   letGo(): boolean;
 }
@@ -863,6 +872,9 @@ class Requests {
       get movable() {
         return registry.movable;
       },
+      get takes() {
+        return registry.takes;
+      },
       has: (token) => !!registry.find(token),
       owns: (token) => registry.owns(token),
       pack: (token, claim) => registry.pack(token, claim),
@@ -984,12 +996,12 @@ class Requests {
     });
     session.unpack(packed);
     this.#registry.add(session);
-    this.#registry.tally.movedIn++;
     for (const topic of packed.topics) this.#topics.subscribe(session, topic);
     for (const { topic, data } of missed) {
       if (session.topics.has(topic)) session.send(new Frame(toData(data)));
     }
     session.callHooks("revive");
+    this.#registry.arrived(session);
   }
 
   async #open({ request, wire, runtime }: Asked): Promise<Response> {
@@ -1493,12 +1505,13 @@ class Registry implements Host {
   #nextSweep = Infinity;
   /** The first half of every token. */
   #instance: string | undefined;
-  /** Close hooks that are to be called in a task of their own. */
-  #calls: (() => void)[] = [];
-  /** By then they are called, even if the runtime has stopped its timers. */
-  #callsDue = Infinity;
+  readonly #calls: Calls = new Calls((error) =>
+    this.report(error, { stage: "hook", hook: "close" })
+  );
   #state: "open" | "handing over" | "closing" = "open";
   #whenEmpty: (() => void)[] = [];
+  /** Closes a session, once all are closed. */
+  #farewell: ((session: Session) => void) | undefined;
   /** Sessions that other instances were asked for. */
   readonly #arrivals: Set<Promise<void>> = new Set();
   /** Packed sessions, until another instance has them: out of service here. */
@@ -1679,6 +1692,16 @@ class Registry implements Host {
       (!this.places.areTaken || this.places.letGo());
   }
 
+  get takes(): boolean {
+    return this.#state !== "closing";
+  }
+
+  /** A session has come; it may have been on its way for too long to stay. */
+  arrived(session: Session): void {
+    this.tally.movedIn++;
+    this.#farewell?.(session);
+  }
+
   /** Waits for a session that is asked for; an instance that ends does so, too, to send it on. */
   async arrival(adopting: Promise<void>): Promise<void> {
     this.#arrivals.add(adopting);
@@ -1748,7 +1771,7 @@ class Registry implements Host {
     const isOver = () => clock() >= end || signal?.aborted;
     while (this.#arrivals.size && !isOver()) await look();
     // Nobody is asked to go where nobody else is: they would come back here.
-    const isAlone = await backplane.router!.isAlone();
+    const isAlone = isOver() || await backplane.router!.isAlone();
     while (!isAlone && !isOver()) {
       if (clock() >= nextRound) { // others may still have come, and some may not have heard it
         askToGo(this.#sessions.values(), asked);
@@ -1764,7 +1787,8 @@ class Registry implements Host {
       [...this.#sessions.values()].some((one) => one instanceof FullSession && one.isBusy);
     while (parking && !isOver() && isBusy()) await look();
     const left = [...this.#sessions.values(), ...packed()];
-    await Promise.all(left.map(({ token }) => parking?.park(token, true)));
+    const parked = Promise.all(left.map(({ token }) => parking?.park(token, true)));
+    if (!await inTime(parked, MAX_DELAY, signal)) parking?.hurry();
     // Whoever was sent these has them, or nobody will.
     for (const { token } of packed()) this.release(token, "moved");
   }
@@ -1773,32 +1797,12 @@ class Registry implements Host {
   relieve(): void {
     if (this.ledger.total <= this.settings.maxTotalBufferedAmount) return;
     const packed = [...this.#limbo.values()].map(({ session }) => session);
-    const waiting = [...this.#sessions.values(), ...packed]
-      .filter((session) => session.bufferedAmount > 0)
-      .sort((one, other) => one.lastWrite - other.lastWrite);
-    for (const session of waiting) {
-      if (this.ledger.total <= 0.75 * this.settings.maxTotalBufferedAmount) return;
-      session.overflow();
-    }
+    const enough = 0.75 * this.settings.maxTotalBufferedAmount;
+    overflowSome([...this.#sessions.values(), ...packed], () => this.ledger.total <= enough);
   }
 
-  /** Calls a close hook: after the hooks of the last message and whatever they wait for in this task. */
   later(call: () => void): void {
-    if (this.#calls.push(call) > 1) return;
-    this.#callsDue = clock() + STALLED;
-    nextTask(() => this.#callAll());
-  }
-
-  #callAll(): void {
-    for (const call of this.#calls) { // it grows meanwhile: what these do may end others
-      try {
-        call();
-      } catch (error) { // hooks that cannot even be looked up must not silence everybody's
-        this.report(error, { stage: "hook", hook: "close" });
-      }
-    }
-    this.#calls = [];
-    this.#callsDue = Infinity;
+    this.#calls.push(call);
   }
 
   report(error: unknown, context: ErrorContext): void {
@@ -1837,7 +1841,7 @@ class Registry implements Host {
   sweepIfDue(): void {
     const now = clock();
     if (now >= this.#nextSweep) this.#sweep();
-    if (now >= this.#callsDue) this.#callAll();
+    this.#calls.callIfDue(now);
   }
 
   #sweep(): void {
@@ -1867,10 +1871,21 @@ class Registry implements Host {
     { signal }: { signal?: AbortSignal } = {},
   ): Promise<void> {
     checkClose(code, reason);
+    // Where timers can do so, ours keep no process alive: it would end before its sessions have.
+    const awake = setInterval(() => {}, STALLED);
+    try {
+      await this.#close((session) => session.close(code, reason, true), signal);
+    } finally {
+      clearInterval(awake);
+    }
+  }
+
+  async #close(farewell: (session: Session) => void, signal?: AbortSignal): Promise<void> {
     const { backplane } = this.#topics;
     if (backplane?.router && this.#state === "open") await this.#handOver(backplane, signal);
     this.#state = "closing";
-    for (const session of this.#sessions.values()) session.close(code, reason, true);
+    this.#farewell = farewell;
+    for (const session of this.#sessions.values()) farewell(session);
     const hurry = () => {
       for (const session of this.#sessions.values()) session.terminate();
       for (const session of this.#lingering) session.release();
@@ -1886,12 +1901,56 @@ class Registry implements Host {
     if (!this.#isEmpty) await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
     signal?.removeEventListener("abort", hurry);
     await new Promise((resolve) => setTimeout(resolve)); // the runtime takes what is left
-    this.#callAll();
+    this.#calls.callAll();
     for (const [name, tombstone] of this.#tombstones) this.#remove(name, tombstone);
     this.flusher.stop();
     clearTimeout(this.#sweepTimer);
     this.#nextSweep = Infinity;
-    await this.#topics.backplane?.close();
+    await backplane?.close(signal);
+  }
+}
+
+/** Closes those who have taken nothing for longest, until that is enough. */
+function overflowSome(sessions: Session[], isEnough: () => boolean): void {
+  const waiting = sessions.filter((session) => session.bufferedAmount > 0)
+    .sort((one, other) => one.lastWrite - other.lastWrite);
+  for (const session of waiting) {
+    if (isEnough()) return;
+    session.overflow();
+  }
+}
+
+/** Close hooks, called in a task of their own: after the hooks of the last message and whatever they wait for. */
+class Calls {
+  readonly #report: (error: unknown) => void;
+  #calls: (() => void)[] = [];
+  /** By then they are called, even if the runtime has stopped its timers. */
+  #due = Infinity;
+
+  constructor(report: (error: unknown) => void) {
+    this.#report = report;
+  }
+
+  push(call: () => void): void {
+    if (this.#calls.push(call) > 1) return;
+    this.#due = clock() + STALLED;
+    nextTask(() => this.callAll());
+  }
+
+  callIfDue(now: number): void {
+    if (now >= this.#due) this.callAll();
+  }
+
+  callAll(): void {
+    for (const call of this.#calls) { // it grows meanwhile: what these do may end others
+      try {
+        call();
+      } catch (error) { // hooks that cannot even be looked up must not silence everybody's
+        this.#report(error);
+      }
+    }
+    this.#calls = [];
+    this.#due = Infinity;
   }
 }
 
@@ -2100,8 +2159,16 @@ class Backplane {
     }
   }
 
-  async close(): Promise<void> {
-    await this.driver.close?.();
+  /** Who stops while the backplane is down must be able to. */
+  async close(signal?: AbortSignal): Promise<void> {
+    if (this.router) return await this.router.close(signal);
+    try {
+      const closing = this.driver.close?.();
+      if (await inTime(closing, BACKPLANE_TIMEOUT, signal) || signal?.aborted) return;
+      throw new Error("The backplane does not close");
+    } catch (error) {
+      this.#reports.report(error, { stage: "subscribe" });
+    }
   }
 
   /** Does one thing with the backplane, whose failures are reported and never thrown. */
@@ -4724,6 +4791,27 @@ function nextTask(task: () => void): void {
   const { setImmediate } = globalThis as { setImmediate?: (task: () => void) => void };
   if (setImmediate) setImmediate(task);
   else setTimeout(task);
+}
+
+/** Whether something is done in time; there is little of that once the signal is aborted. */
+async function inTime(doing: unknown, timeout: number, signal?: AbortSignal): Promise<boolean> {
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  let hurry!: () => void;
+  const late = new Promise<false>((resolve) => {
+    const wait = (time: number) => {
+      clearTimeout(timer);
+      timer = setTimeout(() => resolve(false), time);
+    };
+    wait(timeout);
+    hurry = () => wait(Math.min(timeout, HURRY));
+  });
+  if (signal?.aborted) hurry();
+  signal?.addEventListener("abort", hurry);
+  const done = Promise.resolve(doing).then(() => true);
+  return await Promise.race([done, late]).finally(() => {
+    clearTimeout(timer);
+    signal?.removeEventListener("abort", hurry);
+  });
 }
 
 /** Runs something once the event loop has gone round: what was ready, the runtime's own writes too, is done by then. */

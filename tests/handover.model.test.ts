@@ -93,16 +93,16 @@ const PARKING_RULES: Record<string, [string, string]> = {
     "return '';",
   ],
   "what nobody waits for any more is parked again": [
-    "if (!await this.#land(asking.session, found)) await this.#putBack(token, found);",
-    "await this.#land(asking.session, found);",
+    "if (!await this.#land(asking.session, found)) {",
+    "if (!await this.#land(asking.session, found), false) {",
   ],
   "a session that has come is parked here no more": [
     'if (parked) this.#leave(parked, "");',
     "",
   ],
   "publications that it has had are not repeated": [
-    "await this.#quay.take(session, state, counts);",
-    "await this.#quay.take(session, state, {});",
+    "await this.#quay.take(session, state, counts))",
+    "await this.#quay.take(session, state, {}))",
   ],
 };
 
@@ -154,7 +154,7 @@ test("of an instance that has long been quiet, and was never heard here, nothing
     const sent: MoveHead[] = [];
     const moves = new Moves<string>("here", 5_000, 30_000, {
       ...{ now: () => 0, send: (_to, head) => void sent.push(head), owns: () => taken.length > 0 },
-      ...{ pack: () => undefined, restore() {}, release() {}, quiet: () => [] },
+      ...{ pack: () => undefined, restore() {}, release() {}, quiet: () => [], takes: true },
       take: (_session, _state, missed) => void taken.push(missed),
       counts: () => ({ heard: 3 }),
     });
@@ -176,7 +176,14 @@ test("a publication costs the same however many sessions are waited for, and no 
   const sent: MoveHead[] = [];
   const moves = new Moves<string>("here", 5_000, 30_000, {
     ...{ now: () => 0, send: (_to, head) => void sent.push(head), owns: () => false },
-    ...{ pack: () => undefined, restore() {}, release() {}, quiet: () => [], take() {} },
+    ...{
+      pack: () => undefined,
+      restore() {},
+      release() {},
+      quiet: () => [],
+      takes: true,
+      take() {},
+    },
     counts: () => ({}),
   });
   for (let n = 0; n < 1_000; n++) { // anybody can make up tokens

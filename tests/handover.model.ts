@@ -108,6 +108,7 @@ class Instance implements Mover<number> {
   #attempt = 0;
   frozen = false;
   killed = false;
+  readonly takes = true;
   /** Publications read from the channel. */
   read = 0;
 
@@ -142,6 +143,7 @@ class Instance implements Mover<number> {
         this.#attempt = this.moves.claimOf(SESSION)!.attempt; // its resumption follows
         this.moves.receive({ ...head, id, time: this.now(), quiet: Object.keys(counts) }, state);
         await this.moves.moving(SESSION);
+        return this.moves.took(id);
       },
       confirm: (to, id, session) =>
         this.send(to, { kind: "adopted", id, session, from: this.name }),

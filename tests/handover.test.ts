@@ -420,6 +420,7 @@ for (const step of ["encrypt", "decrypt"] as const) {
     };
     fleet.proxy.choose = () => 1;
     front.cutAll("rst");
+    await until(() => fleet.told.includes("suspend 0")); // else it may be there before the resumption
     socket.send("a");
     assertEquals(await messages.next(), "a 1 at 1");
     assertEquals(fleet.told, ["open 0", "suspend 0", "revive 1"]);

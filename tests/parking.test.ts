@@ -787,7 +787,7 @@ function crowd(put: () => Promise<void>) {
       report: (error) => void told.errors.push((error as Error).message),
     },
     ...{ now: () => Date.now(), wake() {}, counts: () => ({}), asks: () => false },
-    ...{ take: () => Promise.resolve(), confirm() {}, encodePacked: () => state },
+    ...{ take: () => Promise.resolve(true), confirm() {}, encodePacked: () => state },
     digest: () => Promise.resolve(new Uint8Array(32)),
     seal: () => Promise.resolve(new Uint8Array(1)),
     unseal: () => Promise.resolve(new Uint8Array(1)),

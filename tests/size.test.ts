@@ -6,8 +6,8 @@ import { assertLessOrEqual, test } from "./harness.ts";
 /** In bytes: 3 % above what is there, so that growth is noticed. */
 const budgets = {
   "client.ts": 16_500,
-  "server.ts": 19_500,
-  "cluster.ts": 12_500,
+  "server.ts": 19_900,
+  "cluster.ts": 12_700,
   "stream.ts": 2_000,
 };
 
