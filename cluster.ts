@@ -790,7 +790,10 @@ class Relay {
 
   /** The owner says that another instance has the session. */
   redirect(to: string): void {
-    if (this.#phase !== "asking" && this.#phase !== "doubted" || to === this.owner) return;
+    const isDoubted = this.#phase === "doubted"; // who was said not to know it may have it by now
+    if (this.#phase !== "asking" && !isDoubted || to === this.owner && !isDoubted) return;
+    this.#phase = "asking";
+    clearTimeout(this.#doubt);
     if (++this.#redirections > MAX_REDIRECTIONS) { // who has it says so itself, when all are asked
       this.#redirections = 0;
       this.owner = "";

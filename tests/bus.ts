@@ -96,6 +96,19 @@ export class MemoryBus {
   }
 }
 
+/** As anybody can say it: that the instance which a request was sent to does not know its session. */
+export function unknown({ data }: SyncMessage): SyncMessage | undefined {
+  const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+  const [, id, topic] = /"kind":"request","id":"(\w+)","from":"(\w+)"/.exec(text) ?? [];
+  if (!id || !topic) return;
+  const head = `{"kind":"unknown","id":"${id}"}`;
+  const said = new Uint8Array(25 + 36 + head.length);
+  said[0] = said[24] = 1;
+  said[60] = head.length;
+  said.set(new TextEncoder().encode(head), 61);
+  return { namespace: "\0duplex", topic, data: said };
+}
+
 /** What every instance says of itself now and then is not counted. */
 function isPresence({ topic, data }: SyncMessage): boolean {
   return topic === "*" && typeof data !== "string" &&

@@ -4,7 +4,7 @@
  */
 import { cluster, type ClusterAdapter } from "../cluster.ts";
 import type { Peer, SSEOptions } from "../server.ts";
-import { MemoryBus, type RoundRobin, roundRobin } from "./bus.ts";
+import { MemoryBus, type RoundRobin, roundRobin, unknown } from "./bus.ts";
 import { chaos, type ChaosProxy, mulberry32, pickSeed } from "./chaos.ts";
 import {
   assert,
@@ -380,6 +380,29 @@ test("an instance that ends answers who waits for a session that does not come",
   await second!.ws.close(1012, "", { signal: AbortSignal.abort() });
   assertEquals(await within(Promise.all(refusals), 1_000, "answers"), [503, 503]);
 }, { timeout: 15_000 });
+
+test("who was said not to know a session, and says that it has it, is asked again", async (t) => {
+  let asked = 0;
+  const bus: MemoryBus = new MemoryBus(t, {
+    fault(message) {
+      const said = unknown(message);
+      if (!said || asked++) return [0];
+      queueMicrotask(() => bus.inject(said));
+      return []; // it has not come yet
+    },
+  });
+  const { instances: [first, second], errors } = await start(t, bus.adapter);
+  const client = await wireClient(t, `${first!.url}/room`);
+  const response = await fetch(`${second!.url}/room`, {
+    method: "POST",
+    headers: { "x-crossws-id": client.token, "content-type": "application/websocket-events" },
+    body: "SEQ 1\r\n1\r\nTEXT 2\r\nhi\r\n",
+  });
+  await response.body?.cancel();
+  assertEquals(response.status, 204);
+  assertEquals(await client.message(), "hi 1 at 0");
+  assertEquals([asked, errors], [2, []]);
+});
 
 test("a session that got lost on its way comes back, and goes on", async (t) => {
   const lost = { state: 0, have: 0 };
