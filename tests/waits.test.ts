@@ -19,9 +19,9 @@ import {
   until,
   within,
 } from "./harness.ts";
-import { adapter, listen, shutDown } from "./pair.ts";
+import { adapter } from "./pair.ts";
 import { MemoryStore } from "./store.ts";
-import { FULL, UPLINK, WireClient, wireClient } from "./wire.ts";
+import { FULL, UPLINK, WireClient } from "./wire.ts";
 
 const never = () => new Promise<never>(() => {});
 const soon = () => AbortSignal.abort();
