@@ -129,6 +129,8 @@ const CREDIT_TIME = 2_000;
 const CREDIT_SPAN = 200;
 /** The most that one chunk gathers, a single larger message aside. */
 const MAX_CHUNK = 256 * 1024;
+/** A message of this size ends its chunk: to copy it again would cost more than a chunk of its own. */
+const LARGE_MESSAGE = 32 * 1024;
 /** What a message that waits costs beside its bytes, roughly: small ones must not hold a hundred times the limit. */
 const MESSAGE_COST = 200;
 /** And what each further session costs that waits for it. */
@@ -3020,6 +3022,7 @@ class FullSession extends Session implements Receiver {
       const bytes = this.outbox.take();
       parts.push(bytes);
       size += bytes.length;
+      if (bytes.length >= LARGE_MESSAGE) break;
     }
   }
 

@@ -278,6 +278,16 @@ async function open(options: SSEOptions = {}) {
   };
 }
 
+test("a large message ends its chunk, since copying it again costs more than a chunk", async (t) => {
+  const { peer, reader } = t.use(await open({}));
+  await reader.read();
+  const sizes = [1_000, 1_000, 40_000, 40_000, 1_000, 1_000];
+  for (const size of sizes) peer.send("a".repeat(size - "data: \n\n".length));
+  const chunks: number[] = [];
+  while (peer.bufferedAmount > 0) chunks.push((await reader.read()).value!.length);
+  assertEquals(chunks, [42_000, 40_000, 2_000]);
+});
+
 test("bufferedAmount counts to the byte what the connection has not been given", async (t) => {
   const drains: number[] = [];
   const session = t.use(
