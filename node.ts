@@ -459,7 +459,7 @@ class Exchange {
 
   /** Leaves the rest of the body to the adapter, for a while. */
   #awaitRest(): void {
-    if (!this.#hasRest) return;
+    if (!this.#hasRest || this.#gone.signal.aborted) return; // who has gone says no more
     const late = setTimeout(() => this.#cutRest(), MAX_LAST_WORDS);
     this.#incoming.on("close", () => clearTimeout(late));
   }

@@ -41,6 +41,7 @@ const ends = {
   alone: ["1006", "ended"],
   cluster: ["1006", "ended"],
   client: ["ended"],
+  host: ["ended"],
   chat: ["ended"],
 };
 
@@ -51,11 +52,13 @@ for (const name of [runtime as "deno" | "bun", "node-20"] as const) {
     test(
       `a process that only waits for an end (${what}) sees it, and ends (${name})`,
       async (t) => {
+        const begun = performance.now();
         const child = await t.spawn(name, "tests/fixtures/ends.ts", { args: [what] });
         const said: string[] = [];
         for await (const line of child.lines()) said.push(line);
         assertEquals(said, lines);
         assertEquals((await child.exited).code, 0);
+        assertLess(performance.now() - begun, 8_000);
       },
       { skip, timeout: 20_000 },
     );
