@@ -1919,6 +1919,7 @@ class Subscription {
     let failed = false; // the driver may have left a listener of this attempt, too
     try {
       await this.#driver.subscribe((message) => failed || this.#receive(message));
+      if (this.#state === "ended") return;
       // What is meant for this instance, or for all, is published to topics, too.
       const topics = [this.#instance, ALL];
       await Promise.all(

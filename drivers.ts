@@ -220,9 +220,10 @@ class Channels implements TopicDriver {
 
   close(): Promise<void> {
     this.#closed = true;
-    const leaving = [...this.#channels].map(([name, channel]) => {
+    const leaving = [...this.#channels].map(async ([name, channel]) => {
       clearTimeout(channel.retry);
-      return channel.stands !== false && this.#line.unlisten(name);
+      await channel.work?.catch(() => {}); // it may just be being joined
+      if (channel.stands !== false) await this.#line.unlisten(name);
     });
     // Who stops while the backplane is down must be able to.
     return inTime(Promise.allSettled(leaving)).then(() => this.#line.close());

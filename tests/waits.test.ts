@@ -3,7 +3,7 @@
  * instance, a backplane, a store, a body or a hook is still to say, and says never.
  */
 import { cluster } from "../cluster.ts";
-import { redis, type RedisClient } from "../drivers.ts";
+import { pgsql, type PostgresClient, redis, type RedisClient } from "../drivers.ts";
 import { parking, type ParkingStore, type Quay } from "../parking.ts";
 import { chatHooks } from "../ai.ts";
 import { type SSEAdapter, sseAdapter, type SyncMessage } from "../server.ts";
@@ -303,6 +303,40 @@ test("a Redis that is away is waited for no longer, and its connection ends", as
   driver.join({ namespace: "/", topic: "t" });
   await within(driver.close(), 4_000, "closing");
   assertEquals(isEnded, true);
+});
+
+test("a channel that is being joined as its driver closes is left", async () => {
+  const joining = deferred();
+  const told: string[] = [];
+  const client: PostgresClient = {
+    async listen() {
+      await joining.promise;
+      return { unlisten: () => Promise.resolve(told.push("left")) };
+    },
+    unsafe: never,
+  };
+  const driver = pgsql({ client, channel: "x" })({ id: "a" });
+  const join = driver.join({ namespace: "\0x", topic: "t" });
+  const closing = driver.close();
+  joining.resolve();
+  await join;
+  await within(closing, 4_000, "closing");
+  assertEquals(told, ["left"]);
+});
+
+test("a subscription that stands after its instance has ended joins nothing", async (t) => {
+  const subscribing = deferred();
+  const joined: string[] = [];
+  const ws = adapter(t, {
+    sync: cluster(() => ({
+      ...{ subscribe: () => subscribing.promise, publish() {}, leave() {}, close() {} },
+      join: ({ topic }) => void joined.push(topic),
+    })),
+  });
+  await ws.close(1001, "", { signal: soon() });
+  subscribing.resolve();
+  await sleep(0);
+  assertEquals(joined, []);
 });
 
 test("chats are settled though nobody takes what they say", async () => {
