@@ -759,6 +759,7 @@ for (const transport of transports) {
     const ws = adapter(t, {
       bidir: true,
       window: 50_000,
+      maxWindow: 50_000, // else it grows where the first messages take long
       hooks: {
         message(_peer, message) {
           received++;
