@@ -1133,8 +1133,10 @@ class Requests {
     }
     receiver.heard();
     if (receiver instanceof FullSession) this.#registry.confirmed(receiver);
-    const refusal = await readUplink(request, receiver, this.#settings.maxMessageSize);
+    let refusal = await readUplink(request, receiver, this.#settings.maxMessageSize);
     const { over } = receiver;
+    // It was packed meanwhile, and its bodies let go of.
+    if (!over && !this.#registry.find(wire.token!)) refusal = sessionMoves();
     if (over && isLoss(over)) throw this.#unknown(request, wire.token!);
     let response = new Response(null, { status: 204 });
     if (refusal instanceof Refusal) { // else the connection's end
@@ -1175,7 +1177,7 @@ class Requests {
     const namespace = admitted ?? (await this.#admissions.admit(request, peer)).namespace;
     const found = this.#registry.find(token); // again: it may have closed while the hook was thinking
     if (!found && known instanceof FullSession && !known.over) {
-      throw new Refusal(503, "The session moves"); // or it may have gone
+      throw sessionMoves(); // or it may have gone
     }
     return found?.namespace === (found instanceof Tombstone ? digest(namespace) : namespace)
       ? found
@@ -3076,7 +3078,7 @@ class FullSession extends Session implements Receiver {
 
   receive(type: string, payload: Bytes, size: number): void {
     // Sent again, it finds the session wherever that is.
-    if (this.isPacked) throw new Refusal(503, "The session moves");
+    if (this.isPacked) throw sessionMoves();
     if (type === "CLOSE") return this.#receiveClose(payload);
     if (!this.isOpen && !(this.ending?.delivers && !this.isOver)) {
       this.uplink.received++; // counted, so that the client can finish
@@ -4537,6 +4539,10 @@ function print(error: unknown, { stage, hook }: ErrorContext): void {
 
 function checkSize(size: number, maxMessageSize: number): void {
   if (size > maxMessageSize) throw new Refusal(413, "Message too large", { closeCode: 1009 });
+}
+
+function sessionMoves(): Refusal {
+  return new Refusal(503, "The session moves");
 }
 
 function malformed(what: string): Refusal {

@@ -273,6 +273,27 @@ test("an instance that ends refuses a body for another's session that does not c
   assertEquals((await within(sending, 500, "the answer")).status, 503);
 });
 
+test("a body that is under way as its session is given away is answered that it moves", async (t) => {
+  const bus = new MemoryBus(t);
+  const [a, b] = [0, 1].map(() =>
+    adapter(t, { sync: cluster(bus.adapter), hooks: { revive() {} } })
+  ) as SSEAdapter[];
+  const { token } = await clientOf(a!);
+  const reading = deferred();
+  const body = new ReadableStream({ pull: () => (reading.resolve(), never()) }, {
+    highWaterMark: 0,
+  });
+  const own = { ...UPLINK, ...FULL, accept: "*/*", "x-crossws-id": token, "content-length": "10" };
+  const init = { method: "POST", headers: own, body, duplex: "half" } as RequestInit;
+  const sending = a!.fetch(new Request("http://x/", init));
+  await reading.promise;
+  const headers = { ...FULL, "x-crossws-id": token, "x-duplex-attempt": "1", "last-event-id": "0" };
+  const streams = await b!.fetch(new Request("http://x/", { headers }));
+  t.defer(() => streams.body!.cancel());
+  const answer = await within(sending, 500, "the answer");
+  assertEquals([answer.status, answer.headers.get("x-duplex-received")], [503, "0"]);
+});
+
 test("an instance that ends does not wait for a backplane that takes no more", async (t) => {
   let isStuck = false;
   const bus = new MemoryBus(t, { settled: () => isStuck ? never() : Promise.resolve() });
