@@ -9,6 +9,7 @@ import { createServer } from "node:net";
 import { jsr } from "./assert.ts";
 import { certificate } from "./certificate.ts";
 import { between, Complaints, type Expected, hear, lines } from "./complaints.ts";
+import { type BodyChunks, type Data, rawRequest as rawHttp1, type RawResponse } from "./raw.ts";
 import {
   binary,
   type Child,
@@ -43,7 +44,6 @@ export {
 export { binary, nodes, root, spawn, strip } from "./spawn.ts";
 export type { Child, Runtime, SpawnOptions, Stripped } from "./spawn.ts";
 export { certificate };
-export { rawRequest } from "./raw.ts";
 export type { BodyChunks, Data, RawResponse } from "./raw.ts";
 
 /** The runtime that runs the tests; Node runs those that tests/hosts.test.ts gives it. */
@@ -52,6 +52,10 @@ export const runtime: "deno" | "bun" | "node" = "Deno" in globalThis
   : "Bun" in globalThis
   ? "bun"
   : "node";
+
+/** Whether the suites that are run over both versions of HTTP speak HTTP/2 here. */
+export let isHttp2 = false;
+let leftOut: string[] = [];
 
 // ---------------------------------------------------------------- tests
 
@@ -174,6 +178,10 @@ export function test(
   { timeout = 10_000, skip }: TestOptions = {},
 ): void {
   if (skip) return declare(`${name} (skipped: ${skip})`, noop, 0, true);
+  if (runtime !== "node" && isHttp2) {
+    if (leftOut.includes(name)) return;
+    name = `over HTTP/2: ${name}`;
+  }
   // The runner's own limit is wider: ours cleans up and says what it knows.
   declare(name, () => run(name, body, timeout), timeout + 15_000, false);
 }
@@ -489,6 +497,24 @@ export let nodeHost: NodeHost;
 
 export function serveBy(host: NodeHost): void {
   nodeHost = host;
+  if (host.tls) speakHttp2();
+}
+
+/** From now on these suites speak HTTP/2, without the tests of these names. */
+export function speakHttp2(...names: string[]): void {
+  isHttp2 = true;
+  leftOut = names;
+}
+
+/** A request by hand: over HTTP/1.1 byte by byte, over HTTP/2 what its head and body say. */
+export async function rawRequest(
+  port: number,
+  head: Data,
+  body?: BodyChunks,
+): Promise<RawResponse> {
+  if (!isHttp2) return await rawHttp1(port, head, body);
+  const { rawHttp2 } = await import("./raw2.ts");
+  return await rawHttp2(port, head, body);
 }
 
 function serveDeno(

@@ -33,6 +33,9 @@ const EXCEPT = [
   ": bufferedAmount never falls within a task$",
 ];
 
+/** Over HTTP/2: undici's fetch never ends a body of no bytes there. tests/http2.test.ts has it. */
+const EXCEPT_HTTP2 = ["^an uplink POST of nothing is answered 204"];
+
 /** Ours on both versions of HTTP, and what others have made; at once what a line has. */
 const everywhere = [
   ["node:http", "srvx"],
@@ -86,7 +89,7 @@ async function failures(t: TestContext, node: Node, host: string, suite: string)
   const child = await t.spawn(node, suite, {
     env: {
       DUPLEX_HOST: host,
-      DUPLEX_EXCEPT: EXCEPT.join("|"),
+      DUPLEX_EXCEPT: [...EXCEPT, ...host === "node:http2" ? EXCEPT_HTTP2 : []].join("|"),
       ...host === "next" && { DUPLEX_NEXT: await (next ??= buildNext()) },
     },
   });
@@ -136,7 +139,7 @@ function suites(node: Node, hosts: string[], ...phases: string[][]): void {
 // Each once: it is Node that runs them, whoever has started it.
 for (const node of nodes.filter((_, i) => i % 2 === (runtime === "deno" ? 0 : 1))) {
   for (const hosts of everywhere) suites(node, hosts, STANDARD, BAD_INPUT);
-  suites(node, ["node:http2"], STANDARD);
+  suites(node, ["node:http2"], STANDARD, BAD_INPUT, ["http2.test.ts"]);
 }
 if (runtime === "bun") suites("node-24", within, STANDARD);
 

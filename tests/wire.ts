@@ -6,7 +6,16 @@
  * @module
  */
 import { type Hooks, type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
-import { assertEquals, deferred, runtime, type TestContext, until, within } from "./harness.ts";
+import {
+  assertEquals,
+  deferred,
+  isHttp2,
+  runtime,
+  type TestContext,
+  type TestServer,
+  until,
+  within,
+} from "./harness.ts";
 import net from "node:net";
 import { Queue } from "./pair.ts";
 import { concat } from "./split.ts";
@@ -206,6 +215,7 @@ export async function onOneConnection(
   port: number,
   requests: { path?: string; token: string; length: number; body?: Uint8Array }[],
 ): Promise<string[]> {
+  if (isHttp2) return await onOneHttp2(port, requests);
   const socket = net.connect(port, "127.0.0.1");
   const ended = deferred();
   const answers = new Queue<string>();
@@ -234,6 +244,39 @@ export async function onOneConnection(
   } finally {
     socket.destroy();
     await ended.promise;
+  }
+  return statuses;
+}
+
+async function onOneHttp2(
+  port: number,
+  requests: Parameters<typeof onOneConnection>[1],
+): Promise<string[]> {
+  const { connectHttp2, statusOf } = await import("./raw2.ts");
+  const session = await connectHttp2(port);
+  const statuses: string[] = [];
+  for (const { path = "/", token, length, body } of requests) {
+    if (session.closed || session.destroyed) {
+      statuses.push("ended");
+      continue;
+    }
+    const stream = session.request({
+      ":method": "POST",
+      ":path": path,
+      ...UPLINK,
+      "x-duplex-version": "1",
+      "x-crossws-id": token,
+      "content-length": `${length}`,
+    }, { endStream: !body });
+    const status = statusOf(stream);
+    if (body) stream.end(body);
+    stream.resume();
+    statuses.push(await status);
+  }
+  const closed = new Promise((resolve) => session.once("close", resolve));
+  if (!session.destroyed) {
+    session.destroy();
+    await closed;
   }
   return statuses;
 }
@@ -417,14 +460,14 @@ export class Scene {
     t: TestContext,
     ws: SSEAdapter,
     calls: Call[],
-    server: { url: string; port: number },
+    server: { url: string; port: number; fetch: TestServer["fetch"] },
   ) {
     this.t = t;
     this.ws = ws;
     this.calls = calls;
     this.url = `${server.url}/room`;
     this.port = server.port;
-    this.fetch = (request) => fetch(request);
+    this.fetch = (request) => server.fetch(request);
   }
 
   static async make(
@@ -459,7 +502,7 @@ export class Scene {
         ...hooks,
       },
     });
-    const server = await t.serve((request, info) => ws.fetch(request, info));
+    const server = await t.serve((request, info) => ws.fetch(request, info), { tls: isHttp2 });
     t.defer(() => ws.close());
     return new Scene(t, ws, calls, server);
   }

@@ -1,0 +1,190 @@
+/**
+ * What only HTTP/2 lets a client do: streams that are reset, windows that are never opened, a
+ * connection of many streams that ends. Deno's own server, and Node's in tests/hosts.test.ts.
+ */
+import type { ClientHttp2Session, ClientHttp2Stream } from "node:http2";
+import { assertEquals, needs, runtime, sleep, speakHttp2, test, until } from "./harness.ts";
+import { connectHttp2, statusOf } from "./raw2.ts";
+import { frame, from, FULL, misuse, type Scene } from "./wire.ts";
+import { concat } from "./split.ts";
+import type { SSEOptions } from "../server.ts";
+
+type Fields = Record<string, string | string[]>;
+
+const skip = needs("openssl");
+if (!skip && runtime === "deno") speakHttp2();
+
+const CANCEL = 8;
+
+/** Misuses a server by a connection of HTTP/2, beside a bystander on another. */
+function abuse(
+  name: string,
+  body: (scene: Scene, session: ClientHttp2Session) => Promise<void>,
+  options: SSEOptions = {},
+): void {
+  if (runtime === "bun") return; // its own fetch, by which the bystander asks, speaks HTTP/1.1
+  test(name, (t) =>
+    misuse(t, async (scene) => {
+      const session = await connectHttp2(scene.port);
+      const closed = new Promise((resolve) => session.once("close", resolve));
+      try {
+        await body(scene, session);
+      } finally {
+        session.destroy();
+        await closed;
+      }
+    }, options), { skip, timeout: 20_000 });
+}
+
+function ask(
+  session: ClientHttp2Session,
+  fields: Fields = {},
+  body?: Uint8Array | string,
+): ClientHttp2Stream {
+  const method = body === undefined ? "GET" : "POST";
+  const stream = session.request({ ":path": "/room", ":method": method, ...FULL, ...fields }, {
+    endStream: body === undefined,
+  });
+  stream.on("error", () => {});
+  if (body) stream.write(body);
+  return stream;
+}
+
+/** Opens a session: its stream, which is read, and its token. */
+async function open(session: ClientHttp2Session, body?: Uint8Array | string) {
+  const stream = ask(session, {}, body);
+  const token = await new Promise<string>((resolve) =>
+    stream.once("response", (headers) => resolve(`${headers["x-crossws-id"]}`))
+  );
+  stream.resume();
+  return { stream, token };
+}
+
+const NOTHINGS: [name: string, fields: Fields, end: (stream: ClientHttp2Stream) => unknown][] = [
+  ["an empty frame", {}, (stream) => stream.end()],
+  ["a length of 0", { "content-length": "0" }, (stream) => stream.end()],
+  ["an end that comes late", {}, (stream) => setTimeout(() => stream.end(), 20)],
+];
+
+abuse("an uplink of nothing is answered 204, however it says so", async (scene, session) => {
+  const { stream, token } = await open(session);
+  for (const [name, fields, end] of NOTHINGS) {
+    const uplink = ask(session, { accept: "*/*", "x-crossws-id": token, ...fields }, "");
+    end(uplink);
+    assertEquals([name, await statusOf(uplink)], [name, "204"]);
+    uplink.resume();
+  }
+  assertEquals(scene.hooks(), ["open"]);
+  stream.close(CANCEL);
+});
+
+for (const cut of ["TE", "TEXT 3\r\ntw"]) {
+  abuse(
+    `a duplex stream that is reset behind ${JSON.stringify(cut)} is a lost connection`,
+    async (scene, session) => {
+      const whole = from(1, frame("TEXT", "one"));
+      const { stream } = await open(session, concat([whole, new TextEncoder().encode(cut)]));
+      await until(() => scene.count("message") === 1);
+      stream.close(CANCEL);
+      await until(() => scene.count("close") === 1);
+      assertEquals(scene.hooks(), ["open", "message", "close"]);
+      assertEquals(scene.calls.at(-1)!.detail, 1006);
+    },
+  );
+}
+
+abuse(
+  "an uplink that is reset within a frame loses no more than that, and the next is taken",
+  async (scene, session) => {
+    const { stream, token } = await open(session);
+    const fields = { accept: "*/*", "x-crossws-id": token };
+    const whole = from(1, frame("TEXT", "one"));
+    const half = concat([whole, frame("TEXT", "two").subarray(0, 8)]);
+    const uplink = ask(session, fields, half);
+    await until(() => scene.count("message") === 1);
+    uplink.close(CANCEL);
+    const again = ask(session, fields, from(2, frame("TEXT", "two")));
+    again.end();
+    assertEquals(await statusOf(again), "204");
+    assertEquals(scene.count("message"), 2);
+    stream.close(CANCEL);
+  },
+);
+
+abuse(
+  "60 streams that are opened and reset at once, again and again, leave nobody",
+  async (scene, session) => {
+    // Deno ends a connection for that at some time, and Node does not.
+    for (let round = 0; round < 5 && !session.destroyed; round++) {
+      const streams = Array.from({ length: 60 }, () => ask(session));
+      const gone = streams.map((stream) => new Promise((resolve) => stream.once("close", resolve)));
+      await sleep(round * 5);
+      for (const stream of streams) stream.close(CANCEL);
+      await Promise.all(gone);
+    }
+    await until(() => (scene.ws.peers.get("/room")?.size ?? 0) === 0);
+  },
+);
+
+abuse("who leaves 1,000 streams with their connection leaves no peer", async (scene, session) => {
+  const answers = Array.from({ length: 1000 }, () => statusOf(ask(session)));
+  // A host has room for as many as it says, and the others wait.
+  await until(() => (scene.ws.peers.get("/room")?.size ?? 0) >= 100);
+  session.destroy();
+  await Promise.all(answers);
+  await until(() => (scene.ws.peers.get("/room")?.size ?? 0) === 0);
+});
+
+abuse(
+  "a stream whose window is never opened holds maxBufferedAmount, and closes with 1013",
+  async (scene, session) => {
+    const { token, stream } = await open(session);
+    stream.pause();
+    const fields = { accept: "*/*", "x-crossws-id": token };
+    const chunk = frame("BINARY", new Uint8Array(40_000));
+    for (let i = 1; i < 30 && !scene.count("close"); i++) {
+      const uplink = ask(session, fields, from(i, chunk)); // which comes back as an echo
+      uplink.end();
+      uplink.resume();
+      await statusOf(uplink);
+    }
+    await until(() => scene.count("close") === 1);
+    assertEquals(scene.calls.at(-1)!.detail, 1013);
+  },
+  { maxBufferedAmount: 256 * 1024, window: 64 * 1024 },
+);
+
+abuse(
+  "headers of ours that come twice, or are no ASCII, are answered 400",
+  async (scene, session) => {
+    const { stream, token } = await open(session);
+    const before = scene.calls.length;
+    const uplink = { accept: "*/*", "x-crossws-id": token };
+    const bad: Fields[] = [
+      { ...uplink, "x-crossws-id": [token, token] },
+      { ...uplink, "x-duplex-version": ["1", "1"] },
+      { ...uplink, "x-crossws-id": `${token}\u00e9` },
+      { ...uplink, "x-duplex-attempt": "1e3" },
+      { ...uplink, "x-duplex-attempt": "x".repeat(8000) },
+    ];
+    for (const fields of bad) {
+      const refused = ask(session, fields, frame("PING"));
+      refused.end();
+      refused.resume();
+      assertEquals([fields, await statusOf(refused)], [fields, "400"]);
+    }
+    assertEquals(scene.calls.length, before);
+    stream.close(CANCEL);
+  },
+);
+
+abuse(
+  "headers of 300 kB end their stream alone, or the connection, and no other",
+  async (scene, session) => {
+    const { stream } = await open(session);
+    const status = await statusOf(ask(session, { "x-long": "x".repeat(300_000) }));
+    assertEquals(["431", "ended"].includes(status), true, status);
+    stream.close(CANCEL);
+    assertEquals(scene.count("open"), 1);
+  },
+);
