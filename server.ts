@@ -750,7 +750,8 @@ export interface SSEAdapter<Context = PeerContext> {
   /**
    * Shuts down: newcomers get 503, every peer is closed after what was sent to it
    * (default code: 1001); resolves when all have gone. Who is away is waited for as long as
-   * `resumeTimeout`, or until `signal` aborts: then the rest is terminated.
+   * `resumeTimeout`, or until `signal` aborts: then the rest is terminated. A backplane that does not
+   * close is waited for 5 s, which is reported; once the signal has aborted, 0.5 s, as a store is.
    *
    * @throws {RangeError} if the code may not be sent, or the reason is over 123 bytes.
    */

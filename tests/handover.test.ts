@@ -353,7 +353,7 @@ for (
     await stop();
     assertEquals(most, 1);
     assertEquals(fleet.told.filter((call) => /open|close/.test(call)), ["open 0"]);
-    assertGreater(fleet.told.filter((call) => /revive/.test(call)).length, lossy ? 0 : 5);
+    assertGreater(fleet.told.filter((call) => /revive/.test(call)).length, lossy ? 0 : 2);
     assertEquals(events.includes("error"), false);
   }, { timeout: 40_000 });
 }

@@ -241,11 +241,11 @@ test(
     );
     deliver();
     await (await within(asking, 5_000, "the answer")).body!.cancel(); // relayed, or 503
-    await within(closing, 5_000, "the end");
     await until(() => told.includes("revive 0"));
     const back = await a.fetch(resumption(2));
     assertEquals(back.status, 200);
     await back.body!.cancel();
+    await within(closing, 5_000, "the end");
     await other.events.cancel();
     assertEquals(told.filter((call) => call.endsWith(" 1") && call !== "open 1"), []);
   },
