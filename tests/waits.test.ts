@@ -4,6 +4,7 @@
  */
 import { cluster } from "../cluster.ts";
 import { pgsql, type PostgresClient, redis, type RedisClient } from "../drivers.ts";
+import { type MoveHead, Moves } from "../handover.ts";
 import { parking, type ParkingStore, type Quay } from "../parking.ts";
 import { chatHooks } from "../ai.ts";
 import { type SSEAdapter, sseAdapter, type SyncMessage } from "../server.ts";
@@ -201,6 +202,7 @@ test(
     const held = deferred();
     const bus = new MemoryBus(t);
     let deliver!: () => void;
+    let isDelivered = false;
     const [a, b] = [0, 1].map((at) => {
       const { adapter: connect } = bus;
       return adapter(t, {
@@ -211,6 +213,7 @@ test(
             ...driver,
             subscribe: (take) =>
               driver.subscribe((message) => {
+                if (at === 1 && isOf(message.data, "have") && !isDelivered) return;
                 if (at !== 1 || !isOf(message.data, "state")) return take(message);
                 deliver = () => take(message);
                 held.resolve();
@@ -240,6 +243,7 @@ test(
       !b.peers.size || [...b.peers.values()].every((peers) => everyIsClosing(peers))
     );
     deliver();
+    isDelivered = true;
     await (await within(asking, 5_000, "the answer")).body!.cancel(); // relayed, or 503
     await until(() => told.includes("revive 0"));
     const back = await a.fetch(resumption(2));
@@ -324,6 +328,28 @@ test("a Redis that is away is waited for no longer, and its connection ends", as
   driver.join({ namespace: "/", topic: "t" });
   await within(driver.close(), 4_000, "closing");
   assertEquals(isEnded, true);
+});
+
+test("an instance that ends tells whom it has asked for a session that it takes none", async () => {
+  const sent: [string, MoveHead][] = [];
+  const moves = new Moves<string>("here", 5_000, 30_000, {
+    ...{ now: () => 0, send: (to, head) => void sent.push([to, head]), owns: () => false },
+    ...{
+      pack: () => undefined,
+      restore() {},
+      release() {},
+      quiet: () => [],
+      takes: true,
+      take() {},
+    },
+    counts: () => ({}),
+  });
+  const asking = moves.adopt("session", "there", { attempt: 1, received: 0, namespace: "/" });
+  const [[, { id }]] = sent as [[string, MoveHead]];
+  moves.close();
+  await within(asking, 500, "the adoption");
+  const taken = { kind: "taken", id, session: "session", from: "here", yes: false };
+  assertEquals(sent.slice(1), [["there", taken as MoveHead]]);
 });
 
 test("a channel that is being joined as its driver closes is left", async () => {
