@@ -45,6 +45,8 @@ const RENEW_EVENT = "duplex-renew";
 
 // --- The client's own constants ---
 
+// Numbers stand first: up to whatever is no literal, esbuild puts them in place of their names.
+
 const CONNECTING = 0;
 const OPEN = 1;
 const CLOSING = 2;
@@ -82,12 +84,7 @@ const TRIAL_AFTER_MS = 30_000;
 const UNSURE_TRIAL_AFTER_MS = 5_000;
 /** After that we say what may be the matter, and make room. */
 const SILENCE_MS = 2_000;
-/**
- * Event streams that an origin has at once in all tabs over HTTP/1.1, where browsers allow 6
- * connections. The first is for pages that are seen; the last is shared, whoever has it.
- */
-const SEEN_SLOTS = [0, 1, 2, 3, 4];
-const HIDDEN_SLOTS = [4, 3, 2, 1];
+/** Of the slots that the tabs share over HTTP/1.1. */
 const LAST_SLOT = 4;
 /** How long a stream is held at least while another tab waits, and how soon all have had theirs. */
 const MIN_TURN_MS = 1_000;
@@ -135,6 +132,8 @@ const MAX_LAST_RETRIES = 3;
 const MAX_LEARNED = 100;
 /** It may have been the network, and not something in front of the server. */
 const LEARNED_FOR_MS = 600_000;
+/** Requests in a row of which nothing was taken before we say so: a proxy may have repeated one. */
+const DOUBT = 2;
 
 const NO_ANSWER = "a request was not answered in time";
 const NO_STREAM = "the answer was no event stream";
@@ -149,8 +148,6 @@ const HIDDEN =
 const INSPECT: symbol = Symbol.for("nodejs.util.inspect.custom");
 
 const KEEPS_WAITING = "keeps us waiting. Over HTTP/1.1 all tabs share 6 connections: serve HTTP/2";
-/** Requests in a row of which nothing was taken before we say so: a proxy may have repeated one. */
-const DOUBT = 2;
 const TOOK_NOTHING =
   "took nothing of a whole request. Does something in front of it read the body, or cut it?";
 
@@ -394,7 +391,6 @@ export class WebSocketSSE extends EventTarget {
   declare readonly CLOSED: 3;
 
   readonly #url: URL;
-  readonly #protocols: string[];
   readonly #options: WebSocketSSEOptions;
   readonly #handlers: { [name: string]: unknown } = {};
   readonly #counts = { resumes: 0, received: 0, sent: 0 };
@@ -412,7 +408,7 @@ export class WebSocketSSE extends EventTarget {
     this.#course.abort(this.#readyState === CONNECTING, this.#options.signal!.reason);
   };
 
-  readonly #session: Session = new Session();
+  readonly #session: Session;
   readonly #waiters: Waiters = new Waiters();
   readonly #parts: Parts;
   readonly #course: Course;
@@ -444,10 +440,10 @@ export class WebSocketSSE extends EventTarget {
         ? init
         : { protocols: init as string };
     this.#url = parseURL(`${url}`); // as Web IDL has it, no symbol
-    this.#protocols = checkProtocols(options.protocols ?? []);
+    const offered = checkProtocols(options.protocols ?? []);
     refuseMixed(this.#url);
     this.#options = options;
-    const session = this.#session;
+    const session = this.#session = new Session(offered, (options.bidir ?? options.bdir) !== false);
     const requests = new Requests(this.#url, options, session);
     const inbox = new Inbox(!!options.fetch, (data) => this.#onMessage(data));
     const outbox = new Outbox(session);
@@ -581,11 +577,10 @@ export class WebSocketSSE extends EventTarget {
   send(data: string | ArrayBufferLike | Blob | ArrayBufferView): void {
     if (!arguments.length) throw new TypeError("No message");
     const message = toMessage(data);
-    const sends = maySend(this.#options);
+    const { level, sends } = this.#session;
     if (this.#readyState === CONNECTING || !sends) {
       throw new DOMException(sends ? "Still connecting" : "bidir is false", "InvalidStateError");
     }
-    const { level } = this.#session;
     const [frame, size] = isBlob(message) ? [undefined, message.size] : level.encode(message);
     this.#bufferedAmount += size;
     if (this.#readyState !== OPEN) return;
@@ -739,8 +734,6 @@ export class WebSocketSSE extends EventTarget {
     const { inbox, requests } = this.#parts;
     const { signal } = this.#options;
     return {
-      offered: this.#protocols,
-      sends: maySend(this.#options),
       onOpen: (protocol) =>
         inbox.add(() => {
           if (this.#readyState !== CONNECTING) return;
@@ -833,12 +826,8 @@ export default WebSocketSSE;
 
 // --- Course: the phases of a session, and its end ---
 
-/** The reports of a {@link Course}: the page's events, and what it must know to open. */
+/** The reports of a {@link Course}: the page's events. */
 interface CourseHost {
-  /** Subprotocols. */
-  readonly offered: string[];
-  /** Whether the page may send. */
-  readonly sends: boolean;
   onOpen(protocol: string): void;
   onDrop(): void;
   onResume(): void;
@@ -862,8 +851,6 @@ class Course implements LinkHost {
   readonly #host: CourseHost;
   readonly #uplink: Uplink;
   readonly link: Link;
-  readonly offered: string[];
-  readonly sends: boolean;
 
   /** Of a close under way. */
   #deadline: ReturnType<typeof setTimeout> | undefined;
@@ -877,8 +864,6 @@ class Course implements LinkHost {
     this.#keeper = parts.keeper;
     this.#requests = parts.requests;
     this.#host = host;
-    this.offered = host.offered;
-    this.sends = host.sends;
     this.link = new Link(parts, this);
     this.#uplink = this.link.uplink;
   }
@@ -895,7 +880,7 @@ class Course implements LinkHost {
     if (phase === "leaving") this.#awaitReceipt(true);
     else if (phase === "open" && terms) this.#drop();
     else if (phase === "open" || phase === "opening") this.onFail();
-    return ["dropped", "renewing", "leaving"].includes(this.#session.phase);
+    return !!terms && this.#session.isActive;
   }
 
   onRenewal(): void {
@@ -993,9 +978,7 @@ class Course implements LinkHost {
   /** A server that takes nothing must not hold us; one that takes messages has its time. */
   #awaitReceipt(isAway: boolean = !this.#uplink.isLinked): void {
     if (this.#outbox.isEmpty) return;
-    const patience = isAway && this.#outbox.isOnlyClose
-      ? CLOSE_TIMEOUT_MS
-      : this.#session.terms!.resumeTimeout || OPEN_TIMEOUT_MS;
+    const patience = isAway && this.#outbox.isOnlyClose ? CLOSE_TIMEOUT_MS : this.#session.patience;
     this.#after(patience, () => this.onFail("the server did not take the close in time"));
   }
 
@@ -1025,7 +1008,7 @@ class Course implements LinkHost {
   /** The server's close: its own, or the answer to ours. */
   onClose(code: number, reason: string, isComplete: boolean): void {
     const { phase } = this.#session;
-    if (!["open", "dropped", "renewing", "leaving"].includes(phase)) return;
+    if (!this.#session.mayEnter("left")) return;
     const verdict: Verdict = [code, reason, isComplete || phase === "leaving"];
     if (phase === "leaving" && this.#outbox.isEmpty) this.#end(verdict); // the answer to ours
     else this.#takeLeave(verdict, this.#outbox.last + 1);
@@ -1097,10 +1080,8 @@ class Course implements LinkHost {
 
 // --- Link: the connection down: opened, read, resumed ---
 
-/** The reports of a {@link Link}, and what it must know to open. */
+/** The reports of a {@link Link}. */
 interface LinkHost extends EventHost {
-  /** Subprotocols. */
-  readonly offered: string[];
   /** The session has begun. */
   onOpen(protocol: string): void;
   /** The connection has ended. False: it is not to be resumed. */
@@ -1263,7 +1244,7 @@ class Link implements Carrier, EventTaker, Holder {
   }
 
   async #open(): Promise<Exchange> {
-    const protocols = this.#host.offered.join(", ");
+    const protocols = this.#session.offered.join(", ");
     const headers: Record<string, string> = {
       // "Opening is not idempotent: a client repeats it only with x-duplex-opening."
       [OPENING_HEADER]: randomName(),
@@ -1347,7 +1328,7 @@ class Link implements Carrier, EventTaker, Holder {
     connection.body?.finish();
     connection.slot?.free(); // it cannot be given up for a while
     this.#transports.settle("post");
-    if (this.#session.token || !this.#host.sends) this.openPlain();
+    if (this.#session.token || !this.#session.sends) this.openPlain();
     return connection;
   }
 
@@ -1370,7 +1351,7 @@ class Link implements Carrier, EventTaker, Holder {
 
   #opened(protocol: string): void {
     clearTimeout(this.#limit);
-    if (!protocol || this.#host.offered.includes(protocol)) return this.#host.onOpen(protocol);
+    if (!protocol || this.#session.offered.includes(protocol)) return this.#host.onOpen(protocol);
     this.abandon();
     this.#host.onFail("the server chose a subprotocol that was not offered");
   }
@@ -1540,10 +1521,8 @@ class Link implements Carrier, EventTaker, Holder {
 
 // --- Events: the server's words ---
 
-/** The reports of {@link Events}, and what they must know. */
+/** The reports of {@link Events}. */
 interface EventHost extends UplinkHost {
-  /** Whether the page may send. */
-  readonly sends: boolean;
   /** `isComplete`: all that the server sent has come. */
   onClose(code: number, reason: string, isComplete: boolean): void;
 }
@@ -1655,7 +1634,7 @@ class Events {
     if (type === OPEN_EVENT && !this.#session.token) return this.#host.onFail(HIDDEN);
     if (type.startsWith("duplex-")) return;
     // Any other event stream: we could not send.
-    if (!this.#session.token && this.#host.sends) return this.#host.onFail(ONLY_RECEIVES);
+    if (!this.#session.token && this.#session.sends) return this.#host.onFail(ONLY_RECEIVES);
     if (!type || type === "message") this.#inbox.add(data);
   }
 
@@ -2172,6 +2151,13 @@ class Uplink {
 }
 
 // --- Slots: turns of the tabs, where all share few connections ---
+
+/**
+ * Event streams that an origin has at once in all tabs over HTTP/1.1, where browsers allow 6
+ * connections. The first is for pages that are seen; the last is shared, whoever has it.
+ */
+const SEEN_SLOTS = [0, 1, 2, 3, 4];
+const HIDDEN_SLOTS = [4, 3, 2, 1];
 
 /** The link that has a slot. */
 interface Holder {
@@ -3385,6 +3371,10 @@ const STEPS: Readonly<Record<Phase, readonly Phase[]>> = {
 
 /** What a socket's rooms know of its session: the socket moves its phase, the link writes the rest. */
 class Session {
+  /** Subprotocols. */
+  readonly offered: string[];
+  /** Whether the page may send. */
+  readonly sends: boolean;
   #phase: Phase = "opening";
   level: Level = FULL;
   token = "";
@@ -3394,6 +3384,11 @@ class Session {
   attempt = 0;
   /** By our clock; 0 while there is a connection. */
   lostAt = 0;
+
+  constructor(offered: string[], sends: boolean) {
+    this.offered = offered;
+    this.sends = sends;
+  }
 
   get phase(): Phase {
     return this.#phase;
@@ -3434,8 +3429,12 @@ class Session {
     return !["opening", "left", "ended"].includes(this.#phase);
   }
 
+  mayEnter(phase: Phase): boolean {
+    return STEPS[this.#phase].includes(phase);
+  }
+
   enter(phase: Phase): void {
-    if (!STEPS[this.#phase].includes(phase)) throw new Error(`From ${this.#phase} to ${phase}`);
+    if (!this.mayEnter(phase)) throw new Error(`From ${this.#phase} to ${phase}`);
     this.#phase = phase;
   }
 }
@@ -3626,10 +3625,6 @@ const lengths: Findings<{ most: number; isCeiling: boolean }> = new Findings();
 const types: Findings<string> = new Findings();
 
 // --- Small things ---
-
-function maySend({ bidir, bdir }: WebSocketSSEOptions): boolean {
-  return (bidir ?? bdir) !== false;
-}
 
 /** A frame of the uplink: WebSocket-over-HTTP. */
 function frame(type: string, payload: Bytes): Bytes {

@@ -3,9 +3,9 @@ import { gzipSync } from "node:zlib";
 import { esbuild } from "./bundle.ts";
 import { assertLessOrEqual, test } from "./harness.ts";
 
-/** In bytes: 3 % above what is there, so that growth is noticed. */
+/** In bytes: 1 to 3 % above what is there, so that growth is noticed. */
 const budgets = {
-  "client.ts": 16_500,
+  "client.ts": 16_200,
   "server.ts": 19_900,
   "cluster.ts": 12_700,
   "stream.ts": 2_000,
