@@ -660,8 +660,8 @@ export class WebSocketSSE extends EventTarget {
    * acknowledged: keep it as secret as the credentials. Not of the standard.
    *
    * @returns Undefined, and then the socket goes on as if it had not been asked: while it connects
-   * (unless to resume), closes or is closed, while a `Blob` is being read, with over 3.75 MiB unsent,
-   * and at a server that resumes nothing.
+   * (unless to resume), closes or is closed, while a `Blob` is being read, with over 3.75 MiB not
+   * acknowledged, and at a server that resumes nothing.
    * @example
    * ```ts
    * import { WebSocketSSE } from "@duplex/sse/client";

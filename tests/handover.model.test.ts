@@ -18,7 +18,7 @@ import {
   type TestContext,
   testOnce,
 } from "./harness.ts";
-import { walks } from "./handover.model.ts";
+import { idle, walks } from "./handover.model.ts";
 
 type Make = typeof Moves<number>;
 
@@ -174,18 +174,7 @@ test("of an instance that has long been quiet, and was never heard here, nothing
 
 test("a publication costs the same however many sessions are waited for, and no more is kept of it", () => {
   const sent: MoveHead[] = [];
-  const moves = new Moves<string>("here", 5_000, 30_000, {
-    ...{ now: () => 0, send: (_to, head) => void sent.push(head), owns: () => false },
-    ...{
-      pack: () => undefined,
-      restore() {},
-      release() {},
-      quiet: () => [],
-      takes: true,
-      take() {},
-    },
-    counts: () => ({}),
-  });
+  const moves = new Moves<string>("here", 5_000, 30_000, idle((_to, head) => void sent.push(head)));
   for (let n = 0; n < 1_000; n++) { // anybody can make up tokens
     moves.adopt(`${n}`, "there", { attempt: 1, received: 0, namespace: "/" });
   }

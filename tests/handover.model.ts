@@ -33,6 +33,14 @@ const TIMEOUT = 1_000;
 /** A rule of the protocol was broken. */
 export class Violation extends Error {}
 
+/** An instance that has no sessions, and takes what it is given for nothing. */
+export function idle(send: (to: string, head: MoveHead) => void): Mover<string> {
+  return {
+    ...{ send, now: () => 0, takes: true, owns: () => false, pack: () => undefined },
+    ...{ restore() {}, release() {}, take() {}, counts: () => ({}), quiet: () => [] },
+  };
+}
+
 interface State {
   received: number;
   attempt: number;

@@ -9,6 +9,7 @@ import { parking, type ParkingStore, type Quay } from "../parking.ts";
 import { chatHooks } from "../ai.ts";
 import { type SSEAdapter, sseAdapter, type SyncMessage } from "../server.ts";
 import { MemoryBus } from "./bus.ts";
+import { idle } from "./handover.model.ts";
 import {
   assertEquals,
   assertLess,
@@ -332,18 +333,8 @@ test("a Redis that is away is waited for no longer, and its connection ends", as
 
 test("an instance that ends tells whom it has asked for a session that it takes none", async () => {
   const sent: [string, MoveHead][] = [];
-  const moves = new Moves<string>("here", 5_000, 30_000, {
-    ...{ now: () => 0, send: (to, head) => void sent.push([to, head]), owns: () => false },
-    ...{
-      pack: () => undefined,
-      restore() {},
-      release() {},
-      quiet: () => [],
-      takes: true,
-      take() {},
-    },
-    counts: () => ({}),
-  });
+  const say = (to: string, head: MoveHead) => void sent.push([to, head]);
+  const moves = new Moves<string>("here", 5_000, 30_000, idle(say));
   const asking = moves.adopt("session", "there", { attempt: 1, received: 0, namespace: "/" });
   const [[, { id }]] = sent as [[string, MoveHead]];
   moves.close();
