@@ -4045,6 +4045,8 @@ class Allowance {
 class Credit extends Allowance {
   #since = 0;
   #before = 0;
+  /** At so many bytes the clock is looked at next: fewer in a span would earn no more. */
+  #next = 0;
 
   /** What another instance has granted stands, whether there is room or not: the client goes by it. */
   goOn(size: number, handled: number): void {
@@ -4055,6 +4057,8 @@ class Credit extends Allowance {
 
   /** So many bytes in all have been handled: whether the client may send more ahead than before. */
   handled(bytes: number): boolean {
+    if (bytes < this.#next) return false;
+    this.#next = bytes + this.size * CREDIT_SPAN / CREDIT_TIME;
     const now = clock();
     const elapsed = now - this.#since;
     if (elapsed < CREDIT_SPAN) return false;

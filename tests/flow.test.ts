@@ -543,6 +543,17 @@ test("a client may be ahead by what the hooks handle in 2 s, and is told so", as
   assertLessOrEqual(most, 10_000);
 });
 
+test("the clock is not looked at for every message: that would cost a quarter of their rate", async (t) => {
+  const ws = adapter(t, { hooks: { message() {} } });
+  const client = t.use(await WireClient.open(ws.fetch, HOME));
+  const now = performance.now;
+  let looks = 0;
+  t.defer(() => performance.now = now);
+  performance.now = () => now.call(performance) + 0 * looks++;
+  assertEquals(await client.frames("TEXT 3\r\nabc\r\n".repeat(5000), 1), [204, 5000]);
+  assertLess(looks, 500);
+});
+
 test("who is granted a larger window is not closed within it, and is beyond it", async (t) => {
   let isSlow = false;
   const settle = deferred<void>();
