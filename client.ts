@@ -1600,14 +1600,16 @@ class Events {
       case OPEN_EVENT:
         return this.#taker.onTerms(JSON.parse(data));
       case ACK_EVENT: {
-        const [received, handled, window] = data.split(" ").map(Number);
+        const counts = data.split(" ", 3).map(countOf); // what is behind them is not ours to know
+        if (counts.includes(undefined)) return this.#taker.distrust();
+        const [received, handled, window] = counts;
         this.#taker.onNews();
         return this.#uplink.confirm(received!, handled, window);
       }
       case PING_EVENT: {
         const [sent, payload] = data.split(" ");
         // "The number of a duplex-ping, that does not fit the client's own count means damage."
-        if (Number(sent) !== this.#taker.current!.position) return this.#taker.distrust();
+        if (countOf(sent) !== this.#taker.current!.position) return this.#taker.distrust();
         this.#taker.onNews();
         this.#receipts.pong(fromBase64(payload ?? ""));
         return this.#taker.onPing();
@@ -2628,9 +2630,8 @@ function keptOf(text: string | null | undefined): Kept | undefined {
       ...[nextUnsent - firstUnacked, firstUnacked + messages.length - nextUnsent],
       ...messages.map(([frame, size]) => fromBase64(frame) && size),
     ];
-    const areCounts = counts.every((count) => Number.isSafeInteger(count) && count >= 0);
     const isToken = typeof token === "string" && /^[!-~]+$/.test(token);
-    if (areCounts && isToken && areTerms(terms)) return kept;
+    if (counts.every(isCount) && isToken && areTerms(terms)) return kept;
   } catch {
     // it is no JSON, or has another shape
   }
@@ -3340,8 +3341,22 @@ const UNTOLD = { resumeTimeout: OPEN_TIMEOUT_MS, heartbeatInterval: 15_000 };
 /** What cannot be terms, whoever says it, is damage. */
 function areTerms(terms: Terms): boolean {
   const { protocol, received, handled, window, heartbeatInterval, resumeTimeout } = terms;
-  return typeof protocol === "string" && received >= 0 && handled >= 0 && heartbeatInterval >= 1 &&
-    [window, heartbeatInterval, resumeTimeout].every((term) => term >= 0 && term <= MAX_TERM);
+  const isTerm = (term: unknown, most = MAX_TERM) =>
+    typeof term === "number" && term >= 0 && term <= most;
+  return typeof protocol === "string" && [received, handled].every(isCount) &&
+    [window, heartbeatInterval, resumeTimeout].every((term) => isTerm(term)) &&
+    heartbeatInterval >= 1 && isTerm(terms.idleTimeout ?? 0, Infinity);
+}
+
+/** "Numbers are … without sign …, at most 2^53 - 1." */
+function isCount(value: unknown): boolean {
+  return Number.isSafeInteger(value) && value as number >= 0;
+}
+
+/** "Numbers are decimal, without sign or leading zeros": any other text is none. */
+function countOf(text = ""): number | undefined {
+  const count = Number(text);
+  return isCount(count) && `${count}` === text ? count : undefined;
 }
 
 /**
@@ -3484,8 +3499,7 @@ const FULL: Level = {
       code === 1005 ? EMPTY : concat([new Uint8Array([code >> 8, code & 255]), reason]),
     ),
   confirmed(answer) {
-    const received = answer.header(RECEIVED_HEADER);
-    return answer.status === 204 && received ? Number(received) : undefined;
+    return answer.status === 204 ? countOf(answer.header(RECEIVED_HEADER)) : undefined;
   },
 };
 

@@ -434,6 +434,17 @@ const DAMAGE: Record<string, { wrong: (state: { count: number }) => string }> = 
   "a ping with a number that does not fit": {
     wrong: ({ count }) => `event: duplex-ping\ndata: ${count + 1} \n\n`,
   },
+  ...Object.fromEntries(["1e0", " 1", "0x1", "+1", "01", "1.0"].map((number) => [
+    `a ping with ${JSON.stringify(number)} for 1`,
+    { wrong: ({ count }) => `event: duplex-ping\ndata: ${number.replace("1", `${count}`)} \n\n` },
+  ])),
+  ...Object.fromEntries(
+    ["", "-1 0", "0x0 0", "0 1e3", "0 ", "0 00", "0 -1", "0 9007199254740992", "0 0 1e9", "0 0 -5"]
+      .map((counts) => [
+        `an acknowledgement of ${JSON.stringify(counts)}`,
+        { wrong: () => `event: duplex-ack\ndata: ${counts}\n\n` },
+      ]),
+  ),
   "an acknowledgement of what was not sent": { wrong: () => "event: duplex-ack\ndata: 7 0\n\n" },
   "an event that cannot be parsed": { wrong: () => "event: duplex-json\ndata: {oops\n\n" },
 };
@@ -459,6 +470,43 @@ for (const [what, { wrong }] of Object.entries(DAMAGE)) {
     assertEquals(server.asked, []);
   });
 }
+
+test("terms that are no numbers are damage: the client resumes once, then closes with 1006", async (t) => {
+  const wrong: Record<string, unknown[]> = {
+    received: ["0", 0.5, 2 ** 53, null],
+    handled: ["0", 0.5, 2 ** 53, null],
+    heartbeatInterval: ["1e3", "1000", [1000]],
+    resumeTimeout: ["0x10", " 5", true],
+    window: ["1e3", null, [100]],
+    idleTimeout: ["60000", -1, true],
+  };
+  const values = Object.entries(wrong).flatMap(([name, all]) =>
+    all.map((one) => ({ [name]: one }))
+  );
+  await Promise.all(values.map(async (terms) => {
+    const { server, socket, stream, events, closed } = await scriptedClient(t);
+    stream.end();
+    for (let tries = 0; tries < 2; tries++) {
+      (await server.next()).stream(terms as { received: number }).write("data: not taken\n\n");
+    }
+    // Terms that are taken would be told as a resumption.
+    const taken = new Promise((resolve) => socket.addEventListener("resume", resolve));
+    await Promise.race([closed, taken]);
+    assertEquals(events, ["open", "drop", "error", "close 1006 unclean"], JSON.stringify(terms));
+  }));
+});
+
+test("an answer whose x-duplex-received is no number confirms nothing, and is final as one without", async (t) => {
+  for (const received of ["1e0", "0x1", "+1", "01", "1.0", "-1"]) {
+    const { server, socket, events, closed } = await scriptedClient(t);
+    socket.send("x");
+    const asked = await server.next();
+    assertEquals(asked.body, seq(1) + text("x"));
+    asked.respond(204, { "x-duplex-received": received });
+    await closed;
+    assertEquals([events, socket.bufferedAmount], [["open", "error", "close 1006 unclean"], 1]);
+  }
+});
 
 test("an acknowledgement of what still waits for the window is damage, and loses nothing", async (t) => {
   const { server, socket, events } = await scriptedClient(t, { window: 10 });
