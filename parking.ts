@@ -39,6 +39,8 @@ const DEFAULT_MAX_SIZE = 1024 * 1024;
 const MAX_PENDING_BYTES = 64 * 1024 * 1024;
 /** In ms, like all times here: how long the store has for each step. */
 const DEFAULT_TIMEOUT = 2_000;
+/** How long bytes count as on their way: a store that has not settled by then may never do so. */
+const PUT_PATIENCE = 30_000;
 /** How much longer than its client is waited for a session stays in the store. */
 const SLACK = 30_000;
 /** How long an instance knows which sessions have left it for the store. */
@@ -263,7 +265,7 @@ export class Parking implements SessionParking {
 
   /** Something is kept that a tick will look at. */
   get remembers(): boolean {
-    return this.#parked.size + this.#gone.size + this.#gate.waiting > 0;
+    return this.#parked.size + this.#gone.size + this.#gate.size > 0;
   }
 
   /** The store has failed when it was asked last: what it did not return may be there. */
@@ -360,11 +362,11 @@ export class Parking implements SessionParking {
       this.#back(parked);
       return false;
     }
-    this.#gate.enter(size);
+    const leave = this.#gate.enter(size);
     this.#putting.add(secret);
     this.#put(parked, packed, state).finally(() => {
       this.#putting.delete(secret);
-      this.#gate.leave(size);
+      leave();
     });
     await parked.stored.promise;
     return false;
@@ -711,12 +713,14 @@ class Waits {
 /** What is on its way to the store; where that is too much, others wait for their turn. */
 class Gate {
   #bytes = 0;
+  readonly #inside: Set<{ readonly size: number; age: number }> = new Set();
   readonly #waiting: { go: () => void; giveUp: () => void }[] = [];
   /** How long nothing has arrived. */
   #stalled = 0;
 
-  get waiting(): number {
-    return this.#waiting.length;
+  /** Those on their way, and those who wait. */
+  get size(): number {
+    return this.#inside.size + this.#waiting.length;
   }
 
   async pass(begin: () => Promise<void>): Promise<void> {
@@ -726,20 +730,32 @@ class Gate {
     });
   }
 
-  enter(size: number): void {
+  /** Returns what is to be called when they have arrived. */
+  enter(size: number): () => void {
+    const one = { size, age: 0 };
+    this.#inside.add(one);
     this.#bytes += size;
+    return () => this.#leave(one);
   }
 
-  leave(size: number): void {
-    this.#bytes -= size;
+  #leave(one: { readonly size: number; age: number }): void {
+    if (!this.#inside.delete(one)) return; // it was given up
+    this.#bytes -= one.size;
     this.#stalled = 0;
     while (this.#bytes < MAX_PENDING_BYTES && this.#waiting.length) this.#waiting.shift()!.go();
   }
 
-  /** Whether nobody need wait any longer. */
+  /** Whether the store is too slow for those who wait, or for what is on its way. */
   tick(period: number, patience: number): boolean {
+    let isLate = false;
+    for (const one of this.#inside) {
+      one.age += period;
+      if (one.age <= PUT_PATIENCE) continue;
+      this.#leave(one); // else a store that never settles would keep the gate shut for ever
+      isLate = true;
+    }
     this.#stalled = this.#waiting.length ? this.#stalled + period : 0;
-    if (this.#stalled <= patience) return false;
+    if (this.#stalled <= patience) return isLate;
     this.giveUp();
     return true;
   }

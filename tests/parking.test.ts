@@ -772,7 +772,7 @@ test("a store that is away is told of a few times a second, whoever asks for how
 /** An instance of 100 sessions of 1 MB, and what it has given back, with a store that takes its time. */
 function crowd(put: () => Promise<void>) {
   const state = new Uint8Array(1_000_000);
-  const told = { packed: 0, restored: 0, released: 0, errors: [] as string[] };
+  const told = { packed: 0, restored: 0, released: 0, errors: [] as string[], ahead: 0 };
   const packed = {
     ...{ id: "", namespace: "/", tokens: [], context: {}, protocol: "", topics: [], frames: [] },
     ...{ heartbeatInterval: 1, received: 0, handled: 0, firstUnacked: 1, nextUngiven: 1 },
@@ -786,7 +786,7 @@ function crowd(put: () => Promise<void>) {
       release: () => void told.released++,
       report: (error) => void told.errors.push((error as Error).message),
     },
-    ...{ now: () => Date.now(), wake() {}, counts: () => ({}), asks: () => false },
+    ...{ now: () => Date.now() + told.ahead, wake() {}, counts: () => ({}), asks: () => false },
     ...{ take: () => Promise.resolve(true), confirm() {}, encodePacked: () => state },
     digest: () => Promise.resolve(new Uint8Array(32)),
     seal: () => Promise.resolve(new Uint8Array(1)),
@@ -818,4 +818,26 @@ test("who waits for a store that stands still is not kept for ever", async () =>
   await parking;
   assertEquals([told.packed, told.restored], [68, 68]);
   assertEquals([...new Set(told.errors)], ["The store of parked sessions does not answer"]);
+});
+
+test("a put that never settles keeps others from the store for 30 s, and not for ever", async () => {
+  let isDead = true;
+  const { told, parked, tokens } = crowd(async () => {
+    if (isDead) await new Promise(() => {});
+  });
+  const first = Promise.all(tokens.slice(0, 68).map((token) => parked.park(token, true)));
+  await sleep(0);
+  for (let n = 0; n < 6; n++) parked.tick(500);
+  await first; // given up, and still on their way as far as anybody knows
+  isDead = false;
+  const late = parked.park(tokens[90]!, true);
+  for (let n = 0; n < 6; n++) parked.tick(500);
+  await late;
+  assertEquals([told.packed, told.restored, told.released], [68, 68, 0], "there is no room");
+  told.errors.length = 0;
+  told.ahead = 27_000; // of the first second all reports were used up
+  for (let n = 0; n < 60 && parked.remembers; n++) parked.tick(500);
+  assertEquals([...new Set(told.errors)], ["The store of parked sessions does not answer"]);
+  await Promise.all(tokens.slice(91, 95).map((token) => parked.park(token, true)));
+  assertEquals([told.packed, told.restored, told.released], [72, 68, 4]);
 });
