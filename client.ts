@@ -3348,17 +3348,6 @@ function areTerms(terms: Terms): boolean {
     heartbeatInterval >= 1 && isTerm(terms.idleTimeout ?? 0, Infinity);
 }
 
-/** "Numbers are … without sign …, at most 2^53 - 1." */
-function isCount(value: unknown): boolean {
-  return Number.isSafeInteger(value) && value as number >= 0;
-}
-
-/** "Numbers are decimal, without sign or leading zeros": any other text is none. */
-function countOf(text = ""): number | undefined {
-  const count = Number(text);
-  return isCount(count) && `${count}` === text ? count : undefined;
-}
-
 /**
  * "The client takes two intervals without a byte for a drop, or three quarters of the resume
  * timeout if that is less, but not less than one and a quarter intervals": else the session may be
@@ -3799,6 +3788,17 @@ function isTransient(status: number): boolean {
 
 function isReason(reason: unknown): boolean {
   return typeof reason === "string" && encoder.encode(reason).length <= MAX_REASON_BYTES;
+}
+
+/** "Numbers are … without sign …, at most 2^53 - 1." */
+function isCount(value: unknown): boolean {
+  return Number.isSafeInteger(value) && value as number >= 0;
+}
+
+/** "Numbers are decimal, without sign or leading zeros": any other text is none. */
+function countOf(text = ""): number | undefined {
+  const count = Number(text);
+  return isCount(count) && `${count}` === text ? count : undefined;
 }
 
 /** What RFC 6455 lets a CLOSE carry, and 1005 for none. */
