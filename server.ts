@@ -1134,7 +1134,10 @@ class Requests {
     }
     receiver.heard();
     if (receiver instanceof FullSession) this.#registry.confirmed(receiver);
-    let refusal = await readUplink(request, receiver, this.#settings.maxMessageSize);
+    const { maxMessageSize } = this.#settings;
+    let refusal = await new Promise<unknown>((resolve) =>
+      readUplink(request, receiver, maxMessageSize, resolve)
+    );
     const { over } = receiver;
     // It was packed meanwhile, and its bodies let go of.
     if (!over && !this.#registry.find(wire.token!)) refusal = sessionMoves();
@@ -3067,8 +3070,12 @@ class FullSession extends Session implements Receiver {
   }
 
   /** Reads the uplink half of a request whose response is the event stream. */
-  async readDuplex(request: Request): Promise<void> {
-    const error = await readUplink(request, this, this.host.settings.maxMessageSize);
+  readDuplex(request: Request): void {
+    const { maxMessageSize } = this.host.settings;
+    readUplink(request, this, maxMessageSize, (error) => this.#uplinkEnded(error));
+  }
+
+  #uplinkEnded(error: unknown): void {
     if (!error) return;
     // The connection has ended. Deno tells the stream of that only when it is written to.
     if (!(error instanceof Refusal)) return this.beat();
@@ -3296,7 +3303,7 @@ class PlainSession extends Session {
     length: number,
   ): Promise<Bytes | undefined> {
     const whole = new Gathering();
-    const { complete, error } = await readBody(readerOf(body), this, MAX_PLAIN_BODIES, (chunk) => {
+    const { complete, error } = await readPlain(readerOf(body), this, (chunk) => {
       checkSize(whole.size + chunk.length, this.host.settings.maxMessageSize);
       whole.add(chunk, length);
     });
@@ -3306,7 +3313,7 @@ class PlainSession extends Session {
 
   async #readChunks(body: ReadableStream<Uint8Array>): Promise<void> {
     const text = new TextDecoder("utf-8", { ignoreBOM: true });
-    const { error } = await readBody(readerOf(body), this, MAX_PLAIN_BODIES, (chunk) => {
+    const { error } = await readPlain(readerOf(body), this, (chunk) => {
       checkSize(chunk.length, this.host.settings.maxMessageSize);
       const message = text.decode(chunk, { stream: true });
       return message ? this.#receive(message) : undefined;
@@ -4106,66 +4113,86 @@ interface BodyEnd {
   error?: unknown;
 }
 
+/** Who is sent a body. */
+type Listener = Pick<Receiver, "uplink" | "heard">;
+
+/** Takes one chunk of a body: a promise pauses it, what is thrown ends it. */
+type Take = (chunk: Bytes) => Promise<void> | void;
+
 /**
  * The body of one request. It is never cancelled, since hosts that make their own streams may
  * not survive that: what nobody wants any more is read and dropped up to a bound, for what
  * comes next on the connection, and the rest is left alone.
+ *
+ * Its end is told by a call: a promise and the functions that await it would be held by each idle
+ * session with an open body, 1.4 KB on Deno and 0.7 KB on Bun.
  */
 class Body {
-  readonly end: Promise<BodyEnd>;
-  #settle!: (end: BodyEnd) => void;
+  readonly #listener: Listener;
+  readonly #take: Take;
+  readonly #ended: (end: BodyEnd) => void;
   #wanted = true;
   #dropped = 0;
 
-  constructor(reader: Reader, take: (chunk: Bytes) => Promise<void> | void) {
-    this.end = new Promise((resolve) => this.#settle = resolve);
-    this.#read(reader, take);
+  constructor(listener: Listener, take: Take, ended: (end: BodyEnd) => void) {
+    this.#listener = listener;
+    this.#take = take;
+    this.#ended = ended;
   }
 
   /** What still comes is dropped. */
-  release(error?: unknown): void {
-    this.#wanted = false;
-    this.#settle({ complete: false, error });
+  release(): void {
+    this.#end({ complete: false });
   }
 
-  async #read(reader: Reader, take: (chunk: Bytes) => Promise<void> | void): Promise<void> {
+  #end(end: BodyEnd): void {
+    if (!this.#wanted) return;
+    this.#wanted = false;
+    this.#listener.uplink.end(this);
+    this.#ended(end);
+  }
+
+  async read(reader: Reader): Promise<void> {
+    let end: BodyEnd = { complete: true };
     try {
       for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
         if (this.#wanted) {
-          const pending = this.#take(chunk.value as Bytes, take);
+          const pending = this.#give(chunk.value as Bytes);
           if (pending) await pending;
         } else if ((this.#dropped += chunk.value.length) > MAX_DROPPED) return;
       }
-      this.#settle({ complete: true });
     } catch (error) { // the connection's end
-      this.#settle({ complete: false, error });
+      end = { complete: false, error };
     }
+    this.#end(end);
   }
 
-  #take(chunk: Bytes, take: (chunk: Bytes) => Promise<void> | void): Promise<void> | void {
+  #give(chunk: Bytes): Promise<void> | void {
     try {
-      return take(chunk);
+      this.#listener.heard();
+      return this.#take(chunk);
     } catch (error) {
-      this.release(error);
+      this.#end({ complete: false, error });
     }
   }
 }
 
-/** Reads a body to its end. A promise pauses it; an error ends it. */
-async function readBody(
+/** Reads a body to its end, and tells that. */
+function readBody(
   reader: Reader,
-  receiver: Pick<Receiver, "uplink" | "heard">,
+  listener: Listener,
   most: number,
-  take: (chunk: Bytes) => Promise<void> | void,
-): Promise<BodyEnd> {
-  const body = new Body(reader, (chunk) => {
-    receiver.heard();
-    return take(chunk);
-  });
-  receiver.uplink.begin(body, most);
-  const end = await body.end;
-  receiver.uplink.end(body);
-  return end;
+  take: Take,
+  ended: (end: BodyEnd) => void,
+): void {
+  const body = new Body(listener, take, ended);
+  listener.uplink.begin(body, most);
+  body.read(reader);
+}
+
+/** The same for the body of a plain session. */
+function readPlain(reader: Reader, listener: Listener, take: Take): Promise<BodyEnd> {
+  return new Promise((resolve) => readBody(reader, listener, MAX_PLAIN_BODIES, take, resolve));
 }
 
 /** What was read before us cannot be read again, and must not pass for a message that came. */
@@ -4182,42 +4209,48 @@ function notArrived(cause?: unknown): Refusal {
   );
 }
 
-/** Throws what is no mere end of the connection. Frameworks' limits fail with a status. */
-function throwRefusal(error: unknown): void {
-  if (error instanceof Refusal) throw error;
+/** What has ended a body. Frameworks' limits fail with a status. */
+function causeOf(error: unknown): unknown {
+  if (error instanceof Refusal) return error;
   const { status, statusCode } = Object(error);
-  if (typeof status === "number" || typeof statusCode === "number") throw notArrived(error);
+  const isLimit = typeof status === "number" || typeof statusCode === "number";
+  return isLimit ? notArrived(error) : error;
 }
 
-/** Reads a request's frames and hands on those that are new. Returns what ended it early, if anything did. */
-async function readUplink(
+/** Throws what is no mere end of the connection. */
+function throwRefusal(error: unknown): void {
+  const cause = causeOf(error);
+  if (cause instanceof Refusal) throw cause;
+}
+
+/** Reads a request's frames and hands on those that are new. Tells what ended it early, if anything did. */
+function readUplink(
   request: Request,
   receiver: Receiver,
   maxMessageSize: number,
-): Promise<unknown> {
-  if (!request.body) return;
+  ended: (error?: unknown) => void,
+): void {
+  if (!request.body) return ended();
+  let reader: Reader;
+  try {
+    checkUnread(request);
+    reader = readerOf(request.body);
+  } catch (error) {
+    return ended(error);
+  }
   const { uplink } = receiver;
   const before = uplink.received;
   let size = 0;
-  try {
-    checkUnread(request);
-    const parser = new UplinkParser(maxMessageSize, frameTaker(receiver));
-    const { complete, error } = await readBody(
-      readerOf(request.body),
-      receiver,
-      MAX_BODIES,
-      (chunk) => {
-        size += chunk.length;
-        parser.push(chunk);
-      },
-    );
-    throwRefusal(error);
-    if (error) return error;
+  const parser = new UplinkParser(maxMessageSize, frameTaker(receiver));
+  const take = (chunk: Bytes) => {
+    size += chunk.length;
+    parser.push(chunk);
+  };
+  readBody(reader, receiver, MAX_BODIES, take, ({ complete, error }) => {
     const expected = Number(request.headers.get("content-length"));
-    if (complete && size < expected && uplink.received === before) throw notArrived();
-  } catch (error) {
-    return error;
-  }
+    const isShort = complete && size < expected && uplink.received === before;
+    ended(isShort ? notArrived() : causeOf(error));
+  });
 }
 
 /** Hands on the frames of one body. */
