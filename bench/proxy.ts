@@ -1,9 +1,12 @@
 /**
- * A TCP proxy that gives every byte so much latency, each way.
+ * A TCP proxy that gives every byte so much latency, each way, and may be a line of a certain rate.
  *
  * @module
  */
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
+
+/** What a line of a certain rate has waiting before it, at most, in ms. */
+const QUEUE = 50;
 
 export interface Proxy extends AsyncDisposable {
   readonly port: number;
@@ -11,7 +14,12 @@ export interface Proxy extends AsyncDisposable {
   cut(): void;
 }
 
-export async function delayingProxy(target: number, delay: number): Promise<Proxy> {
+/** `delay` in ms; `rate` in bytes a ms, of each connection and each way: what is beyond it waits at its sender. */
+export async function delayingProxy(
+  target: number,
+  delay: number,
+  rate: number = Infinity,
+): Promise<Proxy> {
   const sockets = new Set<Socket>();
   const server = createServer({ noDelay: true }, (near) => {
     const far = connect({ port: target, host: "127.0.0.1", noDelay: true });
@@ -21,11 +29,20 @@ export async function delayingProxy(target: number, delay: number): Promise<Prox
 
   function relay(from: Socket, to: Socket): void {
     sockets.add(from);
-    const later = (action: () => void) => delay ? setTimeout(action, delay) : action();
-    from.on("data", (bytes) => void later(() => to.write(bytes)));
+    const later = inOrder(delay);
+    let free = 0; // when the line has taken all until now
+    const carry = async () => {
+      for await (const bytes of from) {
+        const now = performance.now();
+        free = Math.max(free, now) + bytes.length / rate;
+        later(() => to.write(bytes), free);
+        if (free - now > QUEUE) await pause(free - now - QUEUE);
+      }
+    };
+    carry().catch(() => {}); // "close" follows
     from.on("close", () => {
       sockets.delete(from);
-      later(() => to.destroy());
+      later(() => to.destroy(), free);
     });
     from.on("error", () => {}); // "close" follows
   }
@@ -42,3 +59,20 @@ export async function delayingProxy(target: number, delay: number): Promise<Prox
     },
   };
 }
+
+/** Calls what is given it so much later than its time, one after the other: timers may overtake. */
+function inOrder(delay: number): (action: () => void, time: number) => void {
+  const waiting: { action: () => void; due: number }[] = [];
+  const run = () => {
+    while (waiting.length && waiting[0]!.due <= performance.now()) waiting.shift()!.action();
+    if (waiting.length) {
+      setTimeout(run, Math.ceil(Math.max(0, waiting[0]!.due - performance.now())));
+    }
+  };
+  return (action, time) => {
+    const due = Math.max(time, performance.now()) + delay;
+    if (waiting.push({ action, due }) === 1) run();
+  };
+}
+
+const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));

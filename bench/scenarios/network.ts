@@ -22,6 +22,8 @@ type Name = (typeof NAMES)[number];
 const FIRST_WINDOW = 256 * 1024;
 /** In ms. */
 const CUT_EVERY = 5_000;
+/** A line of 100 Mbit/s, in bytes a ms. */
+const LINE = 12_500;
 /** For what is on its way, in ms: partysocket waits for up to 5 s before it tries again. */
 const SETTLING = { native: 6_000, ours: 2_000 };
 
@@ -48,6 +50,7 @@ export async function network({ short, rounds, runtimes }: Scale): Promise<Outco
     for (const delay of short ? [20] : [20, 100]) {
       const talks: Record<Name, Talk[]> = { native: [], ours: [] };
       const goodput: Samples<Name> = { native: [], ours: [] };
+      const onLine: Samples<Name> = { native: [], ours: [] };
       for (let round = 0; round < (short ? 1 : Math.min(rounds, 3)); round++) {
         for (const name of NAMES) {
           // A short run looks at what must hold, and at what may collapse.
@@ -55,9 +58,11 @@ export async function network({ short, rounds, runtimes }: Scale): Promise<Outco
             talks[name].push(await talk(runtime, name, delay, short ? 1 : 2));
           }
           goodput[name].push(await flood(runtime, name, delay, short ? 2_000 : 8_000));
+          if (!short) onLine[name].push(await flood(runtime, name, delay, 8_000, LINE));
         }
       }
       tell(outcome, runtime, delay, talks, goodput);
+      if (!short) tellLine(outcome, runtime, delay, onLine);
     }
   }
   return outcome;
@@ -101,6 +106,20 @@ function tell(
   }
 }
 
+function tellLine(
+  { figures, ratios }: Outcome,
+  runtime: Runtime,
+  delay: number,
+  goodput: Samples<Name>,
+): void {
+  const name = `goodput down a line of 100 Mbit/s, ${delay} ms each way, a cut every 5 s`;
+  figures.push(figure(name, runtime, "MB/s", goodput));
+  const target = { atLeast: 0.8 };
+  ratios.push(
+    ratio(`${runtime}: ${name}, ours / native`, goodput.ours, goodput.native, target),
+  );
+}
+
 async function talk(runtime: Runtime, kind: Name, delay: number, cuts: number): Promise<Talk> {
   await using ends = await connect(runtime, kind, delay);
   const { server, client, proxy } = ends;
@@ -120,8 +139,14 @@ async function talk(runtime: Runtime, kind: Name, delay: number, cuts: number): 
 }
 
 /** Megabytes a second, with a cut in the middle. */
-async function flood(runtime: Runtime, kind: Name, delay: number, ms: number): Promise<number> {
-  await using ends = await connect(runtime, kind, delay);
+async function flood(
+  runtime: Runtime,
+  kind: Name,
+  delay: number,
+  ms: number,
+  rate?: number,
+): Promise<number> {
+  await using ends = await connect(runtime, kind, delay, rate);
   const { server, client, proxy } = ends;
   await server.call("flood");
   await pause(ms / 2);
@@ -138,11 +163,16 @@ interface Ends extends AsyncDisposable {
   proxy: Proxy;
 }
 
-async function connect(runtime: Runtime, kind: Name, delay: number): Promise<Ends> {
+async function connect(
+  runtime: Runtime,
+  kind: Name,
+  delay: number,
+  rate?: number,
+): Promise<Ends> {
   await using stack = new AsyncDisposableStack();
   const server = stack.use(await Remote.start(runtime, "network.ts", "server"));
   const client = stack.use(await Remote.start(runtime, "network.ts", "client"));
-  const proxy = stack.use(await delayingProxy(await server.call("port"), delay));
+  const proxy = stack.use(await delayingProxy(await server.call("port"), delay, rate));
   await client.call("open", { kind, port: proxy.port });
   const { move } = stack;
   const rest = move.call(stack);
