@@ -404,8 +404,8 @@ class Router implements RoutingDriver {
     for (const relay of this.#relays.values()) relay.end();
     for (const served of this.#served.values()) served.cancel();
     this.#bus.look();
-    // Answers on their way, the last CLOSE's among them.
-    const last = [...this.#work, ...this.#migration.sending];
+    // Answers on their way, the last CLOSE's among them, and what goes back to the store.
+    const last = [...this.#work, ...this.#migration.sending, ...this.parking?.taking ?? []];
     await within(Promise.allSettled(last), this.#timeout, signal);
     this.#bus.end();
     await closeDriver(this.#driver, this.#timeout, signal).catch((error) =>

@@ -235,6 +235,8 @@ export class Parking implements SessionParking {
   /** Sessions that are being taken out of the store here, by name. */
   readonly #landing: Map<string, Promise<boolean>> = new Map();
   readonly #waits: Waits = new Waits();
+  /** What may have been taken out of the store, until it is where it belongs. */
+  readonly #taking: Set<Promise<unknown>> = new Set();
   /** Those that are to be parked once their hooks have settled. */
   readonly #busy: Busy = new Busy();
   /** Those for which something is on its way to the store. */
@@ -271,6 +273,16 @@ export class Parking implements SessionParking {
   /** The store has failed when it was asked last: what it did not return may be there. */
   get failing(): boolean {
     return this.#failing;
+  }
+
+  /** Sessions that are in nobody's hands but this instance's, until they are in service or put back. */
+  get taking(): Promise<unknown>[] {
+    return [...this.#taking];
+  }
+
+  #hold<T>(taking: Promise<T>): Promise<T> {
+    this.#taking.add(taking);
+    return taking.finally(() => this.#taking.delete(taking));
   }
 
   /** What stands behind the instance in a token, another each time. */
@@ -444,8 +456,12 @@ export class Parking implements SessionParking {
   }
 
   /** It "takes it back as anybody takes it": who was frozen finds out so that its session has left. */
-  async #reclaim(parked: Parked): Promise<void> {
+  #reclaim(parked: Parked): Promise<void> {
     this.#enter(parked, "reclaiming");
+    return this.#hold(this.#takeBack(parked));
+  }
+
+  async #takeBack(parked: Parked): Promise<void> {
     const take = ++parked.takes;
     let found: Landing | undefined;
     try {
@@ -555,7 +571,7 @@ export class Parking implements SessionParking {
 
   /** Whatever the store says later is taken as well, by whoever waits then. */
   async #inTime(asking: Asking, token: string): Promise<boolean> {
-    const fetch = (answered: () => void) => this.#fetch(asking, token, answered);
+    const fetch = (answered: () => void) => this.#hold(this.#fetch(asking, token, answered));
     const silent = () => this.#fail(new Error(SILENT));
     return !!await this.#waits.inTime(fetch, this.#options.timeout, silent);
   }

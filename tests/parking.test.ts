@@ -659,6 +659,35 @@ test("a session that is being taken back as its instance ends is parked again", 
   assertEquals(told.at(-1), "revive 1");
 });
 
+test("what an instance has taken out of the store as it ends is there again once it has closed", async (t) => {
+  const fleet = await start(t, { whenAway: true, timeout: 1_000 });
+  const { instances: [a, b], store, proxy, errors } = fleet;
+  const client = await wireClient(t, `${proxy.url}/room`);
+  assertEquals(await client.send("one"), 204);
+  await leave(a!, client);
+  await until(() => counts(a!).parked === 1);
+  await close(fleet, 0);
+  const kept = store.values.size;
+  store.fault = async (step, _key, go) => {
+    const value = step === "take" ? go() : undefined;
+    await sleep(step === "take" ? 1_500 : 100, t.signal);
+    return step === "take" ? value : go();
+  };
+  proxy.choose = () => 1;
+  const early = client.resume(1, 0).then((back) => t.use(back), () => {});
+  await until(() => store.values.size < kept - 1); // the session is on its way out
+  await b!.ws.close(1012);
+  const after = store.values.size;
+  store.fault = (_step, _key, go) => go();
+  await early;
+  assertEquals(after, kept);
+  assertEquals(errors, ["The store of parked sessions does not answer"]);
+  await fleet.start();
+  proxy.choose = () => 2;
+  const back = t.use(await client.resume(2, 0));
+  assertEquals(await back.message(), "one 1 at 0");
+});
+
 for (const limit of ["", "maxBufferedAmount", "maxTotalBufferedAmount"]) {
   const what = limit ? `more than ${limit} is` : "10,500 small publications are";
   test(`a session that is away while ${what} to come misses none in silence`, async (t) => {
