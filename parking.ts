@@ -235,8 +235,6 @@ export class Parking implements SessionParking {
   /** Sessions that are being taken out of the store here, by name. */
   readonly #landing: Map<string, Promise<boolean>> = new Map();
   readonly #waits: Waits = new Waits();
-  /** What may have been taken out of the store, until it is where it belongs. */
-  readonly #taking: Set<Promise<unknown>> = new Set();
   /** Those that are to be parked once their hooks have settled. */
   readonly #busy: Busy = new Busy();
   /** Those for which something is on its way to the store. */
@@ -277,12 +275,7 @@ export class Parking implements SessionParking {
 
   /** Sessions that are in nobody's hands but this instance's, until they are in service or put back. */
   get taking(): Promise<unknown>[] {
-    return [...this.#taking];
-  }
-
-  #hold<T>(taking: Promise<T>): Promise<T> {
-    this.#taking.add(taking);
-    return taking.finally(() => this.#taking.delete(taking));
+    return this.#waits.taking;
   }
 
   /** What stands behind the instance in a token, another each time. */
@@ -313,17 +306,14 @@ export class Parking implements SessionParking {
   away(token: string): void {
     if (!this.#options.whenAway) return;
     const task = new Promise((resolve) => setTimeout(resolve));
-    const work = task.then(() => this.#parkAway(token)).catch((error) => this.#report(error));
+    // With hooks at work it cannot be packed: then it is parked once they have settled.
+    const tries = () => this.#busy.repeat(secretOf(token), () => this.#park(token, false));
+    const work = task.then(tries).catch((error) => this.#report(error));
     try {
       this.#options.waitUntil?.(work);
     } catch (error) { // as a platform's own does that is not called as its method
       this.#report(error);
     }
-  }
-
-  /** With hooks at work it cannot be packed: then it is parked once they have settled. */
-  async #parkAway(token: string): Promise<void> {
-    await this.#busy.repeat(secretOf(token), () => this.#park(token, false));
   }
 
   /** Its hooks have settled, or its client is away no more. */
@@ -427,13 +417,13 @@ export class Parking implements SessionParking {
       this.#enter(parked, "left");
       this.#quay.host.release(parked.token, "moved");
       parked.end.resolve();
-    } else if (parked.wanted) this.#reclaim(parked);
+    } else if (parked.wanted) this.#waits.hold(this.#reclaim(parked));
   }
 
   /** Nobody can have taken what nothing points to; else the store says whether somebody has. */
   #giveUp(parked: Parked): void {
     if (parked.phase === "storing") this.#back(parked);
-    else if (parked.phase === "pointing") this.#reclaim(parked);
+    else if (parked.phase === "pointing") this.#waits.hold(this.#reclaim(parked));
   }
 
   /**
@@ -449,19 +439,15 @@ export class Parking implements SessionParking {
     else if (canBeElsewhere && !parked!.marks.includes(mark)) this.#leave(parked!, "");
     else if (phase !== "left" && phase !== "over") {
       parked!.wanted = true;
-      if (phase === "parked") this.#reclaim(parked!);
+      if (phase === "parked") this.#waits.hold(this.#reclaim(parked!));
       await parked!.end.promise;
     }
     return this.whereabouts(token) === undefined;
   }
 
   /** It "takes it back as anybody takes it": who was frozen finds out so that its session has left. */
-  #reclaim(parked: Parked): Promise<void> {
+  async #reclaim(parked: Parked): Promise<void> {
     this.#enter(parked, "reclaiming");
-    return this.#hold(this.#takeBack(parked));
-  }
-
-  async #takeBack(parked: Parked): Promise<void> {
     const take = ++parked.takes;
     let found: Landing | undefined;
     try {
@@ -571,7 +557,7 @@ export class Parking implements SessionParking {
 
   /** Whatever the store says later is taken as well, by whoever waits then. */
   async #inTime(asking: Asking, token: string): Promise<boolean> {
-    const fetch = (answered: () => void) => this.#hold(this.#fetch(asking, token, answered));
+    const fetch = (answered: () => void) => this.#waits.hold(this.#fetch(asking, token, answered));
     const silent = () => this.#fail(new Error(SILENT));
     return !!await this.#waits.inTime(fetch, this.#options.timeout, silent);
   }
@@ -659,7 +645,7 @@ export class Parking implements SessionParking {
         this.#leave(parked, ""); // the store does not answer, and has it no more
       } else if (phase === "parked" && (parked.wanted || isLate(parked, this.#quay))) {
         // "After the resume timeout an instance takes back what nobody has come for."
-        this.#reclaim(parked);
+        this.#waits.hold(this.#reclaim(parked));
       }
     }
     for (const [secret, { since }] of this.#gone) {
@@ -697,6 +683,17 @@ class Busy {
 /** Waits for the store, which the end of the instance ends, too. */
 class Waits {
   readonly #ends: Set<() => void> = new Set();
+  readonly #taking: Set<Promise<unknown>> = new Set();
+
+  /** What may have been taken out of the store, and is not where it belongs yet. */
+  get taking(): Promise<unknown>[] {
+    return [...this.#taking];
+  }
+
+  hold<T>(taking: Promise<T>): Promise<T> {
+    this.#taking.add(taking);
+    return taking.finally(() => this.#taking.delete(taking));
+  }
 
   /** What is done in time; `silent` is called where it is not. */
   async inTime<T>(
