@@ -77,7 +77,7 @@ const PARKING_RULES: Record<string, [string, string]> = {
     "",
   ],
   "what fails once something points to it is decided by who takes it": [
-    'else if (parked.phase === "pointing") this.#reclaim(parked);',
+    'else if (parked.phase === "pointing") this.#waits.hold(this.#reclaim(parked));',
     'else if (parked.phase === "pointing") this.#back(parked);',
   ],
   "a parking that is over takes no more steps": [
