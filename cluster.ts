@@ -22,7 +22,14 @@
  *
  * @module
  */
-import { type Claim, type Counts, type MoveHead, type Mover, Moves } from "./handover.ts";
+import {
+  type Claim,
+  type Counts,
+  type Hearing,
+  type MoveHead,
+  type Mover,
+  Moves,
+} from "./handover.ts";
 import type { Parking, ParkingAdapter } from "./parking.ts";
 import type {
   ClusterStats,
@@ -325,13 +332,10 @@ class Router implements RoutingDriver {
     this.#host = host;
     this.#names = new Names((token) => host.has(token));
     this.#migration = new Migration(this.#instance, this.#timeout, {
-      host,
-      names: this.#names,
-      presence: this.#presence,
-      searches: this.#searches,
+      ...{ host, names: this.#names, presence: this.#presence, searches: this.#searches },
       send: (to, key, head, body) => this.#send(to, key, head, body),
       wake: () => this.#startTimer(),
-      parks: this.#parks,
+      ...{ parks: this.#parks, places: this.#driver },
     });
     this.#bus.take(host.maxMessageSize + 2 * MAX_BATCH); // a routed body, and a head
   }
@@ -368,8 +372,8 @@ class Router implements RoutingDriver {
     const isCounted = this.#host.movable || this.#migration.isCounting;
     const n = isCounted ? this.#migration.count(this.#instance, message) : undefined;
     if (n === undefined && this.#bus.carries(message)) return await this.#bus.publish(message);
-    // "Numbered ones reach every instance", as a session that comes must not have missed any.
-    const place = n === undefined ? message : undefined;
+    // "Where places can be joined, numbered ones go there", else to all: a move must not miss any.
+    const place = n === undefined || this.#driver.join ? message : undefined;
     await this.#bus.publishParts(encodePublication(message, this.#instance, n), place);
   }
 
@@ -637,6 +641,7 @@ class Router implements RoutingDriver {
       case "adopt":
       case "state":
       case "adopted":
+      case "rest":
       case "have":
       case "taken":
         return await this.#onMove(message, head);
@@ -1166,6 +1171,8 @@ interface Surroundings {
   /** Has time go on. */
   readonly wake: () => void;
   readonly parks: ParkingAdapter | undefined;
+  /** Without `join` all hear all. */
+  readonly places: Pick<SyncDriver, "join" | "leave">;
 }
 
 /** Carries the moves of `handover.ts` over the backplane, with what the server packs and takes. */
@@ -1180,6 +1187,7 @@ class Migration implements Mover<SyncMessage> {
   readonly #send: Send;
   readonly #timeout: number;
   readonly #wake: () => void;
+  readonly #places: Surroundings["places"];
   /** Sessions that were asked for, by name, and what takes them into service. */
   readonly #wanted: Map<string, { token: string; take: Take }> = new Map();
   /** Their tokens, and since when: their givers may ask whether they have come. */
@@ -1193,11 +1201,12 @@ class Migration implements Mover<SyncMessage> {
   constructor(
     instance: string,
     timeout: number,
-    { host, names, presence, searches, send, wake, parks }: Surroundings,
+    { host, names, presence, searches, send, wake, parks, places }: Surroundings,
   ) {
     this.#instance = instance;
     this.#timeout = timeout;
     this.#wake = wake;
+    this.#places = places;
     this.#host = host;
     this.#names = names;
     this.#presence = presence;
@@ -1327,8 +1336,8 @@ class Migration implements Mover<SyncMessage> {
     if (head.kind === "adopted") this.parking?.taken(token, head.id, head.from);
     // Silence: then all are asked, and the store.
     if (head.kind === "adopt" && this.parking && !await this.parking.want(token, head.mark)) return;
-    const here = head.kind === "state" && head.status === "here";
-    this.moves.receive(head, here ? await unseal(token, message.body) : EMPTY);
+    const isSealed = head.kind === "rest" || head.kind === "state" && head.status === "here";
+    this.moves.receive(head, isSealed ? await unseal(token, message.body) : EMPTY);
   }
 
   /**
@@ -1435,8 +1444,22 @@ class Migration implements Mover<SyncMessage> {
     this.#host.release(this.#tokenOf(session), end);
   }
 
-  take(session: string, state: Bytes, missed: SyncMessage[]): void {
-    this.#wanted.get(session)!.take(decodePacked(state), missed);
+  rest(session: string): Bytes {
+    return encodePacked({ frames: this.#host.rest(this.#tokenOf(session)) });
+  }
+
+  take(session: string, state: Bytes, missed: SyncMessage[], rest?: Bytes): void {
+    const packed = decodePacked<Packed>(state);
+    const frames = rest ? [...packed.frames, ...decodePacked(rest).frames] : packed.frames;
+    this.#wanted.get(session)!.take({ ...packed, frames }, missed);
+  }
+
+  hear(_session: string, state: Bytes): Hearing | undefined {
+    if (!this.#places.join) return;
+    const { namespace, topics } = decodePacked<Packed>(state);
+    return hearingOf(this.#places, topics.map((topic) => ({ namespace, topic })), (error) => {
+      this.#host.report(error, { stage: "subscribe", namespace });
+    });
   }
 
   counts(): Counts {
@@ -1471,6 +1494,25 @@ class Migration implements Mover<SyncMessage> {
   #tokenOf(session: string): string {
     return this.#asked.get(session)?.token ?? this.#names.tokenOf(session)!;
   }
+}
+
+/** Hears places for a while; what fails is told to `report`. */
+function hearingOf(
+  driver: Surroundings["places"],
+  places: SyncPlace[],
+  report: (error: unknown) => void,
+): Hearing {
+  const begin = async () => {
+    await Promise.all(places.map(async (place) => await driver.join!(place)));
+  };
+  const begun = places.length ? begin() : undefined;
+  begun?.catch(report);
+  return {
+    begun,
+    end() {
+      for (const place of places) (async () => await driver.leave?.(place))().catch(report);
+    },
+  };
 }
 
 /** Sends a message that is authenticated with the key. Resolves when the driver has it. */
@@ -1602,13 +1644,13 @@ class Searches {
 type Take = (packed: Packed, missed: SyncMessage[]) => void;
 
 /** The length of a JSON head, the head, and the frames of the log one after the other. */
-function encodePacked({ frames, ...rest }: Packed): Bytes {
+function encodePacked({ frames, ...rest }: Pick<Packed, "frames">): Bytes {
   const sizes = frames.map((frame) => frame.length);
   const head = encoder.encode(JSON.stringify({ ...rest, sizes }));
   return concat([uint32(head.length), head, ...frames]);
 }
 
-function decodePacked(bytes: Bytes): Packed {
+function decodePacked<T extends Pick<Packed, "frames">>(bytes: Bytes): T {
   const length = new DataView(bytes.buffer, bytes.byteOffset).getUint32(0);
   const { sizes, ...rest } = JSON.parse(decoder.decode(bytes.subarray(4, 4 + length)));
   let at = 4 + length;

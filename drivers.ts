@@ -259,6 +259,7 @@ class Channels implements TopicDriver {
   /** Joins or leaves until that is what is wanted, which may change meanwhile. */
   async #work(name: string, channel: Channel): Promise<void> {
     clearTimeout(channel.retry);
+    if (!channel.wanted) await undefined; // joined again in this turn it is heard all the time
     try {
       while (channel.wanted > 0 !== channel.stands && !this.#closed) {
         const joins = channel.wanted > 0;

@@ -44,9 +44,10 @@ export interface Claim {
 export type MoveHead =
   | Head<"adopt"> & Claim & { readonly time: number }
   | StateHead
-  | Head<"adopted">
+  | Head<"adopted"> & Owed
+  | RestHead
   | Head<"have">
-  | Head<"taken"> & { readonly yes: boolean };
+  | Head<"taken"> & Owed & { readonly yes: boolean };
 
 interface Head<Kind extends string> {
   readonly kind: Kind;
@@ -67,12 +68,30 @@ export interface StateHead extends Head<"state"> {
   readonly quiet?: readonly string[];
 }
 
+/** The giver is to send what has been published to the session since it was packed. */
+interface Owed {
+  readonly owed?: boolean;
+}
+
+/** That, and the publications that the session has had by then. */
+export interface RestHead extends Head<"rest"> {
+  readonly counts: Counts;
+}
+
 /** A publication, and its number among those of its instance. */
 export interface Publication<Message> {
   readonly from: string;
   readonly n: number;
   readonly namespace: string;
   readonly message: Message;
+}
+
+/** The topics of a session that is to come, as the backplane brings them here. */
+export interface Hearing {
+  /** Resolves when what is published to them from now on comes here; undefined: there are none. */
+  readonly begun: Promise<void> | undefined;
+  /** Whoever has subscribed hears them by itself. */
+  end(): void;
 }
 
 /** What a move needs of the instance. A session is named by its name on the backplane. */
@@ -90,8 +109,12 @@ export interface Mover<Message> {
   restore(session: string): void;
   /** Forgets a packed session: another instance has it, or it is lost. */
   release(session: string, end: "moved" | "lost"): void;
-  /** Takes a session into service, with the publications that it has missed. */
-  take(session: string, state: Bytes, missed: Message[]): void;
+  /** What has been published to a packed session since. */
+  rest(session: string): Bytes;
+  /** Begins to hear the topics of a session that comes; undefined: every publication comes here. */
+  hear(session: string, state: Bytes): Hearing | undefined;
+  /** Takes a session into service, with the rest that its giver kept, and then what it has missed. */
+  take(session: string, state: Bytes, missed: Message[], rest?: Bytes): void;
   /** How many publications of each instance have been delivered here. */
   counts(): Counts;
   /** Those of them whose last one was delivered so long ago, in ms; sooner, where they have left. */
@@ -102,8 +125,11 @@ export interface Mover<Message> {
 interface Arrival {
   readonly from: string;
   readonly state: Bytes;
-  readonly counts: Counts;
+  counts: Counts;
   readonly quiet: readonly string[];
+  readonly hearing: Hearing | undefined;
+  /** Its giver has been told that it is here, and is to send the rest. */
+  isOurs: boolean;
 }
 
 /** A session that this instance has asked for. */
@@ -290,7 +316,8 @@ export class Moves<Message> {
     if (!this.#adoptions.size) return;
     this.#published.push(publication);
     for (const adoption of [...this.#arrived]) {
-      if (this.#caughtUp(adoption.arrived!)) this.#take(adoption);
+      const { arrived } = adoption;
+      if (!arrived!.hearing && this.#caughtUp(arrived!)) this.#take(adoption);
     }
   }
 
@@ -306,9 +333,30 @@ export class Moves<Message> {
     if (status === "moved" && next && adoption.hops++ < MAX_HOPS) return this.#ask(adoption, next);
     // Where it is refused, its giver asks, and takes it back.
     if (status !== "here" || !this.#mover.takes) return this.#end(adoption);
-    adoption.arrived = { from, state, counts, quiet };
+    const hearing = this.#mover.hear(session, state);
+    adoption.arrived = { from, state, counts, quiet, hearing, isOurs: false };
     this.#arrived.add(adoption);
-    if (this.#caughtUp(adoption.arrived)) this.#take(adoption);
+    const refuse = () => this.#adoptions.get(session) === adoption && this.#end(adoption);
+    if (hearing?.begun) hearing.begun.then(() => this.#claim(adoption), refuse);
+    else if (hearing || this.#caughtUp(adoption.arrived)) this.#take(adoption);
+  }
+
+  /** "It joins the session's topics first", then says that it has it, and waits for the giver's rest. */
+  #claim(adoption: Adoption): void {
+    const { id, session, arrived } = adoption;
+    if (this.#adoptions.get(session) !== adoption) return; // it has been refused meanwhile
+    if (!arrived!.from) return this.#take(adoption); // of what was parked nobody keeps any
+    arrived!.isOurs = true;
+    adoption.age = 0;
+    this.#taken.set(id, session, this.#mover.now());
+    this.#confirm(arrived!.from, id, session);
+  }
+
+  #onRest({ id, session, counts }: RestHead, rest: Bytes): void {
+    const adoption = this.#adoptions.get(session);
+    if (adoption?.id !== id || !adoption.arrived?.isOurs) return;
+    adoption.arrived.counts = counts;
+    this.#take(adoption, rest);
   }
 
   /**
@@ -324,9 +372,9 @@ export class Moves<Message> {
     );
   }
 
-  #take(adoption: Adoption): void {
+  #take(adoption: Adoption, rest?: Bytes): void {
     const { id, session, since, claim: { namespace }, arrived } = adoption;
-    const { from, state, counts } = arrived!;
+    const { from, state, counts, isOurs } = arrived!;
     // "It is given the publications that are beyond the counts."
     const missed = this.#published.slice(since - this.#passed)
       .filter((one) => one.n > (counts[one.from] ?? 0))
@@ -334,18 +382,26 @@ export class Moves<Message> {
     this.#moved.delete(session);
     this.#taken.set(id, session, this.#mover.now());
     this.#forget(adoption); // before the hook "revive", which may publish: that counts on
-    this.#mover.take(session, state, missed.map(({ message }) => message));
-    this.#confirm(from, id, session);
+    this.#mover.take(session, state, missed.map(({ message }) => message), rest);
+    if (!isOurs) this.#confirm(from, id, session);
     this.#end(adoption);
   }
 
   #confirm(to: string, id: string, session: string): void {
-    this.#mover.send(to, { kind: "adopted", id, session, from: this.#instance });
+    const head = { kind: "adopted", id, session, from: this.#instance } as const;
+    this.#mover.send(to, this.#isOwed(id, session) ? { ...head, owed: true } : head);
+  }
+
+  /** The session is ours, and what its giver kept for it is to come. */
+  #isOwed(id: string, session: string): boolean {
+    const adoption = this.#adoptions.get(session);
+    return adoption?.id === id && !!adoption.arrived?.isOurs;
   }
 
   /** Waits no more; if it was not taken, it is refused from now on. */
   #end(adoption: Adoption): void {
     this.#forget(adoption);
+    adoption.arrived?.hearing?.end();
     adoption.end.resolve();
   }
 
@@ -404,22 +460,35 @@ export class Moves<Message> {
   #onHave({ id, session, from }: Head<"have">): void {
     const yes = this.#taken.get(id) !== undefined;
     const adoption = this.#adoptions.get(session);
-    if (adoption?.id === id && adoption.arrived) return; // it is about to be taken: soon it is known
+    // It is about to be taken: soon it is known.
+    if (!yes && adoption?.id === id && adoption.arrived) return;
     // "A no binds": the state is refused, should it still come.
     if (!yes && adoption?.id === id) this.#end(adoption);
-    this.#mover.send(from, { kind: "taken", id, session, from: this.#instance, yes });
+    const owed = this.#isOwed(id, session);
+    const head = { kind: "taken", id, session, from: this.#instance, yes } as const;
+    this.#mover.send(from, owed ? { ...head, owed } : head);
   }
 
-  #onTaken({ id, session, yes }: { id: string; session: string; yes: boolean }): void {
+  #onTaken(
+    { id, session, yes, owed }: Pick<Head<"taken">, "id" | "session"> & Owed & { yes: boolean },
+  ): void {
     const limbo = this.#limbos.get(session);
     if (limbo?.id !== id) return;
     if (!yes && limbo.overdue) return; // its taker may have forgotten
     this.#limbos.delete(session);
     if (yes) {
+      if (owed) this.#giveRest(limbo);
       this.#moved.set(session, limbo.to, this.#mover.now());
       this.#mover.release(session, "moved");
     } else this.#mover.restore(session);
     limbo.end.resolve();
+  }
+
+  /** "What was published to the session meanwhile the giver has kept", and it follows the session. */
+  #giveRest({ id, session, to }: Limbo): void {
+    const counts = this.#mover.counts();
+    const head = { kind: "rest", id, session, from: this.#instance, counts } as const;
+    this.#mover.send(to, head, this.#mover.rest(session));
   }
 
   // --- Messages and time ---
@@ -433,6 +502,8 @@ export class Moves<Message> {
         return this.#onState(head, state);
       case "adopted":
         return this.#onTaken({ ...head, yes: true });
+      case "rest":
+        return this.#onRest(head, state);
       case "have":
         return this.#onHave(head);
       case "taken":
@@ -453,7 +524,8 @@ export class Moves<Message> {
       if (adoption.age < patience) continue;
       // Where publications do not come here that the session has had, it stays: at most once. What
       // was parked cannot stay.
-      if (arrived && (!arrived.from || this.#caughtUp(arrived, true))) this.#take(adoption);
+      const isTaken = arrived?.hearing ? arrived.isOurs : arrived && this.#caughtUp(arrived, true);
+      if (isTaken || arrived && !arrived.from) this.#take(adoption);
       else this.#end(adoption);
     }
     for (const limbo of [...this.#limbos.values()]) {
@@ -481,6 +553,7 @@ export class Moves<Message> {
     for (const adoption of [...this.#adoptions.values()]) {
       const { id, session, owner, arrived } = adoption;
       this.#end(adoption);
+      if (arrived?.isOurs) continue; // nobody else has it any more
       const head = { kind: "taken", id, session, from: this.#instance, yes: false } as const;
       this.#mover.send(arrived?.from ?? owner, head);
     }

@@ -478,6 +478,8 @@ export interface RoutingHost {
    * its hooks have settled. Without a claim only while its client is away, or this instance ends.
    */
   pack(token: string, claim?: Claim): Packed | "busy" | undefined;
+  /** The encoded messages that have been published to a packed session since. */
+  rest(token: string): Uint8Array[];
   /** Puts a packed session back in service. */
   restore(token: string): void;
   /** Forgets a packed session: another instance has it, or it is lost. */
@@ -881,6 +883,7 @@ class Requests {
       has: (token) => !!registry.find(token),
       owns: (token) => registry.owns(token),
       pack: (token, claim) => registry.pack(token, claim),
+      rest: (token) => registry.limbo.get(secretOf(token))?.rest ?? [],
       restore: (token) => registry.restore(token),
       release: (token, end) => registry.release(token, end),
       fetch: (request, namespace) => this.fetch(request, undefined, namespace),
@@ -1523,7 +1526,7 @@ class Registry implements Host {
   /** Sessions that other instances were asked for. */
   readonly #arrivals: Set<Promise<void>> = new Set();
   /** Packed sessions, until another instance has them: out of service here. */
-  readonly #limbo: Map<string, Limbo> = new Map();
+  readonly limbo: Map<string, Limbo> = new Map();
   /** Sessions may go and come: publications are counted from now on. */
   movable = false;
 
@@ -1533,7 +1536,7 @@ class Registry implements Host {
     this.#topics = topics;
     this.#reports = reports;
     this.#instance = topics.backplane?.instance;
-    const taken = () => this.#sessions.size + this.#limbo.size;
+    const taken = () => this.#sessions.size + this.limbo.size;
     this.places = new Places(settings.maxPeers, taken, () => this.#parking);
   }
 
@@ -1544,7 +1547,7 @@ class Registry implements Host {
   }
 
   get size(): number {
-    return this.#sessions.size + this.#limbo.size + this.#tombstones.size;
+    return this.#sessions.size + this.limbo.size + this.#tombstones.size;
   }
 
   stats(): Stats {
@@ -1553,7 +1556,7 @@ class Registry implements Host {
     const peers = this.#sessions.size - closing;
     const { closed, refusals, ...counts } = this.tally;
     const cluster = this.#topics.backplane?.router?.stats();
-    const moving = this.#limbo.size - (cluster?.parked ?? 0);
+    const moving = this.limbo.size - (cluster?.parked ?? 0);
     return {
       sessions: { connected: peers - away, away, closing, moving },
       peers,
@@ -1728,22 +1731,20 @@ class Registry implements Host {
     if (!claim && this.#state === "open" && !this.places.isAway(session)) return;
     const packed = session.isBusy ? "busy" : session.pack(claim);
     if (!packed || packed === "busy") return packed;
-    const { namespace } = session;
-    this.#leave(session);
-    const send = (frame: Frame) => session.keep(frame);
-    const limbo: Limbo = { session, namespace, topics: new Set(), send };
-    for (const topic of packed.topics) this.#topics.subscribe(limbo, topic);
-    this.#limbo.set(secret, limbo);
+    this.limbo.set(secret, new Limbo(session, packed, this.#topics));
+    this.#leave(session); // last: its topics are to be heard all the time
     return packed;
   }
 
   restore(token: string): void {
-    const { session, topics = [] } = this.#endLimbo(token) ?? {};
+    const { session, topics = [] } = this.limbo.get(secretOf(token)) ?? {};
     if (!session) return;
     session.restore();
     this.add(session);
+    // Before its limbo ends: its topics are to be heard all the time.
+    for (const topic of session.isSwamped ? [] : topics) this.#topics.subscribe(session, topic);
+    this.#endLimbo(token);
     if (session.isSwamped) return session.overflow();
-    for (const topic of topics) this.#topics.subscribe(session, topic);
     session.callHooks("revive");
   }
 
@@ -1756,8 +1757,8 @@ class Registry implements Host {
   }
 
   #endLimbo(token: string): Limbo | undefined {
-    const limbo = this.#limbo.get(secretOf(token));
-    this.#limbo.delete(secretOf(token));
+    const limbo = this.limbo.get(secretOf(token));
+    this.limbo.delete(secretOf(token));
     if (limbo) this.#topics.leave(limbo);
     return limbo;
   }
@@ -1771,7 +1772,7 @@ class Registry implements Host {
     let nextRound = begun;
     const parking = this.#parking;
     const remain = () =>
-      this.#limbo.size > (parking?.size ?? 0) ||
+      this.limbo.size > (parking?.size ?? 0) ||
       [...asked.keys()].some((one) =>
         one.readyState === OPEN && !(parking && this.places.isAway(one))
       );
@@ -1789,7 +1790,7 @@ class Registry implements Host {
       await look();
     }
     for (const { timer } of asked.values()) clearTimeout(timer);
-    const packed = () => [...this.#limbo.values()].map(({ session }) => session);
+    const packed = () => [...this.limbo.values()].map(({ session }) => session);
     // Hooks at work are waited for, since no session of theirs can be packed before.
     const isBusy = () =>
       [...this.#sessions.values()].some((one) => one instanceof FullSession && one.isBusy);
@@ -1804,7 +1805,7 @@ class Registry implements Host {
   /** Where too much waits in all: closes those who have taken nothing for longest, until a quarter is free. */
   relieve(): void {
     if (this.ledger.total <= this.settings.maxTotalBufferedAmount) return;
-    const packed = [...this.#limbo.values()].map(({ session }) => session);
+    const packed = [...this.limbo.values()].map(({ session }) => session);
     const enough = 0.75 * this.settings.maxTotalBufferedAmount;
     overflowSome([...this.#sessions.values(), ...packed], () => this.ledger.total <= enough);
   }
@@ -1985,9 +1986,28 @@ function askToGo(
 }
 
 /** A session that is packed, and stands in for it where that is subscribed. */
-interface Limbo extends Subscriber {
+class Limbo implements Subscriber {
   readonly session: FullSession;
-  readonly topics: Set<string>;
+  readonly namespace: string;
+  readonly topics: Set<string> = new Set();
+  /** How many messages went with it. */
+  readonly #packed: number;
+
+  constructor(session: FullSession, packed: Packed, topics: Topics) {
+    this.session = session;
+    this.namespace = session.namespace;
+    this.#packed = packed.frames.length;
+    for (const topic of packed.topics) topics.subscribe(this, topic);
+  }
+
+  send(frame: Frame): number {
+    return this.session.keep(frame);
+  }
+
+  /** What has been published to it since. */
+  get rest(): Bytes[] {
+    return this.session.frames.slice(this.#packed);
+  }
 }
 
 /** As many as there may be peers, and who makes room. */
@@ -2945,6 +2965,11 @@ class FullSession extends Session implements Receiver {
     if (credit) this.#credit.goOn(credit, handled);
     this.outbox.unpack({ firstUnacked, nextUngiven, frames: frames as Bytes[] });
     this.deadline = clock() + this.patience;
+  }
+
+  /** All that its client has not acknowledged. */
+  get frames(): Bytes[] {
+    return this.outbox.pack().frames;
   }
 
   /** What is published to it meanwhile is held back as ever, for the case that it comes back. */

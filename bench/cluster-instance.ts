@@ -29,7 +29,7 @@ export type Order =
   | { kind: "route"; token: string; times: number }
   | { kind: "publish"; times: number };
 
-const { DRIVER, BACKPLANE } = process.env;
+const { DRIVER, BACKPLANE, MOVABLE } = process.env;
 const port = Number(BACKPLANE);
 const host = "127.0.0.1";
 const channel = "bench";
@@ -64,7 +64,10 @@ const counted = (adapter: ClusterAdapter): ClusterAdapter => (context) => {
 const ws = sseAdapter({
   bidir: true,
   sync: cluster(counted(await adapters[DRIVER!]!())),
-  hooks: { message: (peer, message) => void peer.send(message.rawData) },
+  hooks: {
+    message: (peer, message) => void peer.send(message.rawData),
+    ...MOVABLE && { revive() {} },
+  },
 });
 
 const opening = await ws.fetch(

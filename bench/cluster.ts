@@ -1,11 +1,12 @@
 /**
  * What an instance is given by the backplane, as instances are added: `npm run bench:cluster`.
  *
- *     deno run -A bench/cluster.ts [--counts 3,10,30] [--only redis|nats|pgsql|crossws]
+ *     deno run -A bench/cluster.ts [--counts 3,10,30] [--only redis|nats|pgsql|crossws] [--movable]
  *
  * Each instance is a process; servers are started as Debian's packages install them. Prints a table
  * of messages and bytes an instance: for each request that it routes, each publication to a room
- * that is on three instances, and each second in which nothing happens.
+ * that is on three instances, and each second in which nothing happens. With `--movable` sessions can
+ * move from one instance to another.
  *
  * @module
  */
@@ -22,7 +23,11 @@ const PUBLISHED = 20;
 const QUIET = 10_000;
 
 const { values: options } = parseArgs({
-  options: { counts: { type: "string", default: "3,10,30" }, only: { type: "string" } },
+  options: {
+    counts: { type: "string", default: "3,10,30" },
+    only: { type: "string" },
+    movable: { type: "boolean", default: false },
+  },
 });
 
 /** One process. */
@@ -36,7 +41,10 @@ class Instance {
       process.execPath,
       ["run", "-A", "--no-check", new URL("./cluster-instance.ts", import.meta.url).pathname],
       {
-        env: { ...process.env, DRIVER: driver, BACKPLANE: `${port}` },
+        env: {
+          ...process.env,
+          ...{ DRIVER: driver, BACKPLANE: `${port}`, MOVABLE: options.movable ? "1" : "" },
+        },
         stdio: ["pipe", "pipe", "inherit"],
       },
     );

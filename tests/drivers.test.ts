@@ -299,11 +299,12 @@ test("PostgreSQL: what is published in one turn goes in order, together, though 
 
 /** A NATS whose server does not always answer. */
 function lonelyNats() {
-  const state = { isDown: false, subjects: [] as string[] };
+  const state = { isDown: false, subjects: [] as string[], made: 0 };
   const client: NatsClient = {
     publish() {},
     subscribe(subject) {
       state.subjects.push(subject);
+      state.made++;
       return {
         unsubscribe: () => void state.subjects.splice(state.subjects.indexOf(subject), 1),
       };
@@ -324,6 +325,18 @@ test("NATS: what was left while the server was away, and is joined again, is hea
   state.isDown = false;
   await driver.join(place);
   assertEquals(state.subjects.length, 1);
+});
+
+test("what is left and joined again in one turn is heard all the time", async (t) => {
+  const { state, driver } = lonelyNats();
+  t.defer(() => driver.close());
+  const place = { namespace: "\0room", topic: "t" };
+  await driver.join(place);
+  const [subject] = state.subjects;
+  const leaving = driver.leave(place);
+  await driver.join(place);
+  await leaving;
+  assertEquals([state.subjects, state.made], [[subject], 1]);
 });
 
 test("NATS: what could not be joined, and is wanted no more, is not heard for ever", async (t) => {

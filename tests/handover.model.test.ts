@@ -37,16 +37,16 @@ const RULES: Record<string, [string, string]> = {
     "",
   ],
   "what was taken is remembered": [
-    "this.#taken.set(id, session, this.#mover.now());",
-    "",
+    "this.#moved.delete(session);\n    this.#taken.set(id, session, this.#mover.now());",
+    "this.#moved.delete(session);",
   ],
   "a state that nobody waits for is dropped": [
     "if (adoption?.id !== id || adoption.arrived || this.#isOld(head.time)) return;",
     "if (!adoption) { if (status === 'here') this.#mover.take(session, state, []); return; }",
   ],
   "the session waits for publications that it has had": [
-    "if (this.#caughtUp(adoption.arrived)) this.#take(adoption);\n  }",
-    "this.#take(adoption);\n  }",
+    "else if (hearing || this.#caughtUp(adoption.arrived)) this.#take(adoption);",
+    "else this.#take(adoption);",
   ],
   "the session is given publications that it has missed": [
     "one.n > (counts[one.from] ?? 0)",
@@ -59,6 +59,26 @@ const RULES: Record<string, [string, string]> = {
   "a pointer to where it went is kept": [
     "this.#moved.set(session, limbo.to, this.#mover.now());",
     "",
+  ],
+};
+
+/** The same where an instance hears the topics alone that it has joined. */
+const TOPICAL_RULES: Record<string, [string, string]> = {
+  "a session that comes hears its topics before it is said to be here": [
+    "if (hearing?.begun) hearing.begun.then(() => this.#claim(adoption), refuse);",
+    "if (hearing?.begun) this.#claim(adoption);",
+  ],
+  "what was published to it meanwhile follows it": [
+    "this.#mover.send(to, head, this.#mover.rest(session));",
+    "this.#mover.send(to, head, new TextEncoder().encode('[]'));",
+  ],
+  "what followed it is not repeated": [
+    "adoption.arrived.counts = counts;",
+    "",
+  ],
+  "who has said that it is here keeps it": [
+    "arrived?.hearing ? arrived.isOurs :",
+    "arrived?.hearing ? false :",
   ],
 };
 
@@ -132,6 +152,18 @@ for (const [rule, [text, replacement]] of Object.entries(RULES)) {
   }, { timeout: 120_000 });
 }
 
+test("10,000 walks by topics break no rule", async () => {
+  assertEquals(await walks(10_000, Moves as Make, { topical: true }), { broken: 0 });
+}, { timeout: 120_000 });
+
+for (const [rule, [text, replacement]] of Object.entries(TOPICAL_RULES)) {
+  test(`without its rule the handover by topics breaks: ${rule}`, async (t) => {
+    const { Moves } = await without(t, "handover.ts", text, replacement);
+    const { broken } = await walks(10_000, Moves as Make, { enough: 1, topical: true });
+    assertGreater(broken, 0);
+  }, { timeout: 120_000 });
+}
+
 /** A file with a piece of it replaced. */
 async function without(
   t: TestContext,
@@ -155,6 +187,7 @@ test("of an instance that has long been quiet, and was never heard here, nothing
     const moves = new Moves<string>("here", 5_000, 30_000, {
       ...{ now: () => 0, send: (_to, head) => void sent.push(head), owns: () => taken.length > 0 },
       ...{ pack: () => undefined, restore() {}, release() {}, quiet: () => [], takes: true },
+      ...{ rest: () => new Uint8Array(), hear: () => undefined },
       take: (_session, _state, missed) => void taken.push(missed),
       counts: () => ({ heard: 3 }),
     });

@@ -3,17 +3,20 @@
  * loses, repeats and reorders, instances that freeze and thaw, timeouts at any moment; in each
  * fourth walk one that is killed at any step.
  *
+ * By topics, an instance hears publications only while it has joined their topic, as it does for a
+ * session that is here, in limbo or coming.
+ *
  * With parking, a store is among them: it executes late, says that it has failed though it has not,
  * or not at all; and somebody puts values back there that are older than the client's last answer.
  *
  * Checked at every step: at most one instance has the session; each message up reaches the hook
- * once and in order; each publication reaches the session once and in order (with parking, at most
- * once). At the end, when nothing is lost any more, the client reaches it wherever it resumes,
+ * once and in order; each publication reaches the session once and in order (at most once with
+ * parking, and by topics where the giver's rest was lost). At the end, when nothing is lost any more, the client reaches it wherever it resumes,
  * unless one was killed, or the store has failed.
  *
  * @module
  */
-import type { MoveHead, Mover, Moves, Publication } from "../handover.ts";
+import type { Hearing, MoveHead, Mover, Moves, Publication } from "../handover.ts";
 import type { Parking, parking as makeParking, ParkingStore, Quay } from "../parking.ts";
 import type { Packed } from "../server.ts";
 
@@ -38,6 +41,7 @@ export function idle(send: (to: string, head: MoveHead) => void): Mover<string> 
   return {
     ...{ send, now: () => 0, takes: true, owns: () => false, pack: () => undefined },
     ...{ restore() {}, release() {}, take() {}, counts: () => ({}), quiet: () => [] },
+    ...{ rest: () => new Uint8Array(), hear: () => undefined },
   };
 }
 
@@ -64,6 +68,8 @@ interface Sent {
   from: Name;
   head: MoveHead;
   state: Uint8Array<ArrayBuffer>;
+  /** How much was published before it was sent. */
+  before: number;
 }
 
 /** Numbers as they come from a seed (xorshift). */
@@ -119,6 +125,12 @@ class Instance implements Mover<number> {
   readonly takes = true;
   /** Publications read from the channel. */
   read = 0;
+  /** The last of them that it heard. */
+  #heard = 0;
+  /** How many have gone by before it joined, if it has. */
+  joined: number | undefined;
+  /** Sessions that come, and hear already. */
+  #coming = 0;
 
   constructor(name: Name, world: World, make: Make, park?: Park) {
     this.name = name;
@@ -185,7 +197,8 @@ class Instance implements Mover<number> {
       this.#look().then((found) => found || this.moves.unknown(head.id));
       return;
     }
-    this.#world.bus.push({ to: to as Name, from: this.name, head, state });
+    const { published: before } = this.#world;
+    this.#world.bus.push({ to: to as Name, from: this.name, head, state, before });
   }
 
   owns(): boolean {
@@ -209,12 +222,47 @@ class Instance implements Mover<number> {
 
   release(): void {
     this.#limbo = undefined;
+    this.#settle();
   }
 
-  take(_session: string, state: Uint8Array, missed: number[]): void {
-    const { attempt, ...rest } = JSON.parse(decoder.decode(state)) as State;
-    this.session = { ...rest, attempt: Math.max(attempt, this.#attempt) };
+  rest(): Bytes {
+    return encode(this.#limbo?.missed ?? []);
+  }
+
+  hear(): Hearing | undefined {
+    if (!this.#world.topical) return;
+    const begun = new Promise<void>((resolve) => {
+      this.#world.joins.push({
+        by: this,
+        execute: () => {
+          this.#coming++;
+          this.#settle();
+          resolve();
+        },
+      });
+    });
+    return {
+      begun,
+      end: () => {
+        this.#coming = Math.max(0, this.#coming - 1);
+        this.#settle();
+      },
+    };
+  }
+
+  /** Joins the topic, or leaves it. */
+  #settle(): void {
+    const wants = this.session || this.#limbo || this.#coming;
+    this.joined = wants ? this.joined ?? this.#world.published : undefined;
+  }
+
+  take(_session: string, state: Uint8Array, missed: number[], rest?: Bytes): void {
+    const { attempt, ...others } = JSON.parse(decoder.decode(state)) as State;
+    this.session = { ...others, attempt: Math.max(attempt, this.#attempt) };
+    if (this.#world.topical && !rest) this.#world.hasGaps = true;
+    if (rest) this.#world.got.push(...JSON.parse(decoder.decode(rest)));
     this.#world.got.push(...missed);
+    this.#settle();
     this.parking?.arrived(this.#world.token);
     this.#answer();
   }
@@ -228,7 +276,7 @@ class Instance implements Mover<number> {
   }
 
   counts(): { channel: number } {
-    return { channel: this.read };
+    return { channel: this.#heard };
   }
 
   quiet(): string[] {
@@ -236,9 +284,11 @@ class Instance implements Mover<number> {
   }
 
   /** The next publication of the channel comes here. */
-  hear(): void {
+  next(): void {
     if (this.read >= this.#world.published) return;
     const n = ++this.read;
+    if (this.#world.topical && !(n > (this.joined ?? Infinity))) return;
+    this.#heard = n;
     this.#limbo?.missed.push(n);
     if (this.session) this.#world.got.push(n);
     this.moves.published({ from: "channel", n, namespace: "", message: n } as Publication<number>);
@@ -340,6 +390,12 @@ class World {
   /** The store fails now and then, and somebody else writes there. */
   readonly #unsound: boolean;
   readonly bus: Sent[] = [];
+  /** Topics that are to be joined. */
+  readonly joins: { by: Instance; execute: () => void }[] = [];
+  /** Instances hear what they have joined alone. */
+  readonly topical: boolean;
+  /** What a giver kept for its session was lost. */
+  hasGaps = false;
   /** Messages as the hook saw them, publications as the session was given them. */
   readonly hook: number[] = [];
   readonly got: number[] = [];
@@ -349,12 +405,14 @@ class World {
   #steps = 0;
   readonly #random: () => number;
 
-  constructor(seed: number, make: Make, park?: Park) {
+  constructor(seed: number, make: Make, { park, topical = false }: Variant) {
+    this.topical = topical;
     this.#unsound = seed % 2 === 1;
     this.#fatal = seed % 4 ? Infinity : Math.floor(seed / 4 % STEPS);
     this.#random = numbers(seed);
     this.instances = NAMES.map((name) => new Instance(name, this, make, park));
     this.instances[0]!.session = { received: 0, attempt: 0, tokens: [this.token] };
+    this.instances[0]!.joined = 0;
   }
 
   /** The instance that the client's token names. */
@@ -454,6 +512,7 @@ class World {
   step(): void | Promise<void> {
     const instance = this.#instance;
     if (this.#steps++ === this.#fatal) instance.kill();
+    if (this.joins.length && this.#random() < 0.2) return this.#join();
     const kinds = instance.parking ? 13 : 7;
     switch (Math.floor(this.#random() * kinds)) {
       case 7:
@@ -469,7 +528,7 @@ class World {
       case 0:
         return this.#deliver();
       case 1:
-        return instance.frozen ? undefined : instance.hear();
+        return instance.frozen ? undefined : instance.next();
       case 2:
         if (this.published < MOST) this.published++;
         return;
@@ -488,7 +547,7 @@ class World {
   #deliver(): void {
     if (!this.bus.length) return;
     const at = Math.floor(this.#random() * this.bus.length);
-    const { to, from, head, state } = this.bus[at]!;
+    const { to, from, head, state, before } = this.bus[at]!;
     const instance = this.#of(to);
     if (instance.frozen) return;
     const lost = this.lossy && this.#random() < 0.1;
@@ -496,11 +555,18 @@ class World {
     if (lost) return;
     // One channel carries all in one order: publications that the asker had come before its question.
     if (head.kind === "adopt") this.#hearAll(instance, this.#of(from).read);
+    if (this.topical) this.#hearAll(instance, head.kind === "rest" ? head.counts.channel! : before);
     instance.receive(structuredClone(head), state);
   }
 
   #hearAll(instance: Instance, upTo: number): void {
-    while (instance.read < upTo) instance.hear();
+    while (instance.read < upTo) instance.next();
+  }
+
+  /** The backplane brings the topic to any of those who asked for it. */
+  #join(): void {
+    const at = Math.floor(this.#random() * this.joins.length);
+    if (!this.joins[at]!.by.frozen) this.joins.splice(at, 1)[0]!.execute();
   }
 
   #uplink(instance: Instance): void {
@@ -527,7 +593,8 @@ class World {
     if (owners.length > 1) throw new Violation(`two instances have it: ${owners}`);
     if (this.hook.some((n, at) => n !== at + 1)) throw new Violation(`the hook saw ${this.hook}`);
     const parks = !!this.instances[0]!.parking;
-    if (this.got.some((n, at) => parks ? n <= (this.got[at - 1] ?? 0) : n !== at + 1)) {
+    const canMiss = parks || this.hasGaps;
+    if (this.got.some((n, at) => canMiss ? n <= (this.got[at - 1] ?? 0) : n !== at + 1)) {
       throw new Violation(`publications: ${this.got}`);
     }
   }
@@ -561,6 +628,7 @@ class World {
         this.#deliver();
         this.check();
       }
+      while (this.joins.some(({ by }) => !by.frozen)) this.#join();
       while (this.#operations.some(({ by }) => !by.frozen)) await this.#operate();
     }
     this.now += period;
@@ -574,9 +642,15 @@ class World {
   }
 }
 
+/** What else there is. */
+interface Variant {
+  readonly park?: Park | undefined;
+  readonly topical?: boolean;
+}
+
 /** Walks once; throws a {@link Violation}. */
-export async function walk(seed: number, make: Make, park?: Park): Promise<void> {
-  const world = new World(seed, make, park);
+export async function walk(seed: number, make: Make, variant: Variant): Promise<void> {
+  const world = new World(seed, make, variant);
   for (let i = 0; i < STEPS; i++) {
     const step = world.step();
     if (step) await step;
@@ -590,13 +664,13 @@ export async function walk(seed: number, make: Make, park?: Park): Promise<void>
 export async function walks(
   count: number,
   make: Make,
-  { enough = Infinity, park }: { enough?: number; park?: Park } = {},
+  { enough = Infinity, ...variant }: Variant & { enough?: number } = {},
 ): Promise<{ broken: number; first?: string }> {
   let broken = 0;
   let first: string | undefined;
   for (let seed = 1; seed <= count && broken < enough; seed++) {
     try {
-      await walk(seed, make, park);
+      await walk(seed, make, variant);
     } catch (error) {
       if (!(error instanceof Violation)) throw error;
       broken++;

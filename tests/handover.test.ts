@@ -10,6 +10,7 @@ import {
   assert,
   assertEquals,
   assertGreater,
+  assertLess,
   assertLessOrEqual,
   note,
   sleep,
@@ -19,6 +20,7 @@ import {
   within,
 } from "./harness.ts";
 import { connect, listen, type Pair } from "./pair.ts";
+import { drivers } from "./topical.ts";
 import { wireClient } from "./wire.ts";
 
 interface Fleet {
@@ -269,6 +271,64 @@ test("a refusal at the new instance leaves the session where it is", async (t) =
   assertEquals(back.status, 200);
   await back.body!.cancel();
 });
+
+/** Counts what each instance is given by its driver, in the order in which they are made. */
+function counted(adapter: ClusterAdapter, given: number[]): ClusterAdapter {
+  return (context) => {
+    const driver = adapter(context);
+    const at = given.push(0) - 1;
+    const { subscribe } = driver;
+    driver.subscribe = (deliver) =>
+      subscribe.call(driver, (message) => {
+        given[at]!++;
+        deliver(message);
+      });
+    return driver;
+  };
+}
+
+for (const { name, skip, connect: backplane } of drivers) {
+  test(
+    `over ${name} a session that moves has each publication once, and who has no part in it hears none`,
+    async (t) => {
+      const given: number[] = [];
+      const fleet = await start(t, counted(await backplane(t), given), { count: 4 });
+      const { instances, told, proxy } = fleet;
+      const front = await network(t, fleet);
+      const { messages, opened } = connect(t, front.url);
+      await opened;
+      const publishers = [0, 1, 2];
+      const publish = (text: string) => {
+        for (const at of publishers) instances[at]!.ws.publish("all", `${at} ${text}`);
+      };
+      let n = 0;
+      const publishing = setInterval(() => publish(`${n++}`), 2);
+      t.defer(() => clearInterval(publishing));
+      for (let move = 1; move <= 10; move++) {
+        await sleep(20, t.signal);
+        proxy.choose = () => move % 2;
+        front.cutAll("rst");
+        await until(() => told.filter((call) => call.startsWith("revive")).length === move);
+      }
+      clearInterval(publishing);
+      publish("end");
+      const heard: string[][] = publishers.map(() => []);
+      while (heard.some((texts) => texts.at(-1) !== "end")) {
+        const [at, text] = `${await messages.next()}`.split(" ");
+        heard[Number(at)]!.push(text!);
+      }
+      for (const [at, texts] of heard.entries()) {
+        const first = Number(texts[0]);
+        const all = Array.from({ length: n - first }, (_, i) => `${first + i}`);
+        assertEquals(texts, [...all, "end"], `of instance ${at}`);
+      }
+      assertGreater(given[0]! + given[1]!, n);
+      assertLess(given[3]!, 10);
+      assertEquals(fleet.errors, []);
+    },
+    { skip, timeout: 30_000 },
+  );
+}
 
 test("a context that is no JSON stays where it is, and is relayed", async (t) => {
   const bus = new MemoryBus(t);

