@@ -1449,14 +1449,14 @@ class Migration implements Mover<SyncMessage> {
   }
 
   take(session: string, state: Bytes, missed: SyncMessage[], rest?: Bytes): void {
-    const packed = decodePacked<Packed>(state);
+    const packed = decodePacked(state);
     const frames = rest ? [...packed.frames, ...decodePacked(rest).frames] : packed.frames;
     this.#wanted.get(session)!.take({ ...packed, frames }, missed);
   }
 
-  hear(_session: string, state: Bytes): Hearing | undefined {
+  hear(state: Bytes): Hearing | undefined {
     if (!this.#places.join) return;
-    const { namespace, topics } = decodePacked<Packed>(state);
+    const { namespace, topics } = headOf(state);
     return hearingOf(this.#places, topics.map((topic) => ({ namespace, topic })), (error) => {
       this.#host.report(error, { stage: "subscribe", namespace });
     });
@@ -1650,11 +1650,16 @@ function encodePacked({ frames, ...rest }: Pick<Packed, "frames">): Bytes {
   return concat([uint32(head.length), head, ...frames]);
 }
 
-function decodePacked<T extends Pick<Packed, "frames">>(bytes: Bytes): T {
-  const length = new DataView(bytes.buffer, bytes.byteOffset).getUint32(0);
-  const { sizes, ...rest } = JSON.parse(decoder.decode(bytes.subarray(4, 4 + length)));
-  let at = 4 + length;
-  const frames = (sizes as number[]).map((size) => bytes.slice(at, at += size));
+/** All but the log: that is copied, and may be large. */
+function headOf(bytes: Bytes): Omit<Packed, "frames"> & { sizes: number[]; end: number } {
+  const end = 4 + new DataView(bytes.buffer, bytes.byteOffset).getUint32(0);
+  return { ...JSON.parse(decoder.decode(bytes.subarray(4, end))), end };
+}
+
+function decodePacked(bytes: Bytes): Packed {
+  const { sizes, end, ...rest } = headOf(bytes);
+  let at = end;
+  const frames = sizes.map((size) => bytes.slice(at, at += size));
   return { ...rest, frames };
 }
 

@@ -5,7 +5,8 @@
  * specifies them; its sentences are quoted here.
  *
  * Everything is synchronous: a session is given away, taken and taken back in one step each, so
- * that at no moment two instances have it, whatever the backplane loses, repeats or delays.
+ * that at no moment two instances have it, whatever the backplane loses, repeats or delays. Where its
+ * topics have to be joined first, it is claimed in one step, and in service in a later one.
  *
  * @module
  */
@@ -112,7 +113,7 @@ export interface Mover<Message> {
   /** What has been published to a packed session since. */
   rest(session: string): Bytes;
   /** Begins to hear the topics of a session that comes; undefined: every publication comes here. */
-  hear(session: string, state: Bytes): Hearing | undefined;
+  hear(state: Bytes): Hearing | undefined;
   /** Takes a session into service, with the rest that its giver kept, and then what it has missed. */
   take(session: string, state: Bytes, missed: Message[], rest?: Bytes): void;
   /** How many publications of each instance have been delivered here. */
@@ -128,8 +129,8 @@ interface Arrival {
   counts: Counts;
   readonly quiet: readonly string[];
   readonly hearing: Hearing | undefined;
-  /** Its giver has been told that it is here, and is to send the rest. */
-  isOurs: boolean;
+  /** It waits for publications that it has had, for its topics, or, being ours, for its giver's rest. */
+  phase: "catching up" | "joining" | "ours";
 }
 
 /** A session that this instance has asked for. */
@@ -317,7 +318,7 @@ export class Moves<Message> {
     this.#published.push(publication);
     for (const adoption of [...this.#arrived]) {
       const { arrived } = adoption;
-      if (!arrived!.hearing && this.#caughtUp(arrived!)) this.#take(adoption);
+      if (arrived!.phase === "catching up" && this.#caughtUp(arrived!)) this.#take(adoption);
     }
   }
 
@@ -333,20 +334,22 @@ export class Moves<Message> {
     if (status === "moved" && next && adoption.hops++ < MAX_HOPS) return this.#ask(adoption, next);
     // Where it is refused, its giver asks, and takes it back.
     if (status !== "here" || !this.#mover.takes) return this.#end(adoption);
-    const hearing = this.#mover.hear(session, state);
-    adoption.arrived = { from, state, counts, quiet, hearing, isOurs: false };
+    const hearing = this.#mover.hear(state);
+    const phase = hearing ? "joining" : "catching up";
+    adoption.arrived = { from, state, counts, quiet, hearing, phase };
     this.#arrived.add(adoption);
-    const refuse = () => this.#adoptions.get(session) === adoption && this.#end(adoption);
-    if (hearing?.begun) hearing.begun.then(() => this.#claim(adoption), refuse);
+    const claim = (joined: boolean) => this.#claim(adoption, joined);
+    if (hearing?.begun) hearing.begun.then(() => claim(true), () => claim(false));
     else if (hearing || this.#caughtUp(adoption.arrived)) this.#take(adoption);
   }
 
   /** "It joins the session's topics first", then says that it has it, and waits for the giver's rest. */
-  #claim(adoption: Adoption): void {
+  #claim(adoption: Adoption, joined: boolean): void {
     const { id, session, arrived } = adoption;
     if (this.#adoptions.get(session) !== adoption) return; // it has been refused meanwhile
+    if (!joined || !this.#mover.takes) return this.#end(adoption);
     if (!arrived!.from) return this.#take(adoption); // of what was parked nobody keeps any
-    arrived!.isOurs = true;
+    arrived!.phase = "ours";
     adoption.age = 0;
     this.#taken.set(id, session, this.#mover.now());
     this.#confirm(arrived!.from, id, session);
@@ -354,7 +357,7 @@ export class Moves<Message> {
 
   #onRest({ id, session, counts }: RestHead, rest: Bytes): void {
     const adoption = this.#adoptions.get(session);
-    if (adoption?.id !== id || !adoption.arrived?.isOurs) return;
+    if (adoption?.id !== id || adoption.arrived?.phase !== "ours") return;
     adoption.arrived.counts = counts;
     this.#take(adoption, rest);
   }
@@ -374,7 +377,7 @@ export class Moves<Message> {
 
   #take(adoption: Adoption, rest?: Bytes): void {
     const { id, session, since, claim: { namespace }, arrived } = adoption;
-    const { from, state, counts, isOurs } = arrived!;
+    const { from, state, counts, phase } = arrived!;
     // "It is given the publications that are beyond the counts."
     const missed = this.#published.slice(since - this.#passed)
       .filter((one) => one.n > (counts[one.from] ?? 0))
@@ -383,7 +386,7 @@ export class Moves<Message> {
     this.#taken.set(id, session, this.#mover.now());
     this.#forget(adoption); // before the hook "revive", which may publish: that counts on
     this.#mover.take(session, state, missed.map(({ message }) => message), rest);
-    if (!isOurs) this.#confirm(from, id, session);
+    if (phase !== "ours") this.#confirm(from, id, session);
     this.#end(adoption);
   }
 
@@ -395,7 +398,7 @@ export class Moves<Message> {
   /** The session is ours, and what its giver kept for it is to come. */
   #isOwed(id: string, session: string): boolean {
     const adoption = this.#adoptions.get(session);
-    return adoption?.id === id && !!adoption.arrived?.isOurs;
+    return adoption?.id === id && adoption.arrived?.phase === "ours";
   }
 
   /** Waits no more; if it was not taken, it is refused from now on. */
@@ -524,8 +527,8 @@ export class Moves<Message> {
       if (adoption.age < patience) continue;
       // Where publications do not come here that the session has had, it stays: at most once. What
       // was parked cannot stay.
-      const isTaken = arrived?.hearing ? arrived.isOurs : arrived && this.#caughtUp(arrived, true);
-      if (isTaken || arrived && !arrived.from) this.#take(adoption);
+      const isLate = arrived?.phase === "catching up" && this.#caughtUp(arrived, true);
+      if (isLate || arrived?.phase === "ours" || arrived?.from === "") this.#take(adoption);
       else this.#end(adoption);
     }
     for (const limbo of [...this.#limbos.values()]) {
@@ -553,7 +556,7 @@ export class Moves<Message> {
     for (const adoption of [...this.#adoptions.values()]) {
       const { id, session, owner, arrived } = adoption;
       this.#end(adoption);
-      if (arrived?.isOurs) continue; // nobody else has it any more
+      if (arrived?.phase === "ours") continue; // nobody else has it any more
       const head = { kind: "taken", id, session, from: this.#instance, yes: false } as const;
       this.#mover.send(arrived?.from ?? owner, head);
     }

@@ -7,13 +7,14 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { pathToFileURL } from "node:url";
-import { type MoveHead, Moves } from "../handover.ts";
+import { type MoveHead, type Mover, Moves } from "../handover.ts";
 import { parking } from "../parking.ts";
 import {
   assertEquals,
   assertGreater,
   assertLess,
   root,
+  sleep,
   test,
   type TestContext,
   testOnce,
@@ -65,8 +66,8 @@ const RULES: Record<string, [string, string]> = {
 /** The same where an instance hears the topics alone that it has joined. */
 const TOPICAL_RULES: Record<string, [string, string]> = {
   "a session that comes hears its topics before it is said to be here": [
-    "if (hearing?.begun) hearing.begun.then(() => this.#claim(adoption), refuse);",
-    "if (hearing?.begun) this.#claim(adoption);",
+    "if (hearing?.begun) hearing.begun.then(() => claim(true), () => claim(false));",
+    "if (hearing?.begun) claim(true);",
   ],
   "what was published to it meanwhile follows it": [
     "this.#mover.send(to, head, this.#mover.rest(session));",
@@ -77,8 +78,8 @@ const TOPICAL_RULES: Record<string, [string, string]> = {
     "",
   ],
   "who has said that it is here keeps it": [
-    "arrived?.hearing ? arrived.isOurs :",
-    "arrived?.hearing ? false :",
+    'arrived?.phase === "ours" || arrived?.from',
+    "arrived?.from",
   ],
 };
 
@@ -204,6 +205,54 @@ test("of an instance that has long been quiet, and was never heard here, nothing
     assertEquals(sent.map(({ kind }) => kind), ["adopt", "adopted"]);
   }
 });
+
+for (
+  const [what, joins, takes, kinds] of [
+    ["claimed when they are joined, for one message more", true, true, "state adopted rest"],
+    ["left where they cannot be", false, true, "state have taken"],
+    ["left where its taker closes meanwhile", true, false, "state have taken"],
+  ] as const
+) {
+  test(`a session with topics is ${what}`, async () => {
+    const said: string[] = [];
+    const done: string[] = [];
+    const moves: Record<string, Moves<string>> = {};
+    const mover = (name: string): Mover<string> => ({
+      ...idle(() => {}),
+      send(to, head, state = new Uint8Array()) {
+        said.push(head.kind);
+        queueMicrotask(() => moves[to]!.receive(head, state));
+      },
+      get takes() {
+        return takes || !done.includes("hear");
+      },
+      owns: () => name === "giver" && !done.length,
+      pack: () => new Uint8Array(),
+      restore: () => void done.push("restore"),
+      release: () => void done.push("release"),
+      rest: () => new Uint8Array([1]),
+      hear() {
+        done.push("hear");
+        const begun = sleep(0).then(() => {
+          if (!joins) throw new Error("it cannot be joined");
+        });
+        return { begun, end: () => void done.push("end") };
+      },
+      take: (_session, _state, _missed, rest) => void done.push(`take ${rest}`),
+    });
+    for (const name of ["giver", "taker"]) {
+      moves[name] = new Moves(name, 5_000, 30_000, mover(name));
+    }
+    await moves.taker!.adopt("session", "giver", { attempt: 1, received: 0, namespace: "/" });
+    if (joins && takes) assertEquals(done, ["hear", "release", "take 1", "end"]);
+    else {
+      moves.giver!.tick(1); // it asks whether the taker has it
+      await sleep(0);
+      assertEquals(done, ["hear", "end", "restore"]);
+    }
+    assertEquals(said.join(" "), `adopt ${kinds}`);
+  });
+}
 
 test("a publication costs the same however many sessions are waited for, and no more is kept of it", () => {
   const sent: MoveHead[] = [];

@@ -11,8 +11,8 @@
  *
  * Checked at every step: at most one instance has the session; each message up reaches the hook
  * once and in order; each publication reaches the session once and in order (at most once with
- * parking, and by topics where the giver's rest was lost). At the end, when nothing is lost any more, the client reaches it wherever it resumes,
- * unless one was killed, or the store has failed.
+ * parking, and by topics where the giver's rest was lost). At the end, when nothing is lost any
+ * more, the client reaches it wherever it resumes, unless one was killed, or the store has failed.
  *
  * @module
  */

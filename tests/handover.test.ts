@@ -3,7 +3,7 @@
  * shutdown or by the age of a connection, over a backplane that may lose and repeat.
  */
 import { cluster, type ClusterAdapter } from "../cluster.ts";
-import type { Peer, SSEOptions } from "../server.ts";
+import type { Peer, SSEOptions, SyncMessage, SyncPlace } from "../server.ts";
 import { MemoryBus, type RoundRobin, roundRobin, unknown } from "./bus.ts";
 import { chaos, type ChaosProxy, mulberry32, pickSeed } from "./chaos.ts";
 import {
@@ -168,6 +168,37 @@ test("what an instance publishes before it has had any session reaches one that 
   await until(() => fleet.told.includes("revive 1"));
   fleet.instances[0]!.ws.publish("all", "afterwards");
   assertEquals(await messages.take(2), ["meanwhile", "afterwards"]);
+});
+
+test("the topics of a session that moves, or is taken back, are heard all the time", async (t) => {
+  let isLost = true;
+  const isState = ({ data }: SyncMessage) =>
+    typeof data !== "string" && new TextDecoder("latin1").decode(data).includes('"status":"here"');
+  const bus = new MemoryBus(t, { fault: (message) => isLost && isState(message) ? [] : [0] });
+  const calls: string[][] = [];
+  const adapter: ClusterAdapter = (context) => {
+    const mine: string[] = [];
+    calls.push(mine);
+    const note = (verb: string) => ({ topic }: SyncPlace) => {
+      if (topic === "all") mine.push(verb);
+    };
+    return { ...bus.adapter(context), join: note("join"), leave: note("leave") };
+  };
+  const fleet = await start(t, adapter, { timeout: 1_000 });
+  const front = await network(t, fleet);
+  const { opened } = connect(t, front.url);
+  await opened;
+  fleet.proxy.choose = () => 1;
+  front.cutAll("rst");
+  await until(() => fleet.told.includes("revive 0"));
+  assertEquals(calls, [["join"], []]);
+  isLost = false;
+  await until(() => {
+    front.cutAll("rst");
+    return fleet.told.includes("revive 1");
+  }, { interval: 200 });
+  await until(() => calls[0]!.length > 1);
+  assertEquals(calls, [["join", "leave"], ["join", "join", "leave"]]);
 });
 
 test("a session goes to an instance that began after all that it has been published", async (t) => {
