@@ -237,8 +237,10 @@ export class Parking implements SessionParking {
   readonly #waits: Waits = new Waits();
   /** Those that are to be parked once their hooks have settled. */
   readonly #busy: Busy = new Busy();
-  /** Those for which something is on its way to the store. */
+  /** Those for which something is on its way to the store, for as long as that may take. */
   readonly #putting: Set<string> = new Set();
+  /** Tokens whose pointers are on their way, however long: a late one would replace a newer. */
+  readonly #pointing: Set<string> = new Set();
   readonly #gate: Gate = new Gate();
   #failing = false;
   readonly #limit: Limit = new Limit();
@@ -359,17 +361,15 @@ export class Parking implements SessionParking {
     const parked = begun(token, packed.tokens, leaves, this.#now);
     this.#parked.set(secret, parked);
     this.#quay.wake();
-    if (size > this.#options.maxSize) {
-      this.#report(new RangeError(`A session of ${size} bytes is too large to be parked`));
+    const isTooLarge = size > this.#options.maxSize;
+    if (isTooLarge) this.#report(tooLarge(size));
+    if (isTooLarge || packed.tokens.some((one) => this.#pointing.has(one))) {
       this.#back(parked);
       return false;
     }
-    const leave = this.#gate.enter(size);
     this.#putting.add(secret);
-    this.#put(parked, packed, state).finally(() => {
-      this.#putting.delete(secret);
-      leave();
-    });
+    const leave = this.#gate.enter(size, () => this.#putting.delete(secret));
+    this.#put(parked, packed, state).finally(leave);
     await parked.stored.promise;
     return false;
   }
@@ -393,8 +393,8 @@ export class Parking implements SessionParking {
       if (!isStill(parked, "storing")) return; // too late: it is in service again
       this.#enter(parked, "pointing");
       const pointer = await seal("pointer", keys);
-      // The newest first: who takes it by the other finds none on its way that could come later.
-      for (const key of keys.toReversed()) await this.#store.put(key, pointer, ttl);
+      const put = (key: string) => this.#store.put(key, pointer, ttl);
+      await point(parked, tokens, keys, this.#pointing, put);
       this.#failing = false;
       if (!isStill(parked, "pointing")) return;
       this.#enter(parked, "parked");
@@ -723,10 +723,17 @@ class Waits {
   }
 }
 
+/** Bytes on their way to the store. */
+interface Entrant {
+  readonly size: number;
+  readonly left: () => void;
+  age: number;
+}
+
 /** What is on its way to the store; where that is too much, others wait for their turn. */
 class Gate {
   #bytes = 0;
-  readonly #inside: Set<{ readonly size: number; age: number }> = new Set();
+  readonly #inside: Set<Entrant> = new Set();
   readonly #waiting: { go: () => void; giveUp: () => void }[] = [];
   /** How long nothing has arrived. */
   #stalled = 0;
@@ -743,16 +750,17 @@ class Gate {
     });
   }
 
-  /** Returns what is to be called when they have arrived. */
-  enter(size: number): () => void {
-    const one = { size, age: 0 };
+  /** Returns what is to be called when they have arrived; `left` is, then or when that takes too long. */
+  enter(size: number, left: () => void): () => void {
+    const one = { size, age: 0, left };
     this.#inside.add(one);
     this.#bytes += size;
     return () => this.#leave(one);
   }
 
-  #leave(one: { readonly size: number; age: number }): void {
+  #leave(one: Entrant): void {
     if (!this.#inside.delete(one)) return; // it was given up
+    one.left();
     this.#bytes -= one.size;
     this.#stalled = 0;
     while (this.#bytes < MAX_PENDING_BYTES && this.#waiting.length) this.#waiting.shift()!.go();
@@ -798,6 +806,29 @@ function begun(token: string, tokens: readonly string[], leaves: boolean, since:
     ...{ since, phase: "storing", age: 0, wanted: false, takes: 0 },
     ...{ stored: deferred(), end: deferred() },
   };
+}
+
+/**
+ * Puts the pointers: the newest first, so that who takes the session by the other finds none on its
+ * way that could come later. Nothing is to point to it once it is over.
+ */
+async function point(
+  parked: Parked,
+  tokens: readonly string[],
+  keys: readonly string[],
+  pointing: Set<string>,
+  put: (key: string) => MaybePromise<unknown>,
+): Promise<void> {
+  for (const token of tokens) pointing.add(token);
+  try {
+    for (const key of keys.toReversed()) if (!isStill(parked, "over")) await put(key);
+  } finally {
+    for (const token of tokens) pointing.delete(token);
+  }
+}
+
+function tooLarge(size: number): RangeError {
+  return new RangeError(`A session of ${size} bytes is too large to be parked`);
 }
 
 /** Its client is waited for no longer. */

@@ -799,11 +799,19 @@ test("a store that is away is told of a few times a second, whoever asks for how
 });
 
 /** An instance of 100 sessions of 1 MB, and what it has given back, with a store that takes its time. */
-function crowd(put: () => Promise<void>) {
+function crowd(put: (key: string) => Promise<void>) {
   const state = new Uint8Array(1_000_000);
   const told = { packed: 0, restored: 0, released: 0, errors: [] as string[], ahead: 0 };
   const packed = {
-    ...{ id: "", namespace: "/", tokens: [], context: {}, protocol: "", topics: [], frames: [] },
+    ...{
+      id: "",
+      namespace: "/",
+      tokens: [] as string[],
+      context: {},
+      protocol: "",
+      topics: [],
+      frames: [],
+    },
     ...{ heartbeatInterval: 1, received: 0, handled: 0, firstUnacked: 1, nextUngiven: 1 },
   };
   const quay: Quay = {
@@ -823,7 +831,7 @@ function crowd(put: () => Promise<void>) {
   };
   const parked = parking({ put, take: () => null }, { timeout: 2_000 })(quay);
   const tokens = Array.from({ length: 100 }, (_, n) => `${"a".repeat(24)}.${n}`);
-  return { told, parked, tokens };
+  return { told, parked, tokens, packed };
 }
 
 test("of sessions that are more than may be on their way at once, all are parked, in turn", async (t) => {
@@ -869,4 +877,54 @@ test("a put that never settles keeps others from the store for 30 s, and not for
   assertEquals([...new Set(told.errors)], ["The store of parked sessions does not answer"]);
   await Promise.all(tokens.slice(91, 95).map((token) => parked.park(token, true)));
   assertEquals([told.packed, told.restored, told.released], [72, 68, 4]);
+});
+
+test("a session whose put never settles is parked again after 30 s, and a late one does not come between", async () => {
+  const puts: string[] = [];
+  let hangs = true;
+  let settle = () => {};
+  const { told, parked, tokens: [token] } = crowd(async (key) => {
+    puts.push(key);
+    if (hangs) await new Promise<void>((resolve) => settle = resolve);
+  });
+  const first = parked.park(token!, true);
+  await sleep(0);
+  for (let n = 0; n < 6; n++) parked.tick(500);
+  await first;
+  hangs = false;
+  await parked.park(token!, true);
+  assertEquals([told.packed, told.restored, told.released], [1, 1, 0], "not before");
+  for (let n = 0; n < 60; n++) parked.tick(500);
+  await parked.park(token!, true);
+  assertEquals([told.packed, told.restored, told.released], [2, 1, 1]);
+  settle();
+  await sleep(0);
+  assertEquals([puts.length, new Set(puts).size], [2, 2], "each under a name of its own");
+});
+
+test("what a late pointer would replace is not parked before it has come", async () => {
+  const puts: string[] = [];
+  let hangs = true;
+  let settle = () => {};
+  const { told, parked, packed, tokens: [token, other] } = crowd(async (key) => {
+    puts.push(key);
+    if (hangs && puts.length === 2) await new Promise<void>((resolve) => settle = resolve);
+  });
+  packed.tokens = [token!, other!];
+  const first = parked.park(token!, false);
+  await sleep(0);
+  for (let n = 0; n < 80; n++) {
+    parked.tick(500);
+    await sleep(0);
+  }
+  await first;
+  hangs = false;
+  assertEquals(told.released, 1, "the store has not got it");
+  await parked.park(token!, true);
+  assertEquals([told.packed, told.restored, told.released], [2, 1, 1], "its pointer may come yet");
+  settle();
+  await sleep(0);
+  assertEquals(puts.length, 2, "nothing else points to what is over");
+  await parked.park(token!, true);
+  assertEquals([told.packed, told.restored, told.released], [3, 1, 2]);
 });
