@@ -806,6 +806,26 @@ test("an instance that ends while a session is on its way to it sends that on, t
   assertEquals(events, ["open"]);
 });
 
+/** Instances that hear what they have joined; `join` may refuse a topic. */
+function joining(bus: MemoryBus, join: (place: SyncPlace) => void): ClusterAdapter {
+  return (context) => ({ ...bus.adapter(context), join, leave() {} });
+}
+
+test("onError hears of topics that cannot be joined for a move, and the session stays", async (t) => {
+  let isDown = false;
+  const adapter = joining(new MemoryBus(t), ({ topic }) => {
+    if (isDown && topic === "all") throw new Error("the topic cannot be joined");
+  });
+  const { told, errors, proxy } = await start(t, adapter);
+  const client = await wireClient(t, `${proxy.url}/room`);
+  isDown = true;
+  proxy.choose = () => 1;
+  await client.drop();
+  t.use(await client.resume(1, 0));
+  assertEquals(told, ["open 0", "suspend 0", "revive 0"]);
+  assertEquals(errors, ["Error: the topic cannot be joined"]);
+});
+
 test("a connection of a certain age is renewed, and nobody notices", async (t) => {
   const bus = new MemoryBus(t);
   const fleet = await start(t, bus.adapter, { maxConnectionAge: 200 });
