@@ -547,7 +547,8 @@ export class Moves<Message> {
 
   /**
    * Nobody is heard and no tick comes any more: requests that wait for a session go without it, and
-   * who has sent it, or is about to, is told that nobody has taken it.
+   * who has sent it, or is about to, is told that nobody has taken it. What is ours is taken without
+   * its rest: nobody else has it, and nobody else would tell its hooks of its end.
    */
   close(): void {
     this.#isOver = true;
@@ -555,8 +556,11 @@ export class Moves<Message> {
     this.#limbos.clear();
     for (const adoption of [...this.#adoptions.values()]) {
       const { id, session, owner, arrived } = adoption;
+      if (arrived?.phase === "ours") {
+        this.#take(adoption);
+        continue;
+      }
       this.#end(adoption);
-      if (arrived?.phase === "ours") continue; // nobody else has it any more
       const head = { kind: "taken", id, session, from: this.#instance, yes: false } as const;
       this.#mover.send(arrived?.from ?? owner, head);
     }

@@ -1916,6 +1916,7 @@ class Registry implements Host {
     clearTimeout(this.#sweepTimer);
     this.#nextSweep = Infinity;
     await backplane?.close(signal);
+    hurry(); // a session may have come with that
   }
 }
 

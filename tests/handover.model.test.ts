@@ -254,6 +254,27 @@ for (
   });
 }
 
+test("a session that is ours is taken, though its instance closes before its rest has come", async () => {
+  const done: string[] = [];
+  const sent: MoveHead[] = [];
+  const moves = new Moves<string>("here", 5_000, 30_000, {
+    ...idle((_to, head) => void sent.push(head)),
+    hear: () => ({ begun: Promise.resolve(), end: () => void done.push("end") }),
+    take: (_session, _state, missed, rest) => void done.push(`take ${missed} ${rest}`),
+  });
+  const adopting = moves.adopt("session", "there", { attempt: 1, received: 0, namespace: "/" });
+  const [{ id }] = sent as [MoveHead];
+  const head = { kind: "state", status: "here", from: "there", session: "session", id } as const;
+  moves.receive({ ...head, time: 0, counts: { there: 1 } }, new Uint8Array());
+  await sleep(0);
+  moves.published({ from: "there", n: 2, namespace: "/", message: "heard" });
+  assertEquals(done, []);
+  moves.close();
+  await adopting;
+  assertEquals(done, ["take heard undefined", "end"]);
+  assertEquals(sent.map(({ kind }) => kind), ["adopt", "adopted"]);
+});
+
 test("a publication costs the same however many sessions are waited for, and no more is kept of it", () => {
   const sent: MoveHead[] = [];
   const moves = new Moves<string>("here", 5_000, 30_000, idle((_to, head) => void sent.push(head)));

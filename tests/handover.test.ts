@@ -826,6 +826,27 @@ test("onError hears of topics that cannot be joined for a move, and the session 
   assertEquals(errors, ["Error: the topic cannot be joined"]);
 });
 
+test("who ends in a hurry while the rest of a session is to come tells its hooks of the end", async (t) => {
+  const said: string[] = [];
+  const fault = ({ data }: SyncMessage) => {
+    const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+    const kind = /"kind":"(\w+)"/.exec(text)?.[1] ?? "";
+    said.push(kind);
+    return kind === "rest" ? [] : [0];
+  };
+  const adapter = joining(new MemoryBus(t, { fault }), () => {});
+  const { told, instances, proxy } = await start(t, adapter);
+  const client = await wireClient(t, `${proxy.url}/room`);
+  proxy.choose = () => 1;
+  await client.drop();
+  const resumed = client.resume(1, 0).then((back) => void t.use(back), () => {});
+  await until(() => said.includes("rest"));
+  await instances[1]!.ws.close(1012, "", { signal: AbortSignal.abort() });
+  await resumed;
+  await until(() => told.some((one) => one.startsWith("close")));
+  assertEquals(told.map((one) => one.slice(0, 8)), ["open 0", "suspend ", "revive 1", "close 1 "]);
+});
+
 test("a connection of a certain age is renewed, and nobody notices", async (t) => {
   const bus = new MemoryBus(t);
   const fleet = await start(t, bus.adapter, { maxConnectionAge: 200 });
