@@ -394,7 +394,7 @@ export class Parking implements SessionParking {
       this.#enter(parked, "pointing");
       const pointer = await seal("pointer", keys);
       const put = (key: string) => this.#store.put(key, pointer, ttl);
-      await point(parked, tokens, keys, this.#pointing, put);
+      await point(tokens, keys, this.#pointing, put);
       this.#failing = false;
       if (!isStill(parked, "pointing")) return;
       this.#enter(parked, "parked");
@@ -810,10 +810,9 @@ function begun(token: string, tokens: readonly string[], leaves: boolean, since:
 
 /**
  * Puts the pointers: the newest first, so that who takes the session by the other finds none on its
- * way that could come later. Nothing is to point to it once it is over.
+ * way that could come later. All of them, though it may be over here: it may be the store's alone.
  */
 async function point(
-  parked: Parked,
   tokens: readonly string[],
   keys: readonly string[],
   pointing: Set<string>,
@@ -821,7 +820,7 @@ async function point(
 ): Promise<void> {
   for (const token of tokens) pointing.add(token);
   try {
-    for (const key of keys.toReversed()) if (!isStill(parked, "over")) await put(key);
+    for (const key of keys.toReversed()) await put(key);
   } finally {
     for (const token of tokens) pointing.delete(token);
   }
