@@ -1385,7 +1385,7 @@ class Link implements Carrier, EventTaker, Holder {
         const { length } = value; // whose buffer the next reading takes
         // The next chunk waits until this one is dispatched.
         if (this.#inbox.isBehind) await this.#inbox.dispatch();
-        this.#receipts.read(length);
+        this.#receipts.read(length, parser.partial);
         this.#events.acknowledge(parser.partial);
         // A page that pauses is sent no more than a window, and goes on hearing the heartbeats; on
         // the other level nothing but the network holds the server back.
@@ -1651,7 +1651,7 @@ class Events {
 
   /**
    * "The client acknowledges with ACK at half a window, or at an eighth on an open uplink stream":
-   * that costs no request, and keeps the server writing. A part of an event counts for the next time.
+   * that costs no request, and keeps the server writing.
    */
   acknowledge(partial: number): void {
     const { terms } = this.#session;
@@ -1659,13 +1659,12 @@ class Events {
     // The next poll acknowledges, too.
     const isBehind = this.#receipts.isBehind && !this.#taker.current?.isPoll;
     if (isBehind && this.#receipts.bytes >= terms.window / (this.#uplink.isStreaming ? 8 : 2)) {
-      this.#receipts.bytes = 3 * partial; // characters have up to 3 bytes
       this.#uplink.acknowledge();
     } else if (partial && terms.idleTimeout && clock() > this.#spokeAt + terms.idleTimeout / 4) {
       // "A message of any size is no silence": its parts are not acknowledged, but we are there.
       if (this.#spokeAt) this.#uplink.acknowledge();
       this.#spokeAt = clock();
-    } else if (isBehind) this.#uplink.acknowledgeLater();
+    } else this.#uplink.acknowledgeLater();
   }
 
   watch(heartbeatInterval: number): void {
@@ -1919,12 +1918,14 @@ class Uplink {
   }
 
   /** "On an open uplink stream 1 s after the first message that it has not acknowledged": free there. */
-  acknowledgeLater(): void {
+  acknowledgeLater(ms = ACK_DELAY_MS): void {
     if (!this.#stream) return;
     this.#ackTimer ??= setTimeout(() => {
       this.#ackTimer = undefined;
-      if (this.#stream) this.acknowledge();
-    }, ACK_DELAY_MS);
+      const { isBehind, age } = this.#receipts;
+      if (isBehind && age < ACK_DELAY_MS) this.acknowledgeLater(ACK_DELAY_MS - age); // since the last
+      else if (isBehind && this.#stream) this.acknowledge();
+    }, ms);
   }
 
   /** "On an open uplink stream the client writes a PING when it wrote nothing for half an interval." */
@@ -1986,13 +1987,11 @@ class Uplink {
     if (!body.isAsked) return;
     // Where much is received, what is no message adds up, too.
     const control = body.total - body.used;
+    const { resumeTimeout, window } = this.#session.terms!;
     // A connection that cannot be resumed is not put at risk.
-    const isAtRisk = stream.reader && !this.#session.terms!.resumeTimeout;
-    const most = isAtRisk ? MAX_BODY_BYTES : this.#transports.maxBody;
-    const parts = [
-      ...this.#receipts.take(ACK_EVERY),
-      ...this.#outbox.take(body, most - control),
-    ];
+    const most = stream.reader && !resumeTimeout ? MAX_BODY_BYTES : this.#transports.maxBody;
+    const messages = this.#outbox.take(body, most - control);
+    const parts = [...this.#receipts.takeBeside(messages, window), ...messages];
     if (parts.length) body.write(parts);
     // The body has had its share: what follows goes in another, once this one is confirmed.
     if (this.#outbox.isDueAfter(body) || body.total > most - MAX_CONTROL_BYTES) {
@@ -2903,6 +2902,10 @@ class Receipts {
   #acknowledged = 0;
   /** Bytes of the stream up to what was dispatched last, since an acknowledgement. */
   bytes = 0;
+  /** Of an event that is under way, which count for the next acknowledgement. */
+  #partial = 0;
+  /** When the first was dispatched that is not acknowledged; 0: there is none. */
+  #since = 0;
   /** Bytes up to messages that wait. */
   #waiting: { received: number; bytes: number }[] = [];
   /** The server is to hear it even if there is nothing new. */
@@ -2923,11 +2926,18 @@ class Receipts {
     for (let next; (next = this.#waiting[0]) && next.received <= this.dispatched;) {
       this.bytes += this.#waiting.shift()!.bytes;
     }
-    return this.confirmable > this.#acknowledged;
+    if (this.confirmable > this.#acknowledged) this.#since ||= clock();
+    return !!this.#since;
   }
 
-  /** So much of the stream has come. */
-  read(bytes: number): void {
+  /** For how long that has been so, in ms. */
+  get age(): number {
+    return this.isBehind ? clock() - this.#since : 0;
+  }
+
+  /** So much of the stream has come; an event of so many characters is under way. */
+  read(bytes: number, partial: number): void {
+    this.#partial = 3 * partial; // a character has up to 3 bytes
     const { received } = this;
     const last = this.#waiting.at(-1);
     if (last?.received === received) last.bytes += bytes;
@@ -2938,7 +2948,7 @@ class Receipts {
   /** Begins again with what was not dispatched; returns the number of the last that was. */
   rewind(): number {
     this.#waiting = [];
-    this.bytes = 0;
+    this.bytes = this.#partial = 0;
     return this.received = this.dispatched;
   }
 
@@ -2953,9 +2963,21 @@ class Receipts {
   settle(confirmed = this.confirmable): void {
     this.#acknowledged = confirmed;
     this.isDue = false;
+    this.bytes = this.#partial;
+    this.#since = 0;
   }
 
-  /** `least`: on an open stream each would cost a frame, so it does not go with every message. */
+  /**
+   * What goes along with messages on an open stream. There each costs a frame, so it does not go
+   * with every message; but with one half as late and half as full as it would go by itself: a
+   * chunk of its own may hold up the next one until the network has acknowledged it.
+   */
+  takeBeside(messages: Bytes[], window: number): Bytes[] {
+    const isLate = this.age >= ACK_DELAY_MS / 2 || this.bytes >= window / 16;
+    return this.take(messages.length && isLate ? 0 : ACK_EVERY);
+  }
+
+  /** Once there are more than `least`. */
   take(least = 0): Bytes[] {
     const parts = this.#pongs;
     this.#pongs = [];

@@ -53,6 +53,93 @@ const RENEW_EVENT = "duplex-renew";
 
 // --- The server's own constants ---
 
+// Numbers stand first: up to whatever is no literal, esbuild puts them in place of their names.
+
+const OPEN = 1;
+const CLOSING = 2;
+const CLOSED = 3;
+
+/** The longest that a timer can wait, in ms. */
+const MAX_DELAY = 2 ** 31 - 1;
+/** Bun cuts a connection that is quiet for 10 s, unless told otherwise through `fetch`'s second argument. */
+const UNATTENDED_HEARTBEAT_INTERVAL = 5_000;
+/** How long a client has to answer a close, or to hear of it, where `resumeTimeout` is 0. */
+const CLOSE_TIMEOUT = 5_000;
+/** How long a session waits for the page that takes it over from one that was left. */
+const LEAVE_PATIENCE = 4_500;
+/** How long a plain session waits for its client, which cannot say that it leaves. */
+const PLAIN_PATIENCE = 5_000;
+/** What a plain session keeps for a native EventSource that reconnects. */
+const PLAIN_HISTORY = 64 * 1024;
+/** A window that is twice as large has to carry so much more, or it is halved again. */
+const GAIN = 1.1;
+/** What it carries is measured for so many ms at least: a path of no length has rounds of no meaning. */
+const ROUND_SPAN = 100;
+/** But rounds of less than this show that a path carries more, and that little of it waits on its way. */
+const START_SPAN = 20;
+/** After so many full rounds that is tried anew. */
+const TRIAL_EVERY = 8;
+/** A client may be ahead of its hooks by what they handle in this time, in ms, measured this often. */
+const CREDIT_TIME = 2_000;
+const CREDIT_SPAN = 200;
+/** The most that one chunk gathers, a single larger message aside. */
+const MAX_CHUNK = 256 * 1024;
+/** A message of this size ends its chunk: to copy it again would cost more than a chunk of its own. */
+const LARGE_MESSAGE = 32 * 1024;
+/** What a message that waits costs beside its bytes, roughly: small ones must not hold a hundred times the limit. */
+const MESSAGE_COST = 200;
+/** And what each further session costs that waits for it. */
+const SLOT_COST = 16;
+/** So many quiet sessions are spoken to in one task. */
+const TURN = 100;
+/** So many sessions flushed at once are a crowd: how long that keeps the runtime busy is measured. */
+const CROWD = 64;
+/**
+ * The load of crowds at which publications begin to rest, and that at which they rest for as long
+ * again as the runtime was busy. What overlaps counts twice: who writes without a pause has 2.
+ */
+const SATURATION = 1.5;
+const OVERLOAD = 2;
+/** The most that is measured: a backlog is soon forgotten. */
+const MAX_LOAD = 4;
+/** So far back it is measured, in ms, or so many flushes, if that is longer. */
+const LOAD_SPAN = 25;
+const LOAD_FLUSHES = 5;
+/** The longest rest in ms, beyond the time that the event loop was busy. */
+const MAX_REST = 20;
+/** By then a rest is over, in ms, even if the runtime has stopped its timers. */
+const STALLED = 1_000;
+/** The most that a session holds back during a rest, in bytes: more would make its chunks no better. */
+const MAX_HELD = 16 * 1024;
+/** A session's bodies that are read at once: its messages, and control frames beside them. */
+const MAX_BODIES = 2;
+/** And a plain one's, each of which is a message. */
+const MAX_PLAIN_BODIES = 16;
+/**
+ * Of a body that nobody wants any more, so much is read: a request's rest, for the next on its
+ * connection. Once we have begun to read, some hosts leave what remains in its way.
+ */
+const MAX_DROPPED = 32 * 1024 * 1024;
+/** The longest header of a frame, and the largest payload of one that is no message. */
+const MAX_HEADER = 20;
+const MAX_CONTROL = 125;
+/** Pings that may wait for a connection, beyond which the oldest is dropped; and hooks of PING and PONG at once. */
+const MAX_PENDING_PINGS = 16;
+/** Room for one read of a body, in bytes: while little comes, and once that was too little. */
+const SMALL_READ = 2 * 1024;
+const LARGE_READ = 64 * 1024;
+/** How long sessions have to go to other instances before a shutdown, and how they are spread, in ms. */
+const HANDOVER_TIMEOUT = 5_000;
+const HANDOVER_LOOK = 20;
+const HANDOVER_ROUND = 250;
+const HANDOVER_PATIENCE = 2_000;
+/** How long a backplane has to close, in ms; and it, or a store of sessions, once the shutdown is aborted. */
+const BACKPLANE_TIMEOUT = 5_000;
+const HURRY = 500;
+/** A session more, and at most: whoever gets them is to get no more than 20 a second of a few. */
+const HANDOVER_SPREAD = 50;
+const MAX_HANDOVER_SPREAD = 1_500;
+
 /** The WebSocket header that hooks read and answer; a browser's fetch may not set it. */
 const WEBSOCKET_PROTOCOL = "sec-websocket-protocol";
 /** Where h3 and crossws leave the hooks that a request carries. */
@@ -91,8 +178,6 @@ const EVENT_ID_GRAMMAR = /^([0-9a-f]{32})\.(0|[1-9]\d{0,15})$/;
 const NUMBER_GRAMMAR = /^(0|[1-9]\d{0,15})$/;
 const FRAME_GRAMMAR = /^(TEXT|BINARY|CLOSE|PING|PONG|ACK|SEQ|LEAVE)(?: ([0-9A-Fa-f]{1,8}))?\r\n$/;
 
-/** The longest that a timer can wait, in ms. */
-const MAX_DELAY = 2 ** 31 - 1;
 /** The options that are numbers: default, least, most. Clients reckon with the first three. */
 const NUMBERS = {
   heartbeatInterval: [15_000, 1, MAX_DELAY],
@@ -106,71 +191,6 @@ const NUMBERS = {
   maxConnectionAge: [Infinity, 1, Infinity],
   maxPeers: [100_000, 1, Infinity],
 } as const;
-/** Bun cuts a connection that is quiet for 10 s, unless told otherwise through `fetch`'s second argument. */
-const UNATTENDED_HEARTBEAT_INTERVAL = 5_000;
-/** How long a client has to answer a close, or to hear of it, where `resumeTimeout` is 0. */
-const CLOSE_TIMEOUT = 5_000;
-/** How long a session waits for the page that takes it over from one that was left. */
-const LEAVE_PATIENCE = 4_500;
-/** How long a plain session waits for its client, which cannot say that it leaves. */
-const PLAIN_PATIENCE = 5_000;
-/** What a plain session keeps for a native EventSource that reconnects. */
-const PLAIN_HISTORY = 64 * 1024;
-/** A window that is twice as large has to carry so much more, or it is halved again. */
-const GAIN = 1.1;
-/** What it carries is measured for so many ms at least: a path of no length has rounds of no meaning. */
-const ROUND_SPAN = 100;
-/** But rounds of less than this show that a path carries more, and that little of it waits on its way. */
-const START_SPAN = 20;
-/** After so many full rounds that is tried anew. */
-const TRIAL_EVERY = 8;
-/** A client may be ahead of its hooks by what they handle in this time, in ms, measured this often. */
-const CREDIT_TIME = 2_000;
-const CREDIT_SPAN = 200;
-/** The most that one chunk gathers, a single larger message aside. */
-const MAX_CHUNK = 256 * 1024;
-/** A message of this size ends its chunk: to copy it again would cost more than a chunk of its own. */
-const LARGE_MESSAGE = 32 * 1024;
-/** What a message that waits costs beside its bytes, roughly: small ones must not hold a hundred times the limit. */
-const MESSAGE_COST = 200;
-/** And what each further session costs that waits for it. */
-const SLOT_COST = 16;
-/** So many sessions flushed at once are a crowd: how long that keeps the runtime busy is measured. */
-const CROWD = 64;
-/**
- * The load of crowds at which publications begin to rest, and that at which they rest for as long
- * again as the runtime was busy. What overlaps counts twice: who writes without a pause has 2.
- */
-const SATURATION = 1.5;
-const OVERLOAD = 2;
-/** The most that is measured: a backlog is soon forgotten. */
-const MAX_LOAD = 4;
-/** So far back it is measured, in ms, or so many flushes, if that is longer. */
-const LOAD_SPAN = 25;
-const LOAD_FLUSHES = 5;
-/** The longest rest in ms, beyond the time that the event loop was busy. */
-const MAX_REST = 20;
-/** By then a rest is over, in ms, even if the runtime has stopped its timers. */
-const STALLED = 1_000;
-/** The most that a session holds back during a rest, in bytes: more would make its chunks no better. */
-const MAX_HELD = 16 * 1024;
-/** A session's bodies that are read at once: its messages, and control frames beside them. */
-const MAX_BODIES = 2;
-/** And a plain one's, each of which is a message. */
-const MAX_PLAIN_BODIES = 16;
-/**
- * Of a body that nobody wants any more, so much is read: a request's rest, for the next on its
- * connection. Once we have begun to read, some hosts leave what remains in its way.
- */
-const MAX_DROPPED = 32 * 1024 * 1024;
-/** The longest header of a frame, and the largest payload of one that is no message. */
-const MAX_HEADER = 20;
-const MAX_CONTROL = 125;
-/** Pings that may wait for a connection, beyond which the oldest is dropped; and hooks of PING and PONG at once. */
-const MAX_PENDING_PINGS = 16;
-/** Room for one read of a body, in bytes: while little comes, and once that was too little. */
-const SMALL_READ = 2 * 1024;
-const LARGE_READ = 64 * 1024;
 
 /** What a page of another origin may read of an answer. */
 const EXPOSED_HEADERS = [
@@ -181,26 +201,10 @@ const EXPOSED_HEADERS = [
   "retry-after",
 ].join(", ");
 
-/** How long sessions have to go to other instances before a shutdown, and how they are spread, in ms. */
-const HANDOVER_TIMEOUT = 5_000;
-const HANDOVER_LOOK = 20;
-const HANDOVER_ROUND = 250;
-const HANDOVER_PATIENCE = 2_000;
-/** How long a backplane has to close, in ms; and it, or a store of sessions, once the shutdown is aborted. */
-const BACKPLANE_TIMEOUT = 5_000;
-const HURRY = 500;
-/** A session more, and at most: whoever gets them is to get no more than 20 a second of a few. */
-const HANDOVER_SPREAD = 50;
-const MAX_HANDOVER_SPREAD = 1_500;
-
 /** The end of a session whose client was lost. */
 const LOST: Ending = { code: 1006, reason: "", sent: 0 };
 /** And of one whose page was left. */
 const LEFT: Ending = { code: 1001, reason: "", sent: 0 };
-
-const OPEN = 1;
-const CLOSING = 2;
-const CLOSED = 3;
 
 const encoder: TextEncoder = new TextEncoder();
 const decoder: TextDecoder = new TextDecoder("utf-8", { ignoreBOM: true });
@@ -1858,6 +1862,7 @@ class Registry implements Host {
     this.#nextSweep = Infinity;
     const now = clock();
     for (const session of this.#sessions.values()) session.tick(now);
+    speakInTurn(this.#sessions.values(), now);
     for (const session of this.#lingering) if (now >= session.deadline) session.release();
     for (const [name, tombstone] of this.#tombstones) {
       if (now < tombstone.expires) break; // they were laid in the order of their expiry
@@ -1918,6 +1923,16 @@ class Registry implements Host {
     await backplane?.close(signal);
     hurry(); // a session may have come with that
   }
+}
+
+/** Says to sessions what quiet ones are due to hear, a few in each task: who talks would wait for all. */
+function speakInTurn(sessions: Iterator<Session>, now: number): void {
+  for (let i = 0; i < TURN; i++) {
+    const { done, value } = sessions.next();
+    if (done) return;
+    value.speak(now);
+  }
+  nextTask(() => speakInTurn(sessions, now));
 }
 
 /** Closes those who have taken nothing for longest, until that is enough. */
@@ -2463,7 +2478,7 @@ abstract class Session {
   #flush: "none" | "due" | "held" = "none";
   /** Something had to wait, and `drain` is yet to be called. */
   #clogged = false;
-  #waiters: Set<Waiter> | undefined;
+  #waiters: Waiters | undefined;
 
   constructor(host: Host, opening: Opening) {
     const { token, request, admission, heartbeatInterval, remoteAddress } = opening;
@@ -2682,32 +2697,13 @@ abstract class Session {
   waitForDrain(threshold: number, signal?: AbortSignal): Promise<void> {
     if (signal?.aborted) return Promise.reject(signal.reason);
     if (this.bufferedAmount <= threshold || !this.isOpen) return Promise.resolve();
-    return new Promise((resolve, reject) => {
-      const abort = () => {
-        this.#waiters?.delete(waiter);
-        reject(signal!.reason);
-      };
-      const waiter: Waiter = {
-        threshold,
-        resolve: () => {
-          signal?.removeEventListener("abort", abort);
-          resolve();
-        },
-      };
-      (this.#waiters ??= new Set()).add(waiter);
-      if (this.#flush === "held") this.schedule();
-      signal?.addEventListener("abort", abort, { once: true });
-    });
+    if (this.#flush === "held") this.schedule();
+    return (this.#waiters ??= new Waiters()).wait(threshold, signal);
   }
 
   protected wake(): void {
-    if (!this.#waiters) return;
-    for (const waiter of this.#waiters) {
-      if (this.bufferedAmount > waiter.threshold && this.isOpen) continue;
-      this.#waiters.delete(waiter);
-      waiter.resolve();
-    }
-    if (!this.#waiters.size) this.#waiters = undefined;
+    this.#waiters?.tell(this.isOpen ? this.bufferedAmount : -Infinity);
+    if (this.#waiters?.isEmpty) this.#waiters = undefined;
   }
 
   // --- Receiving ---
@@ -2842,9 +2838,13 @@ abstract class Session {
 
   // --- Time ---
 
-  /** One look at the clock, from the host's timer. */
+  /** One look at the clock, from the host's timer: what is over. */
   tick(now: number): void {
-    if (now >= this.deadline) return this.terminate();
+    if (now >= this.deadline) this.terminate();
+  }
+
+  /** What a quiet client is due to hear. */
+  speak(now: number): void {
     // A poll is over with it, so it comes as late as may be.
     const after = this.heartbeatInterval / (this.connection?.until === "news" ? 1 : 2);
     if (this.connection && now - this.lastWrite >= after - 1) this.beat();
@@ -3212,21 +3212,25 @@ class FullSession extends Session implements Receiver {
 
   override tick(now: number): void {
     const { idleTimeout } = this.host.settings;
-    const silence = now - this.#lastHeard;
-    if (this.connection && idleTimeout && now < this.deadline) {
-      if (silence >= idleTimeout) return this.drop();
-      // "A client not heard from for half of idleTimeout is asked by duplex-ping."
-      if (silence >= idleTimeout / 2 && !this.#pinged) {
-        this.#pinged = true;
-        this.ping(EMPTY);
-      }
-    }
+    const isWatched = this.connection && idleTimeout && now < this.deadline;
+    if (isWatched && now - this.#lastHeard >= idleTimeout) return this.drop();
     if (now >= this.#renewAt) {
       this.#renewAt = Infinity;
       this.renew();
     }
     this.outbox.rest();
     super.tick(now);
+  }
+
+  override speak(now: number): void {
+    const { idleTimeout } = this.host.settings;
+    // "A client not heard from for half of idleTimeout is asked by duplex-ping."
+    const isQuiet = idleTimeout && now - this.#lastHeard >= idleTimeout / 2;
+    if (isQuiet && this.connection && !this.#pinged) {
+      this.#pinged = true;
+      this.ping(EMPTY);
+    }
+    super.speak(now);
   }
 }
 
@@ -3374,10 +3378,40 @@ type HookName =
   | "suspend"
   | "revive";
 
-/** Somebody who waits for `bufferedAmount` to fall. */
-interface Waiter {
-  threshold: number;
-  resolve: () => void;
+/** Those who wait for `bufferedAmount` to fall. */
+class Waiters {
+  readonly #waiting: Set<{ threshold: number; resolve: () => void }> = new Set();
+
+  get isEmpty(): boolean {
+    return !this.#waiting.size;
+  }
+
+  wait(threshold: number, signal: AbortSignal | undefined): Promise<void> {
+    return new Promise((resolve, reject) => {
+      const abort = () => {
+        this.#waiting.delete(waiter);
+        reject(signal!.reason);
+      };
+      const waiter = {
+        threshold,
+        resolve: () => {
+          signal?.removeEventListener("abort", abort);
+          resolve();
+        },
+      };
+      this.#waiting.add(waiter);
+      signal?.addEventListener("abort", abort, { once: true });
+    });
+  }
+
+  /** It has fallen to so many bytes. */
+  tell(bytes: number): void {
+    for (const waiter of this.#waiting) {
+      if (bytes > waiter.threshold) continue;
+      this.#waiting.delete(waiter);
+      waiter.resolve();
+    }
+  }
 }
 
 /**

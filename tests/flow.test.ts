@@ -1,6 +1,6 @@
 /** Flow control: a slow reader costs a bounded amount, itself alone, and loses nothing. */
-import { WebSocketSSE } from "../client.ts";
-import { type Peer, sseAdapter, type SSEOptions } from "../server.ts";
+import { type Transport, WebSocketSSE } from "../client.ts";
+import { type Peer, type SSEAdapter, sseAdapter, type SSEOptions } from "../server.ts";
 import {
   assert,
   assertEquals,
@@ -17,7 +17,7 @@ import {
   until,
   within,
 } from "./harness.ts";
-import { adapter, closeAll, dial, shutDown } from "./pair.ts";
+import { adapter, closeAll, dial, Queue, shutDown } from "./pair.ts";
 import { post, streamOf, WireClient } from "./wire.ts";
 import { MB, type Measured, measured, type MeasuredState, RawStream, soak } from "./measured.ts";
 
@@ -550,6 +550,78 @@ test("a window is what it was at first on the next connection", async (t) => {
   await again.events.cancel();
   await reading;
 });
+
+/** A client in the process of its server, and what it sends up, chunk by chunk. */
+async function overheard(t: TestContext, ws: SSEAdapter, transport: Transport) {
+  const chunks: string[] = [];
+  const decoder = new TextDecoder();
+  const ear = () =>
+    new TransformStream<Uint8Array<ArrayBuffer>, Uint8Array<ArrayBuffer>>({
+      transform(chunk, controller) {
+        chunks.push(decoder.decode(chunk));
+        controller.enqueue(chunk);
+      },
+    });
+  const client = dial(t, HOME, transport, {
+    fetch(url, init) {
+      const body = init?.body && new Response(init.body).body!.pipeThrough(ear());
+      return ws.fetch(new Request(url, { ...init, body, duplex: "half" } as RequestInit));
+    },
+  });
+  await once(client, "open");
+  return { client, chunks };
+}
+
+for (const transport of transports) {
+  test(`a client that answers acknowledges with its answers, and never by itself (${transport})`, async (t) => {
+    const peers: Peer[] = [];
+    const answered = new Queue<string>();
+    const ws = adapter(t, {
+      window: 8_000,
+      hooks: {
+        open: (peer) => void peers.push(peer),
+        message: (_, message) => answered.push(message.text()),
+      },
+    });
+    const { client, chunks } = await overheard(t, ws, transport);
+    client.addEventListener("message", ({ data }) => client.send(data));
+    for (let i = 0; i < 100; i++) {
+      peers[0]!.send(`${i} ${"x".repeat(100)}`);
+      await answered.next();
+    }
+    assert(chunks.some((chunk) => chunk.includes("ACK")));
+    assertEquals(chunks.filter((chunk) => chunk.includes("ACK") && !chunk.includes("TEXT")), []);
+  });
+}
+
+for (const transport of ["duplex", "stream"] as const) {
+  test(`what was not acknowledged for half a second goes with the next message (${transport})`, async (t) => {
+    const peers: Peer[] = [];
+    const answered = new Queue<string>();
+    const ws = adapter(t, {
+      hooks: {
+        open: (peer) => void peers.push(peer),
+        message: (_, message) => answered.push(message.text()),
+      },
+    });
+    const clock = handClock(t);
+    const { client, chunks } = await overheard(t, ws, transport);
+    client.send("hello"); // the first has its number before it
+    await answered.next();
+    const echo = async () => {
+      peers[0]!.send("x");
+      await once(client, "message");
+      clock.time += 400;
+      client.send("y");
+      await answered.next();
+      return chunks.pop()!;
+    };
+    assertEquals(await echo(), "TEXT 1\r\ny\r\n");
+    assertEquals(await echo(), "ACK 1\r\n2\r\nTEXT 1\r\ny\r\n");
+    // And begins anew.
+    assertEquals(await echo(), "TEXT 1\r\ny\r\n");
+  });
+}
 
 test("a client may be ahead by what the hooks handle in 2 s, and is told so", async (t) => {
   const ws = adapter(t, { window: 1000, maxWindow: 10_000, hooks: { message() {} } });

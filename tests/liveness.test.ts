@@ -18,7 +18,8 @@ import {
   until,
   within,
 } from "./harness.ts";
-import { adapter, connect, dial, listen, Queue } from "./pair.ts";
+import { adapter, connect, dial, listen, Queue, shutDown } from "./pair.ts";
+import { FULL } from "./wire.ts";
 import { measured, RawStream, soak } from "./measured.ts";
 import { RequestSplitter } from "./split.ts";
 
@@ -428,6 +429,42 @@ test("deadlines are met by requests where timers never fire", async (t) => {
   assertEquals(result.counts, [0, 1, 1, 2, 2, 2]);
   assertEquals([result.codes, result.left], [[1006, 1006], 0]);
 });
+
+for (
+  const [what, options, word] of [
+    ["heartbeats", { heartbeatInterval: 300 }, ":\n"],
+    ["questions", { idleTimeout: 0.6 }, "event: duplex-ping"],
+  ] as const
+) {
+  test(`the ${what} of many sessions go a few in each task: who talks does not wait for all`, async (t) => {
+    const { setImmediate } = globalThis;
+    let task = 0;
+    globalThis.setImmediate = ((run: () => void) =>
+      setImmediate(() => {
+        task++;
+        run();
+      })) as never;
+    t.defer(() => globalThis.setImmediate = setImmediate);
+    const ws = adapter(t, options);
+    const heard = deferred<void>();
+    const inTask = new Map<number, number>();
+    let all = 0;
+    const listen = async ({ body }: Response) => {
+      for await (const chunk of body!.pipeThrough(new TextDecoderStream())) {
+        if (!chunk.startsWith(word)) continue;
+        inTask.set(task, (inTask.get(task) ?? 0) + 1);
+        if (++all === 500) heard.resolve();
+      }
+    };
+    const open = () => ws.fetch(new Request("http://localhost/", { headers: FULL }));
+    const listening: Promise<void>[] = [];
+    for (let i = 0; i < 500; i++) listening.push(listen(await open()));
+    await within(heard.promise, 5000, `500 ${what}`);
+    assertLessOrEqual(Math.max(...inTask.values()), 100);
+    await shutDown(ws);
+    await Promise.all(listening);
+  });
+}
 
 test("there is one timer per adapter, however many peers", async (t) => {
   const server = t.use(

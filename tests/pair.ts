@@ -90,8 +90,13 @@ export async function shutDown(ws: SSEAdapter<any>): Promise<void> {
 }
 
 /** A socket of ours that is closed when the test ends, and keeps nothing of what comes. */
-export function dial(t: TestContext, url: string, transport: Transport): WebSocketSSE {
-  const socket = new WebSocketSSE(url, { transport });
+export function dial(
+  t: TestContext,
+  url: string,
+  transport: Transport,
+  options: WebSocketSSEOptions = {},
+): WebSocketSSE {
+  const socket = new WebSocketSSE(url, { transport, ...options });
   t.defer(() => closeAll([socket]));
   return socket;
 }

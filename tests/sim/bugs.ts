@@ -85,7 +85,7 @@ export const BUGS: readonly Bug[] = [
   server(
     "no deadline ends a session",
     12,
-    "if (now >= this.deadline) return this.terminate();",
+    "if (now >= this.deadline) this.terminate();",
     "",
   ),
   server(
