@@ -2930,9 +2930,9 @@ class Receipts {
     return !!this.#since;
   }
 
-  /** For how long that has been so, in ms. */
+  /** For how long, in ms, where that is so. */
   get age(): number {
-    return this.isBehind ? clock() - this.#since : 0;
+    return clock() - this.#since;
   }
 
   /** So much of the stream has come; an event of so many characters is under way. */
@@ -2973,7 +2973,7 @@ class Receipts {
    * chunk of its own may hold up the next one until the network has acknowledged it.
    */
   takeBeside(messages: Bytes[], window: number): Bytes[] {
-    const isLate = this.age >= ACK_DELAY_MS / 2 || this.bytes >= window / 16;
+    const isLate = this.isBehind && (this.age >= ACK_DELAY_MS / 2 || this.bytes >= window / 16);
     return this.take(messages.length && isLate ? 0 : ACK_EVERY);
   }
 
