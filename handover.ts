@@ -180,6 +180,8 @@ export class Moves<Message> {
   /** Adoptions by which a session came here, and sessions that went from here to which instance. */
   readonly #taken: Memory<string> = new Memory(MEMORY);
   readonly #moved: Memory<string>;
+  /** Adoptions that their asker has given up: their `adopt` may still be to come. */
+  readonly #givenUp: Memory<true> = new Memory(MAX_AGE);
   #isOver = false;
 
   /**
@@ -205,7 +207,7 @@ export class Moves<Message> {
 
   /** Something is kept that a tick will forget. */
   get remembers(): boolean {
-    return this.size + this.#taken.size + this.#moved.size > 0;
+    return this.size + this.#taken.size + this.#moved.size + this.#givenUp.size > 0;
   }
 
   /** Whether the session is in this instance's hands, though not in service. */
@@ -317,8 +319,11 @@ export class Moves<Message> {
     if (!this.#adoptions.size) return;
     this.#published.push(publication);
     for (const adoption of [...this.#arrived]) {
-      const { arrived } = adoption;
-      if (arrived!.phase === "catching up" && this.#caughtUp(arrived!)) this.#take(adoption);
+      const { phase, counts } = adoption.arrived!;
+      const isLast = publication.n >= (counts[publication.from] ?? Infinity); // few are
+      if (isLast && phase === "catching up" && this.#caughtUp(adoption.arrived!)) {
+        this.#take(adoption);
+      }
     }
   }
 
@@ -337,6 +342,7 @@ export class Moves<Message> {
     const hearing = this.#mover.hear(state);
     const phase = hearing ? "joining" : "catching up";
     adoption.arrived = { from, state, counts, quiet, hearing, phase };
+    adoption.age = 0;
     this.#arrived.add(adoption);
     const claim = (joined: boolean) => this.#claim(adoption, joined);
     if (hearing?.begun) hearing.begun.then(() => claim(true), () => claim(false));
@@ -425,7 +431,7 @@ export class Moves<Message> {
 
   #onAdopt(head: MoveHead & { kind: "adopt" }): void {
     const { id, from, session, attempt, received, namespace } = head;
-    if (this.#isOld(head.time)) return;
+    if (this.#isOld(head.time) || this.#givenUp.get(id)) return;
     const limbo = this.#limbos.get(session);
     if (limbo?.id === id) return this.#mover.send(from, limbo.answer.head, limbo.answer.state);
     const time = this.#mover.now();
@@ -476,7 +482,7 @@ export class Moves<Message> {
     { id, session, yes, owed }: Pick<Head<"taken">, "id" | "session"> & Owed & { yes: boolean },
   ): void {
     const limbo = this.#limbos.get(session);
-    if (limbo?.id !== id) return;
+    if (limbo?.id !== id) return yes ? undefined : this.#givenUp.set(id, true, this.#mover.now());
     if (!yes && limbo.overdue) return; // its taker may have forgotten
     this.#limbos.delete(session);
     if (yes) {
@@ -543,6 +549,7 @@ export class Moves<Message> {
     }
     this.#taken.forget(this.#mover.now());
     this.#moved.forget(this.#mover.now());
+    this.#givenUp.forget(this.#mover.now());
   }
 
   /**

@@ -206,6 +206,41 @@ test("of an instance that has long been quiet, and was never heard here, nothing
   }
 });
 
+test("a session that came late is given a second like any for what is to come with it", async () => {
+  const taken: unknown[] = [];
+  const sent: MoveHead[] = [];
+  let heard = 1;
+  const moves = new Moves<string>("here", 5_000, 30_000, {
+    ...idle((_to, head) => void sent.push(head)),
+    take: (_session, _state, missed) => void taken.push(missed),
+    counts: () => ({ there: heard }),
+  });
+  const adopting = moves.adopt("session", "there", { attempt: 1, received: 0, namespace: "/" });
+  moves.tick(1_500);
+  const head = { kind: "state", status: "here", from: "there", session: "session" } as const;
+  moves.receive({ ...head, id: sent[0]!.id, time: 0, counts: { there: 2 } }, new Uint8Array());
+  moves.tick(500);
+  heard = 2;
+  moves.published({ from: "there", n: 2, namespace: "/", message: "had" });
+  await adopting;
+  assertEquals(taken, [[]]);
+});
+
+test("who is told that a session is wanted no more gives it to nobody who asked for it before", () => {
+  const sent: MoveHead[] = [];
+  const moves = new Moves<string>("here", 5_000, 30_000, {
+    ...idle((_to, head) => void sent.push(head)),
+    ...{ owns: () => true, pack: () => new Uint8Array() },
+  });
+  const ids = { id: "a", from: "there", session: "session" };
+  moves.receive({ ...ids, kind: "taken", yes: false }, new Uint8Array());
+  const claim = { time: 0, attempt: 1, received: 0, namespace: "/" };
+  moves.receive({ ...ids, ...claim, kind: "adopt" }, new Uint8Array());
+  assertEquals([sent, moves.size, moves.remembers], [[], 0, true]);
+  moves.receive({ ...ids, ...claim, kind: "adopt", id: "b" }, new Uint8Array());
+  assertEquals(sent.map(({ id }) => id), ["b"]);
+});
+
 for (
   const [what, joins, takes, kinds] of [
     ["claimed when they are joined, for one message more", true, true, "state adopted rest"],
@@ -273,6 +308,30 @@ test("a session that is ours is taken, though its instance closes before its res
   await adopting;
   assertEquals(done, ["take heard undefined", "end"]);
   assertEquals(sent.map(({ kind }) => kind), ["adopt", "adopted"]);
+});
+
+test("a publication that nobody waits for costs the same however many sessions have come", () => {
+  const sent: MoveHead[] = [];
+  let looks = 0;
+  let heard = 0;
+  const moves = new Moves<string>("here", 5_000, 30_000, {
+    ...idle((_to, head) => void sent.push(head)),
+    counts: () => (looks++, { there: heard }),
+  });
+  for (let n = 0; n < 1_000; n++) {
+    moves.adopt(`${n}`, "there", { attempt: 1, received: 0, namespace: "/" });
+    const head = { kind: "state", status: "here", from: "there", session: `${n}` } as const;
+    moves.receive({ ...head, id: sent[n]!.id, time: 0, counts: { there: 20 } }, new Uint8Array());
+  }
+  looks = 0;
+  for (let n = 1; n <= 10; n++) {
+    moves.published({ from: "there", n: ++heard, namespace: "/", message: "" });
+    moves.published({ from: "elsewhere", n, namespace: "/", message: "" });
+  }
+  assertEquals(looks, 0);
+  heard = 20;
+  moves.published({ from: "there", n: 20, namespace: "/", message: "" });
+  assertEquals(moves.size, 0);
 });
 
 test("a publication costs the same however many sessions are waited for, and no more is kept of it", () => {
