@@ -453,7 +453,7 @@ class Router implements RoutingDriver {
       if (this.#migration.isMoving(token, session)) return unavailable();
       // "Its owner is gone: 404", as from an instance that knows nothing of it, such as this one.
       if (!owner || owner === this.#instance) {
-        return this.#migration.hides(request) ? unavailable() : noSession();
+        return this.#migration.hides(request, session) ? unavailable() : noSession();
       }
       const body = await this.#bodies.read(request, this.#host.maxMessageSize + MAX_BATCH);
       if (body instanceof Response) return body;
@@ -1288,8 +1288,8 @@ class Migration implements Mover<SyncMessage> {
   }
 
   /** "An uplink takes nothing out of the store", and one that fails says nothing of what it has. */
-  hides({ headers }: Request): boolean {
-    return !!this.parking && (this.parking.failing || !headers.has("x-duplex-attempt"));
+  hides({ headers }: Request, session: string): boolean {
+    return !!this.parking && (this.parking.mayBring(session) || !headers.has("x-duplex-attempt"));
   }
 
   async #adopt(token: string, session: string, owner: string, claim: Claim, take: Take) {

@@ -270,9 +270,9 @@ export class Parking implements SessionParking {
     return this.#parked.size + this.#gone.size + this.#gate.size > 0;
   }
 
-  /** The store has failed when it was asked last: what it did not return may be there. */
-  get failing(): boolean {
-    return this.#failing;
+  /** The store has failed when it was asked last, or has not answered for the session: that may be there. */
+  mayBring(session: string): boolean {
+    return this.#failing || this.#waits.isFor(session);
   }
 
   /** Sessions that are in nobody's hands but this instance's, until they are in service or put back. */
@@ -557,7 +557,7 @@ export class Parking implements SessionParking {
 
   /** Whatever the store says later is taken as well, by whoever waits then. */
   async #inTime(asking: Asking, token: string): Promise<boolean> {
-    const fetch = (answered: () => void) => this.#waits.hold(this.#fetch(asking, token, answered));
+    const fetch = (end: () => void) => this.#waits.hold(this.#fetch(asking, token, end), asking);
     const silent = () => this.#fail(new Error(SILENT));
     return !!await this.#waits.inTime(fetch, this.#options.timeout, silent);
   }
@@ -683,15 +683,21 @@ class Busy {
 /** Waits for the store, which the end of the instance ends, too. */
 class Waits {
   readonly #ends: Set<() => void> = new Set();
-  readonly #taking: Set<Promise<unknown>> = new Set();
+  /** By name, of a session that was not here. */
+  readonly #taking: Map<Promise<unknown>, string | undefined> = new Map();
 
   /** What may have been taken out of the store, and is not where it belongs yet. */
   get taking(): Promise<unknown>[] {
-    return [...this.#taking];
+    return [...this.#taking.keys()];
   }
 
-  hold<T>(taking: Promise<T>): Promise<T> {
-    this.#taking.add(taking);
+  /** Whether the session of this name is among them, for all that is known. */
+  isFor(session: string): boolean {
+    return [...this.#taking.values()].includes(session);
+  }
+
+  hold<T>(taking: Promise<T>, asking?: Asking): Promise<T> {
+    this.#taking.set(taking, asking?.session);
     return taking.finally(() => this.#taking.delete(taking));
   }
 

@@ -508,6 +508,27 @@ test("a take that is never answered keeps nobody for ever from the session", asy
   assertEquals(told, ["open 0", "suspend 0", "revive 1"]);
 });
 
+test("nobody is told that a session is over while the store may still bring it", async (t) => {
+  const fleet = await start(t, { timeout: 200 });
+  const { instances: [a], proxy, store, told } = fleet;
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await leave(a!, client);
+  await close(fleet, 0);
+  let takes = 0;
+  const late = deferred();
+  store.fault = async (step, _key, go) => {
+    if (step === "take" && ++takes === 2) await late.promise; // the session itself, not its pointer
+    return go();
+  };
+  proxy.choose = () => 1;
+  const statusOf = (attempt: number) =>
+    client.resume(attempt, 0).then((back) => (t.use(back), 200), ({ status }) => status as number);
+  assertEquals([await statusOf(1), await statusOf(2)], [503, 503]);
+  late.resolve();
+  for (let attempt = 3; await statusOf(attempt) !== 200 && attempt < 9;) attempt++;
+  assertEquals(told, ["open 0", "suspend 0", "revive 1"]);
+});
+
 test("who asks again while a session is on its way out of the store waits no longer than for that", async (t) => {
   const fleet = await start(t);
   const { instances, proxy, told, store } = fleet;
