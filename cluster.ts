@@ -500,7 +500,7 @@ class Router implements RoutingDriver {
       this.#report(context, new Error(`No answer from instance ${instance}`));
       relay.end();
     }, this.#timeout);
-    const heard = this.#searches.begin(id, session, key);
+    const heard = this.#searches.begin(() => id, session, key);
     this.#relays.set(id, relay);
     this.#startTimer();
     if (!this.#subscription.await(id, body.length, go)) relay.end();
@@ -1235,8 +1235,8 @@ class Migration implements Mover<SyncMessage> {
     if (!owner) return;
     this.#presence.asked(owner);
     const adopting = this.#adopt(token, session, owner, claim, take);
-    const id = this.moves.asking(session);
-    const heard = id !== undefined && this.#searches.begin(id, session, await keyOf(token));
+    const id = () => this.moves.asking(session); // another one after each hop
+    const heard = id() && this.#searches.begin(id, session, await keyOf(token));
     await adopting.finally(() => heard && heard());
   }
 
@@ -1575,11 +1575,12 @@ class Searches {
    * An instance was asked for the session: returns what is to be called when it has answered. Until
    * then all are asked, twice as late each time, since the session may be on its way.
    */
-  begin(id: string, session: string, key: CryptoKey): () => void {
+  begin(idOf: () => string | undefined, session: string, key: CryptoKey): () => void {
     let timer: ReturnType<typeof setTimeout>;
     const wait = (time: number) => {
       timer = setTimeout(() => {
-        this.#ask(key, id, session);
+        const id = idOf();
+        if (id) this.#ask(key, id, session);
         wait(2 * time);
       }, time);
     };

@@ -572,6 +572,26 @@ test("a session is found though the instance that knows where it has gone is fro
   assertEquals(events.filter((type) => type === "error"), []);
 }, { timeout: 30_000 });
 
+test("a session moves though whoever is said to have it is frozen, and gave it away", async (t) => {
+  const ids: string[] = [];
+  let frozen = "";
+  const bus = new MemoryBus(t, { fault: ({ topic }) => topic === frozen ? [] : [0] });
+  const { instances, proxy, told } = await start(t, (context) => {
+    ids.push(context.id);
+    return bus.adapter(context);
+  }, { count: 4 });
+  const peer = await wireClient(t, `${proxy.url}/room`);
+  for (const at of [1, 2]) { // where each knows the next
+    proxy.choose = () => at;
+    t.use(await peer.resume(at, 0));
+    await until(() => instances[at - 1]!.ws.stats().movedOut === 1);
+  }
+  frozen = ids[1]!;
+  proxy.choose = () => 3; // which asks 0, which says 1
+  t.use(await peer.resume(3, 0));
+  assertEquals(told.slice(-2), ["suspend 2", "revive 3"]);
+}, { timeout: 30_000 });
+
 test("a session that has been everywhere is asked for where its token says", async (t) => {
   const bus = new MemoryBus(t, { send: true });
   const count = 8;
