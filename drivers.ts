@@ -384,6 +384,8 @@ const NOTIFY =
 class PostgresLine implements Line {
   readonly #client: PostgresClient;
   readonly #listening: Map<string, { unlisten(): Promise<unknown> }> = new Map();
+  /** The client keeps each listener that it could not begin with, and begins later: the last one counts. */
+  readonly #takes: Map<string, (payload: string) => void> = new Map();
   /** What goes with the next statement, and its end. */
   #next: { channels: string[]; payloads: string[]; end: Promise<void> } | undefined;
   #last: Promise<unknown> = Promise.resolve();
@@ -393,13 +395,15 @@ class PostgresLine implements Line {
   }
 
   async listen(channel: string, take: (payload: string) => void): Promise<void> {
-    const listening = await this.#client.listen(channel, (payload) => {
-      take(payload.slice(payload.indexOf(" ") + 1));
-    });
-    this.#listening.set(channel, listening);
+    const mine = (payload: string) => {
+      if (this.#takes.get(channel) === mine) take(payload.slice(payload.indexOf(" ") + 1));
+    };
+    this.#takes.set(channel, mine);
+    this.#listening.set(channel, await this.#client.listen(channel, mine));
   }
 
   async unlisten(channel: string): Promise<void> {
+    this.#takes.delete(channel);
     await this.#listening.get(channel)?.unlisten();
     this.#listening.delete(channel);
   }

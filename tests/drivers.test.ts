@@ -350,6 +350,36 @@ test("NATS: what could not be joined, and is wanted no more, is not heard for ev
   assertEquals(state.subjects, []);
 });
 
+test("PostgreSQL: what could be joined only later is heard once", async (t) => {
+  const listeners: ((payload: string) => void)[] = [];
+  let isDown = true;
+  const client: PostgresClient = {
+    listen(_channel, take) { // as of postgres, which listens by itself once it can
+      listeners.push(take);
+      if (isDown) return Promise.reject(new Error("it is down"));
+      return Promise.resolve({ unlisten: () => Promise.resolve() });
+    },
+    unsafe: (_query, [, payloads]) => {
+      for (const payload of payloads!) for (const take of listeners) take(`1 ${payload}`);
+      return Promise.resolve();
+    },
+  };
+  const [driver, other] = ["a", "b"].map((id) => pgsql({ client, channel: "x" })({ id }));
+  t.defer(() => driver!.close());
+  const got: unknown[] = [];
+  driver!.subscribe(({ data }) => void got.push(data));
+  const place = { namespace: "\0room", topic: "t" };
+  await assertRejects(() => driver!.join(place));
+  await other!.publish({ ...place, data: "not yet" });
+  isDown = false;
+  await until(() => listeners.length > 1);
+  await other!.publish({ ...place, data: "once" });
+  assertEquals(got, ["not yet", "once"]);
+  await driver!.leave(place);
+  await other!.publish({ ...place, data: "no more" });
+  assertEquals(got.length, 2);
+});
+
 // ---------------------------------------------------------------- docs/scale.md
 
 interface Ends {
