@@ -180,7 +180,7 @@ export class Moves<Message> {
   /** Adoptions by which a session came here, and sessions that went from here to which instance. */
   readonly #taken: Memory<string> = new Memory(MEMORY);
   readonly #moved: Memory<string>;
-  /** Adoptions that their asker has given up: their `adopt` may still be to come. */
+  /** Adoptions that their asker has given up: their `adopt` may still be to come, or come again. */
   readonly #givenUp: Memory<true> = new Memory(MAX_AGE);
   #isOver = false;
 
@@ -481,8 +481,9 @@ export class Moves<Message> {
   #onTaken(
     { id, session, yes, owed }: Pick<Head<"taken">, "id" | "session"> & Owed & { yes: boolean },
   ): void {
+    if (!yes) this.#givenUp.set(id, true, this.#mover.now());
     const limbo = this.#limbos.get(session);
-    if (limbo?.id !== id) return yes ? undefined : this.#givenUp.set(id, true, this.#mover.now());
+    if (limbo?.id !== id) return;
     if (!yes && limbo.overdue) return; // its taker may have forgotten
     this.#limbos.delete(session);
     if (yes) {

@@ -238,7 +238,9 @@ test("who is told that a session is wanted no more gives it to nobody who asked 
   moves.receive({ ...ids, ...claim, kind: "adopt" }, new Uint8Array());
   assertEquals([sent, moves.size, moves.remembers], [[], 0, true]);
   moves.receive({ ...ids, ...claim, kind: "adopt", id: "b" }, new Uint8Array());
-  assertEquals(sent.map(({ id }) => id), ["b"]);
+  moves.receive({ ...ids, kind: "taken", id: "b", yes: false }, new Uint8Array());
+  moves.receive({ ...ids, ...claim, kind: "adopt", id: "b" }, new Uint8Array());
+  assertEquals(sent.map(({ id }) => id), ["b"], "nor to who repeats what was said");
 });
 
 for (
