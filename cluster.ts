@@ -628,14 +628,14 @@ class Router implements RoutingDriver {
         }
         const publication = { namespace, topic, data: binary ? body : decoder.decode(body) };
         this.#deliver(publication);
-        if (from !== undefined) this.#migration.count(from, publication, n);
+        if (from && from !== this.#instance) this.#migration.count(from, publication, n);
         return;
       }
       case "present":
         return this.#presence.hear(head.instance, head.commitment);
       case "hello":
         if (!this.#bus.busy) await this.#presence.greet(head.from); // anybody can ask
-        return;
+        return this.#startTimer(); // to be asked again
       case "bye":
         return await this.#presence.farewell(head.instance, head.secret);
       case "adopt":
@@ -1194,6 +1194,8 @@ class Migration implements Mover<SyncMessage> {
   readonly #asked: Map<string, { token: string; since: number }> = new Map();
   /** How many publications of each instance have been delivered here. */
   readonly #counts: Map<string, { n: number; at: number }> = new Map();
+  /** Of the last one of this instance, whichever counts had to make room. */
+  #number = 0;
   /** What goes out, and what comes in, of each session. */
   readonly #outgoing: Lines = new Lines();
   readonly #incoming: Lines = new Lines();
@@ -1307,11 +1309,7 @@ class Migration implements Mover<SyncMessage> {
   }
 
   /** Numbers a publication of this instance, or takes the number of another's. */
-  count(
-    from: string,
-    message: SyncMessage,
-    n: number = (this.#counts.get(from)?.n ?? 0) + 1,
-  ): number {
+  count(from: string, message: SyncMessage, n: number = ++this.#number): number {
     if (!this.#counts.delete(from) && this.#counts.size >= MAX_COUNTED) {
       this.#counts.delete(this.#counts.keys().next().value!);
     }
@@ -1800,9 +1798,11 @@ class Presence {
     if (!this.#voice.addresses && holding && this.#silence >= PRESENCE_PERIOD) this.#tell();
   }
 
-  /** "A sign", to who has asked for it. */
+  /** "A sign", to who has asked for it; or to all who may have, once a tick. */
   async greet(to: string): Promise<void> {
-    if (to !== this.#instance) this.#voice.tell(to, await this.#present());
+    if (to === this.#instance) return;
+    if (this.#voice.addresses) this.#voice.tell(to, await this.#present());
+    else if (this.#silence > 0) this.#tell();
   }
 
   /** "Where nobody says so within 300 ms" there is no other instance. */
@@ -2265,7 +2265,7 @@ function isHead(head: unknown): head is Head {
   if (kind === "hello") return isInstance(from);
   if (kind === "bye") return isInstance(instance) && typeof secret === "string";
   if (typeof id !== "string" || !/^[0-9a-f]{32}$/.test(id)) return false;
-  const names = ["request", "where", "adopt", "state", "adopted", "have", "taken"]
+  const names = ["request", "where", "adopt", "state", "adopted", "rest", "have", "taken"]
     .includes(kind as string);
   if (names && (typeof session !== "string" || !isInstance(from))) return false;
   return kind !== "request" || typeof time === "number";
