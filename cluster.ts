@@ -318,7 +318,7 @@ class Router implements RoutingDriver {
       tell: (to, head) => void this.#tell(to, head),
     });
     this.#searches = new Searches(timeout, (key, id, session) => {
-      if (!this.#host.movable || this.#bus.busy) return;
+      if (this.#bus.busy) return;
       void this.#send(ALL, key, { kind: "where", id, session, from: instance });
       this.#migration.look(session);
     });
@@ -453,7 +453,8 @@ class Router implements RoutingDriver {
       if (this.#migration.isMoving(token, session)) return unavailable();
       // "Its owner is gone: 404", as from an instance that knows nothing of it, such as this one.
       if (!owner || owner === this.#instance) {
-        return this.#migration.hides(request, session) ? unavailable() : noSession();
+        const isDoubtful = this.#bus.busy || this.#migration.hides(request, session);
+        return isDoubtful ? unavailable() : noSession(); // who is busy has asked nobody
       }
       const body = await this.#bodies.read(request, this.#host.maxMessageSize + MAX_BATCH);
       if (body instanceof Response) return body;
@@ -500,13 +501,13 @@ class Router implements RoutingDriver {
       this.#report(context, new Error(`No answer from instance ${instance}`));
       relay.end();
     }, this.#timeout);
-    const heard = this.#searches.begin(() => id, session, key);
+    const heard = this.#host.movable && this.#searches.begin(() => id, session, key);
     this.#relays.set(id, relay);
     this.#startTimer();
     if (!this.#subscription.await(id, body.length, go)) relay.end();
     return await relay.response.finally(() => {
       clearTimeout(late);
-      heard();
+      if (heard) heard();
     });
   }
 
@@ -1340,11 +1341,10 @@ class Migration implements Mover<SyncMessage> {
 
   /**
    * The token tells where the session was when its client last heard; of an instance that is gone
-   * others may know. Undefined: it is nowhere.
+   * others may know, and it may be back. Undefined: it is nowhere.
    */
   async ownerOf(token: string, session: string): Promise<string | undefined> {
-    return this.hintOf(token, session) ||
-      (this.#host.movable ? await this.#searches.find(session, await keyOf(token)) : undefined);
+    return this.hintOf(token, session) || await this.#searches.find(session, await keyOf(token));
   }
 
   /**

@@ -19,10 +19,10 @@ import {
   assertEquals,
   assertLess,
   assertMatch,
-  assertNotEquals,
   deferred,
   needs,
   root,
+  sleep,
   test,
   type TestContext,
   until,
@@ -40,13 +40,16 @@ interface Instance extends Pair<Record<string, unknown>> {
 async function start(
   t: TestContext,
   adapter: ClusterAdapter,
-  options: ClusterOptions & Pick<SSEOptions, "maxMessageSize"> = {},
+  options:
+    & ClusterOptions
+    & Pick<SSEOptions, "maxMessageSize" | "resumeTimeout">
+    & { cluster?: typeof cluster } = {},
 ): Promise<Instance> {
   const got: string[] = [];
   const errors: string[] = [];
-  const { maxMessageSize, ...rest } = options;
+  const { maxMessageSize, resumeTimeout, cluster: made = cluster, ...rest } = options;
   const pair = await listen<Record<string, unknown>>(t, {
-    sync: cluster(adapter, rest),
+    sync: made(adapter, rest),
     onError: (error, { stage }) => void errors.push(`${stage}: ${(error as Error).message}`),
     hooks: {
       open: (peer) => peer.subscribe("all"),
@@ -56,6 +59,7 @@ async function start(
       },
     },
     ...maxMessageSize && { maxMessageSize },
+    ...resumeTimeout && { resumeTimeout },
   });
   return Object.assign(pair, { got, errors });
 }
@@ -457,6 +461,135 @@ test("a farewell that a stranger says, who came before the instance itself, is t
   assertEquals(owner.errors, []);
 });
 
+test("a stranger who speaks for an instance takes neither its numbers nor its publications away", async (t) => {
+  const bus = new MemoryBus(t);
+  const [one, other] = await Promise.all([0, 1].map(() => start(t, bus.adapter))) as Instance[];
+  const { token } = await wireClient(t, one!.url);
+  const from = token.slice(0, 16);
+  const tab = connect(t, other!.url);
+  await tab.opened;
+  const say = async (changes: Record<string, unknown>) => {
+    const head = { kind: "publication", namespace: "/", topic: "none", binary: false, ...changes };
+    bus.inject({ namespace: "\0duplex", topic: from, data: await message(STRANGER, head) });
+  };
+  await say({ from: "f".repeat(16), n: 1 }); // then all are numbered
+  await say({ from, n: Number.MAX_SAFE_INTEGER });
+  await sleep(20, t.signal);
+  one!.ws.publish("all", "goes");
+  assertEquals(await tab.messages.next(), "goes");
+  for (let n = 0; n < 1_001; n++) await say({ from: n.toString(16).padStart(16, "0"), n: 1 });
+  await sleep(20, t.signal);
+  one!.ws.publish("all", "on");
+  assertEquals(await tab.messages.next(), "on");
+  const said = bus.payloads.map((payload) => atob(JSON.parse(payload).msg.data));
+  const own = said.filter((text) => text.includes(`"all"`));
+  assertEquals(own.map((text) => /"n":(\d+)/.exec(text)?.[1]), ["1", "2"]);
+  assertEquals([one!.errors, other!.errors], [[], []]);
+});
+
+const SOON = {
+  "GONE = 12_000": "GONE = 2_400",
+  "PRESENCE_PERIOD = 5_000": "PRESENCE_PERIOD = 1_000",
+};
+
+test("who has had no session for long is not gone for whoever opens one there", async (t) => {
+  const bus = new MemoryBus(t);
+  const cluster = await changed(t, SOON);
+  const options = { timeout: 400, resumeTimeout: 200, cluster };
+  const [one, other] = await Promise.all([0, 1].map(() => start(t, bus.adapter, options)));
+  await wireClient(t, other!.url); // it has time go on
+  const { token: first } = await wireClient(t, one!.url);
+  await until(() => other!.ws.stats().cluster!.instances > 0);
+  for (const peers of one!.ws.peers.values()) for (const peer of peers) peer.terminate();
+  await until(() => !other!.ws.stats().cluster!.instances);
+  assertEquals(await post(other!, first, 1, "TEXT 2\r\nhi\r\n"), 404);
+  const { token } = await wireClient(t, one!.url);
+  assertEquals(await post(other!, token, 1, "TEXT 2\r\nhi\r\n"), 204);
+  await until(() => other!.ws.stats().cluster!.instances > 0, { timeout: 600 });
+}, { timeout: 20_000 });
+
+test("who hears of more instances than it remembers takes none of them for gone", async (t) => {
+  const bus = new MemoryBus(t);
+  const cluster = await changed(t, { ...SOON, "MAX_INSTANCES = 10_000": "MAX_INSTANCES = 10" });
+  const [one, other] = await Promise.all(
+    [0, 1].map(() => start(t, bus.adapter, { timeout: 200, cluster })),
+  ) as Instance[];
+  const { token } = await wireClient(t, one!.url);
+  const wanted = await wireClient(t, other!.url); // it has time go on
+  await until(() => other!.ws.stats().cluster!.instances > 0);
+  await sleep(2_600, t.signal);
+  for (let n = 1; n < 6; n++) {
+    for (let k = 0; k < 20; k++) {
+      const head = { kind: "present", instance: randomBytes(8).toString("hex"), commitment: "" };
+      const topic = wanted.token.slice(0, 16);
+      bus.inject({ namespace: "\0duplex", topic, data: await message(STRANGER, head) });
+    }
+    await sleep(10, t.signal);
+    assertEquals(await post(other!, token, n, "TEXT 2\r\nhi\r\n"), 204);
+  }
+});
+
+test("a flood of questions who is there is answered now and then, to all", async (t) => {
+  const bus = new MemoryBus(t);
+  const instances = await Promise.all([0, 1, 2].map(() => start(t, bus.adapter))) as Instance[];
+  const signs = () =>
+    bus.payloads.filter((one) => atob(JSON.parse(one).msg.data).includes("present"));
+  for (let n = 0; n < 100; n++) {
+    const data = await message(STRANGER, { kind: "hello", from: randomBytes(8).toString("hex") });
+    bus.inject({ namespace: "\0duplex", topic: "*", data });
+  }
+  await until(() => instances.every(({ ws }) => ws.stats().cluster!.instances === 2));
+  assertLess(signs().length, 10);
+  bus.reset();
+  await until(async () => { // nor is it silent from then on, though it has nothing to do
+    bus.inject({
+      ...{ namespace: "\0duplex", topic: "*" },
+      data: await message(STRANGER, { kind: "hello", from: "f".repeat(16) }),
+    });
+    return signs().length > 2;
+  }, { interval: 200 });
+});
+
+test("who is too busy to ask for a session does not say that it is over", async (t) => {
+  let settled = Promise.resolve();
+  const bus = new MemoryBus(t, { settled: () => settled });
+  const one = await start(t, bus.adapter, { timeout: 200, cluster: await changed(t, SOON) });
+  await wireClient(t, one.url); // it has time go on
+  await until(async () => await post(one, STRANGER, 1, "TEXT 2\r\nhi\r\n") === 404);
+  const gate = deferred();
+  settled = gate.promise;
+  for (let n = 0; n < 600; n++) one.ws.publish("none", "");
+  assertEquals(await post(one, STRANGER, 1, "TEXT 2\r\nhi\r\n"), 503);
+  gate.resolve();
+  settled = Promise.resolve();
+  await until(async () => await post(one, STRANGER, 1, "TEXT 2\r\nhi\r\n") === 404);
+});
+
+test("a farewell that its instance does not hear ends no session of it", async (t) => {
+  const bus = new MemoryBus(t, { fault: ({ topic }) => topic === "*" && !isAsking ? [] : [0] });
+  let isAsking = false;
+  const ids: string[] = [];
+  const [owner, other] = await Promise.all([0, 1].map(() =>
+    start(t, (context) => {
+      ids.push(context.id);
+      return bus.adapter(context);
+    }, { timeout: 500 })
+  )) as Instance[];
+  const { token } = await wireClient(t, owner!.url);
+  const instance = token.slice(0, 16);
+  const secret = "a".repeat(32);
+  const commitment = createHash("sha256").update(`duplex-sse presence ${secret}`).digest("hex");
+  const topic = ids.find((id) => id !== instance)!;
+  for (const said of [{ kind: "present", commitment }, { kind: "bye", secret }]) {
+    const data = await message(STRANGER, { ...said, instance });
+    bus.inject({ namespace: "\0duplex", topic, data });
+    const known = said.kind === "present" ? 1 : 0;
+    await until(() => other!.ws.stats().cluster!.instances === known);
+  }
+  isAsking = true;
+  assertEquals(await post(other!, token, 1, "TEXT 2\r\nhi\r\n"), 204);
+});
+
 test("a message that is all head costs no time", async (t) => {
   let deliver!: (message: SyncMessage) => void;
   const adapter = () => ({
@@ -477,11 +610,13 @@ test("a message that is all head costs no time", async (t) => {
 /** Instead of 100,000, which takes a busy machine longer than the minute for which they are remembered. */
 const MOST = 2_000;
 
-/** The module as it is, but for how many requests it remembers. */
-async function forgetful(t: TestContext): Promise<typeof cluster> {
-  const source = await readFile(join(root, "cluster.ts"), "utf8");
-  const code = source.replace("\nconst MAX_SEEN = 100_000;", `\nconst MAX_SEEN = ${MOST};`);
-  assertNotEquals(code, source);
+/** The module as it is, but for its limits. */
+async function changed(t: TestContext, limits: Record<string, string>): Promise<typeof cluster> {
+  let code = await readFile(join(root, "cluster.ts"), "utf8");
+  for (const [limit, other] of Object.entries(limits)) {
+    assertEquals(code.split(`\nconst ${limit};`).length, 2, limit);
+    code = code.replace(`\nconst ${limit};`, `\nconst ${other};`);
+  }
   const folder = await mkdtemp(join(tmpdir(), "duplex-cluster-"));
   t.defer(() => rm(folder, { recursive: true }));
   const file = join(folder, "cluster.ts");
@@ -491,7 +626,7 @@ async function forgetful(t: TestContext): Promise<typeof cluster> {
 
 /** An instance that is given as many of a session's requests as it remembers. */
 async function flooded(t: TestContext) {
-  const cluster = await forgetful(t);
+  const cluster = await changed(t, { "MAX_SEEN = 100_000": `MAX_SEEN = ${MOST}` });
   const errors: string[] = [];
   const got: string[] = [];
   const answers: number[] = [];
