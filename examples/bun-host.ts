@@ -1,7 +1,8 @@
 /** How Bun serves the demo. */
 
 import type { Host } from "./demo.ts";
-import type { NativeSocket } from "./chat.ts";
+import { MAX_MESSAGE, MAX_UNREAD, type NativeSocket } from "./chat.ts";
+import { malformed } from "./serving.ts";
 
 /** What of Bun this uses: the command of the npm package has none of its types. */
 interface BunRuntime {
@@ -9,8 +10,10 @@ interface BunRuntime {
   serve(options: {
     hostname: string;
     port: number;
-    fetch(request: Request, server: BunServer): Promise<Response> | undefined;
+    fetch(request: Request, server: BunServer): Promise<Response> | Response | undefined;
     websocket: {
+      maxPayloadLength: number;
+      backpressureLimit: number;
       open(socket: NativeSocket): void;
       message(socket: NativeSocket, data: string | Uint8Array): void;
       close(socket: NativeSocket): void;
@@ -34,8 +37,13 @@ export function bun(stripTypes: Host["stripTypes"]): Host {
       const server = Bun.serve({
         hostname: "127.0.0.1",
         port: 0,
-        fetch: (request, server) => server.upgrade(request) ? undefined : fetch(request, server),
+        fetch(request, server) {
+          if (!native.takes(request)) return fetch(request, server);
+          return server.upgrade(request) ? undefined : malformed();
+        },
         websocket: {
+          maxPayloadLength: MAX_MESSAGE,
+          backpressureLimit: MAX_UNREAD, // of its PONGs, too
           open: (socket) => native.open(socket),
           message: (socket, data) => native.message(socket, String(data)),
           close: (socket) => native.close(socket),

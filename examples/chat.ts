@@ -4,11 +4,14 @@
  */
 
 import { type Peer, type SSEAdapter, sseAdapter, type SyncAdapter } from "../mod.ts";
-import { textOf } from "./serving.ts";
+import { type Fetch, textOf, wellFormed } from "./serving.ts";
 
 const MAX_NAME = 24; // characters
 const MAX_TEXT = 500; // characters
 const MAX_NATIVE = 200; // sockets
+/** Of a native socket, in bytes: a message, which our own take as well, and what it has not read. */
+export const MAX_MESSAGE = 16 * 1024;
+export const MAX_UNREAD = 256 * 1024;
 
 /** How long the shutdown waits for tabs whose network is down: platforms kill after 5 to 10 s. */
 const GOODBYE_MS = 4_000;
@@ -20,10 +23,17 @@ const ANSWER_MS = 50;
 export interface NativeSocket {
   send(text: string): unknown;
   close(code: number, reason: string): void;
+  /** What it was sent and has not read, in bytes: Deno's, and Bun's. */
+  readonly bufferedAmount?: number;
+  getBufferedAmount?(): number;
+  /** Bun's: there, whoever does not answer a close may go on talking. Deno hears nothing more. */
+  terminate?(): void;
 }
 
 /** What a runtime tells of its native sockets. */
 export interface NativeRoom {
+  /** Whether a request is for a native socket, and may have one. */
+  takes(request: Request): boolean;
   open(socket: NativeSocket): void;
   message(socket: NativeSocket, text: string): void;
   close(socket: NativeSocket): void;
@@ -39,11 +49,11 @@ export interface ChatOptions {
   /** What the page is told of the server, as JSON. */
   about(): unknown;
   /** Answers what is under `/ai/`: another chat, with a model. */
-  ai(request: Request, info?: unknown): Promise<Response>;
+  ai: Fetch;
 }
 
 export interface Chat {
-  fetch(request: Request, info?: unknown): Promise<Response>;
+  fetch: Fetch;
   readonly native: NativeRoom;
   /** Says something to everybody. */
   tell(said: Said): void;
@@ -64,7 +74,7 @@ export interface Said {
 export function chat({ stripTypes, sync, controls, about, ai }: ChatOptions): Chat {
   const ws: SSEAdapter = sseAdapter({
     bidir: true,
-    maxMessageSize: 16 * 1024,
+    maxMessageSize: MAX_MESSAGE,
     maxPeers: 200,
     sync,
     hooks: {
@@ -108,7 +118,7 @@ export function chat({ stripTypes, sync, controls, about, ai }: ChatOptions): Ch
   }
 
   return {
-    fetch: answerAll,
+    fetch: wellFormed(answerAll),
     native,
     tell,
     close(followed) {
@@ -164,16 +174,26 @@ class Room {
   }
 }
 
-/** The room of native WebSockets. */
+/**
+ * The room of native WebSockets. What ours do by themselves is to be done here: to look at origins,
+ * to bound what comes, and what waits for those who do not read.
+ */
 class NativeSockets implements NativeRoom {
   readonly room: Room;
   readonly #sockets: Map<NativeSocket, Context> = new Map();
 
   constructor() {
     this.room = new Room(
-      (text) => this.#sockets.forEach((_, socket) => socket.send(text)),
+      (text) => this.#sockets.forEach((_, socket) => this.#send(socket, text)),
       () => [...this.#sockets.values()],
     );
+  }
+
+  takes({ url, headers }: Request): boolean {
+    const origin = headers.get("origin"); // programs have none
+    return headers.get("upgrade")?.toLowerCase() === "websocket" &&
+      /^\w+:\/\/[^/?]*\/native(\?|$)/.test(url) &&
+      (!origin || origin.replace(/^\w+:\/\//, "") === headers.get("host"));
   }
 
   open(socket: NativeSocket): void {
@@ -183,7 +203,9 @@ class NativeSockets implements NativeRoom {
 
   message(socket: NativeSocket, text: string): void {
     const context = this.#sockets.get(socket);
-    if (context) this.room.hear(text, context, (reply) => socket.send(reply));
+    if (!context) return;
+    if (text.length > MAX_MESSAGE) return this.#drop(socket, 1009, "Too large");
+    this.room.hear(text, context, (reply) => this.#send(socket, reply));
   }
 
   close(socket: NativeSocket): void {
@@ -191,8 +213,20 @@ class NativeSockets implements NativeRoom {
   }
 
   end(): void {
-    for (const socket of this.#sockets.keys()) socket.close(1012, "Restarting");
-    this.#sockets.clear();
+    for (const socket of this.#sockets.keys()) this.#drop(socket, 1012, "Restarting");
+  }
+
+  #send(socket: NativeSocket, text: string): void {
+    const unread = socket.getBufferedAmount?.() ?? socket.bufferedAmount ?? 0;
+    if (unread <= MAX_UNREAD) return void socket.send(text);
+    this.close(socket);
+    if (socket.terminate) socket.terminate();
+    else socket.close(1013, "Too slow");
+  }
+
+  #drop(socket: NativeSocket, code: number, reason: string): void {
+    this.close(socket);
+    socket.close(code, reason);
   }
 }
 

@@ -20,7 +20,7 @@ import { Redis } from "ioredis";
 import { cluster } from "../cluster.ts";
 import { sseAdapter } from "../mod.ts";
 import type { Where } from "./network.ts";
-import { serving, whereFrom } from "./serving.ts";
+import { type Fetch, serving, wellFormed, whereFrom } from "./serving.ts";
 
 const PAGE = `<!doctype html>
 <meta charset="utf-8">
@@ -74,12 +74,15 @@ async function runAll(): Promise<() => Promise<unknown>> {
   );
   const ports: number[] = [];
   let turn = 0;
-  const port = serve(where, (request, info) => {
+  const port = serve(where, async (request, info) => {
     const { pathname, search } = new URL(request.url);
     if (pathname === "/") return text("text/html", PAGE);
     if (pathname === "/client.js") return text("text/javascript", script);
     (info as { timeout?(request: Request, seconds: number): void })?.timeout?.(request, 0); // Bun
-    return forward(request, `http://127.0.0.1:${ports[turn++ % ports.length]}${pathname}${search}`);
+    return await forward(
+      request,
+      `http://127.0.0.1:${ports[turn++ % ports.length]}${pathname}${search}`,
+    );
   });
   const redisPort = REDIS_PORT ? Number(REDIS_PORT) : await startRedis();
   const instances = ["1", "2", "3"].map((name) => startInstance(name, redisPort));
@@ -148,10 +151,8 @@ function endWithUs(child: ChildProcess): void {
 }
 
 /** Either runtime's server; says its port. */
-function serve(
-  where: Where,
-  fetch: (request: Request, info?: unknown) => Response | Promise<Response>,
-): number {
+function serve(where: Where, answer: Fetch): number {
+  const fetch = wellFormed(answer);
   const { Bun } = globalThis as { Bun?: { serve(options: unknown): { port: number } } };
   return Bun
     ? Bun.serve({ ...where, fetch }).port

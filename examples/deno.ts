@@ -4,6 +4,7 @@
  */
 
 import { stripTypeScriptTypes } from "node:module";
+import { malformed } from "./serving.ts";
 import { start } from "./start.ts";
 
 start({
@@ -18,8 +19,10 @@ start({
       signal: stopping.signal,
       onListen: () => {},
     }, (request, info) => {
-      if (request.headers.get("upgrade") !== "websocket") return fetch(request, info);
-      const { socket, response } = Deno.upgradeWebSocket(request);
+      if (!native.takes(request)) return fetch(request, info);
+      const upgraded = upgrade(request);
+      if (!upgraded) return malformed();
+      const { socket, response } = upgraded;
       socket.onopen = () => native.open(socket);
       socket.onmessage = ({ data }) => native.message(socket, String(data));
       socket.onclose = () => native.close(socket);
@@ -28,3 +31,12 @@ start({
     return { port: addr.port, stop: () => stopping.abort() };
   },
 });
+
+/** Nothing where a header is missing that a handshake has. */
+function upgrade(request: Request): Deno.WebSocketUpgrade | undefined {
+  try {
+    return Deno.upgradeWebSocket(request);
+  } catch {
+    return undefined;
+  }
+}

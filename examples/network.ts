@@ -10,6 +10,13 @@ import { pipeline } from "node:stream/promises";
 const REQUEST_LINE = /^[A-Z]+ (\S+) HTTP\/1\.1\r$/gm;
 const TAB = /[?&]tab=([0-9a-f]{32})\b/;
 const MAX_LINE = 4_096; // bytes of a request line that comes in parts
+/**
+ * Browsers' connections at once. Each takes three of the process's files, and once there are no
+ * more of those, Deno never accepts a connection again.
+ */
+const MAX_CONNECTIONS = 1_000;
+/** Every so many ms those connections end by which no byte came since. Bun pings every 120 s. */
+const QUIET = 150_000;
 
 export interface Where {
   hostname: string;
@@ -26,8 +33,12 @@ export class Network {
   readonly #cut: Faults = new Faults();
   readonly #held: Faults = new Faults();
 
-  constructor() {
+  readonly #sweeping: ReturnType<typeof setInterval>;
+
+  constructor({ maxConnections = MAX_CONNECTIONS, quiet = QUIET } = {}) {
     this.#server = createServer((client) => this.#accept(client));
+    this.#server.maxConnections = maxConnections;
+    this.#sweeping = setInterval(() => this.#sweep(), quiet);
   }
 
   /** Returns the port that it got. */
@@ -58,8 +69,14 @@ export class Network {
   }
 
   close(): void {
+    clearInterval(this.#sweeping);
     this.#server.close();
     for (const connection of this.#connections) connection.drop();
+  }
+
+  /** Whoever neither says nor reads anything would stay for good. */
+  #sweep(): void {
+    for (const connection of this.#connections) if (connection.isQuiet()) connection.drop();
   }
 
   #accept(client: Socket): void {
@@ -97,6 +114,7 @@ class Connection {
   readonly #server: Socket;
   readonly #pass: (tab: string) => Promise<void>;
   #line = ""; // the last one, as far as it came
+  #passed = -1; // bytes of either direction, when last asked
 
   constructor(client: Socket, port: number, pass: (tab: string) => Promise<void>) {
     this.#client = client.setNoDelay();
@@ -116,6 +134,13 @@ class Connection {
   drop(): void {
     this.#client.destroy();
     this.#server.destroy();
+  }
+
+  /** Whether nothing has passed since this was asked last. */
+  isQuiet(): boolean {
+    const before = this.#passed;
+    this.#passed = this.#client.bytesRead + this.#client.bytesWritten;
+    return this.#passed === before;
   }
 
   async *#up(chunks: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {

@@ -25,6 +25,19 @@ export function toPort(text: string): number {
 /** Tells all clients that the server ends. */
 export type Close = () => Promise<unknown>;
 
+/** Answers requests. */
+export type Fetch = (request: Request, info?: unknown) => Promise<Response>;
+
+/** Keeps from `fetch` what is to no address, as what names a host of two words. */
+export function wellFormed(fetch: Fetch): Fetch {
+  return async (request, info) =>
+    URL.canParse(request.url) ? await fetch(request, info) : malformed();
+}
+
+export function malformed(): Response {
+  return new Response("Malformed request\n", { status: 400 });
+}
+
 /** The text of a file of ours, wherever this program has come from: at JSR it is an address. */
 export async function textOf(url: URL): Promise<string> {
   if (url.protocol === "file:") return await readFile(fileURLToPath(url.href), "utf8");

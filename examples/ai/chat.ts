@@ -9,7 +9,12 @@ import { textOf } from "../serving.ts";
 import { apply, type Chunk, type Message } from "./message.ts";
 import { mock } from "./mock.ts";
 
-const MAX_CHATS = 1_000;
+/** What strangers may have kept here: so many chats, whose messages take so many bytes. */
+const MAX_CHATS = 200;
+const MAX_MESSAGES = 256 * 1024;
+/** Answers at once: the messages of each are objects meanwhile, which take many times their bytes. */
+const MAX_ANSWERS = 100;
+const MAX_PEERS = 200;
 /** How long a shutdown waits for answers. */
 const LAST_WORDS_MS = 4_000;
 
@@ -27,12 +32,12 @@ export interface AIChat {
 
 /** `stripTypes` turns TypeScript into JavaScript, which every runtime can do itself. */
 export function aiChat(stripTypes: (source: string) => string, model: Model = mock): AIChat {
-  const chats = new Map<string, Message[]>();
+  const chats = new Map<string, string>(); // as JSON
 
   /** A chat as it is now, the latest of all. */
   function save(id: string, messages: Message[]): void {
     chats.delete(id);
-    chats.set(id, messages);
+    chats.set(id, JSON.stringify(messages));
     for (const oldest of chats.keys()) {
       if (chats.size <= MAX_CHATS) break;
       chats.delete(oldest);
@@ -57,6 +62,7 @@ export function aiChat(stripTypes: (source: string) => string, model: Model = mo
 
   const hooks = chatHooks<Message>({
     keepEnded: 0, // then it is among the messages
+    maxRuns: MAX_ANSWERS,
     respond({ id, messages }, { signal, peer }) {
       save(id, messages);
       peer.publish(id, JSON.stringify({ type: "turn" })); // other tabs resume it
@@ -65,6 +71,8 @@ export function aiChat(stripTypes: (source: string) => string, model: Model = mo
   });
   const ws = sseAdapter({
     bidir: true,
+    maxMessageSize: MAX_MESSAGES,
+    maxPeers: MAX_PEERS,
     hooks: {
       ...hooks,
       // Only our page asks for it: the SDK's transport would not understand a "turn".
@@ -88,7 +96,7 @@ export function aiChat(stripTypes: (source: string) => string, model: Model = mo
       case "GET /ai/message.js":
         return answer("text/javascript", stripTypes(await read("./message.ts")));
       case "GET /ai/messages":
-        return Response.json(chats.get(searchParams.get("chat") ?? "") ?? []);
+        return answer("application/json", chats.get(searchParams.get("chat") ?? "") ?? "[]");
       default:
         return new Response("Not found\n", { status: 404 });
     }

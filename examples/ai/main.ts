@@ -12,10 +12,8 @@ import type { AddressInfo } from "node:net";
 import process from "node:process";
 import { toNodeHandler } from "../../node.ts";
 import type { Where } from "../network.ts";
-import { serving, whereFrom } from "../serving.ts";
+import { type Fetch, serving, wellFormed, whereFrom } from "../serving.ts";
 import { aiChat } from "./chat.ts";
-
-type Fetch = (request: Request, info?: unknown) => Promise<Response>;
 
 const { AI_PROVIDER, AI_MODEL } = process.env;
 const { Bun } = globalThis as unknown as {
@@ -33,10 +31,11 @@ await serving(async () => {
   const where = whereFrom(process.env, "127.0.0.1");
   const port = await listen(
     where,
-    (request, info) =>
+    wellFormed(async (request, info) =>
       new URL(request.url).pathname === "/"
-        ? Promise.resolve(new Response(null, { status: 302, headers: { location: "/ai/" } }))
-        : fetch(request, info),
+        ? new Response(null, { status: 302, headers: { location: "/ai/" } })
+        : await fetch(request, info)
+    ),
   );
   console.log(`Chat on http://${where.hostname}:${port}/ai/`);
   return close;

@@ -7,6 +7,8 @@ import type { Message } from "./message.ts";
 
 /** Milliseconds for a word. */
 const PACE = 40;
+/** The most that it says again, in characters. */
+const MAX_ECHO = 1_000;
 
 const STORY = "Once upon a time there was an answer that took its time. It went through a proxy " +
   "that cut it after eight seconds, through a tunnel with no light at its end, through a reload, " +
@@ -41,7 +43,8 @@ export async function* mock(
       yield chunk("tool-input-available", { toolCallId, toolName: "postcard", input });
       yield chunk("tool-approval-request", { toolCallId, approvalId: crypto.randomUUID() });
     } else {
-      yield* say(/story/i.test(textOf(last)) ? STORY : `You said: ${textOf(last)}`, signal);
+      const said = textOf(last);
+      yield* say(/story/i.test(said) ? STORY : `You said: ${said.slice(0, MAX_ECHO)}`, signal);
     }
     yield chunk("finish");
   } catch (error) {
