@@ -912,6 +912,8 @@ class Requests {
     try {
       // "Deadlines are also checked on every request": some runtimes stop timers between requests.
       this.#registry.sweepIfDue();
+      // Of a Host that is none. Hooks take a request's URL for one.
+      if (!URL.canParse(request.url)) throw malformed("the URL");
       permission = this.#origins.check(request);
       response = this.#origins.isPreflight(request)
         ? preflight(request)

@@ -120,6 +120,22 @@ test("over plain http, where a browser tells no site, an Origin of another host 
   assertEquals(await ask({ origin: "https://site.example", "sec-fetch-site": "same-origin" }), 200);
 });
 
+test("a request to a host that is none is answered 400, and nobody is told", async (t) => {
+  const told: unknown[] = [];
+  const tell = (...what: unknown[]) => void told.push(what);
+  const ws = adapter(t, { hooks: { upgrade: () => tell("upgrade") }, onError: tell });
+  // So Deno and Bun pass on a Host of two words; and Bun what it has refused to upgrade.
+  for (const url of ["http://a b/", "/", ""]) {
+    for (const headers of [FULL, { ...FULL, origin: "http://a" }]) {
+      const request = open(headers);
+      Object.defineProperty(request, "url", { value: url });
+      const { status } = await ws.fetch(request);
+      assertEquals([url, status], [url, 400]);
+    }
+  }
+  assertEquals(told, []);
+});
+
 test("a preflight that asks for last-event-id alone is one of ours", () => {
   const ws = sseAdapter({ cors: true });
   const asks = (names: string) =>
