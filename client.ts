@@ -1073,6 +1073,7 @@ class Course implements LinkHost {
     this.#uplink.end();
     this.#pauses.end();
     this.#keeper.end();
+    this.#requests.end();
     if (!this.#uplink.isTakingLeave) this.#host.onSilence();
     this.#host.onEnd(verdict, failure);
   }
@@ -1459,9 +1460,10 @@ class Link implements Carrier, EventTaker, Holder {
     if (why === "shared") this.#session.lostAt = clock();
     const isTrial = why === "turn" && !this.#transports.polls;
     const patience = Math.max(Math.min(resumeTimeout / 3, 2 * heartbeatInterval), 1000);
-    const deadline = this.#session.lostAt ? this.#session.lostAt + resumeTimeout : Infinity;
+    const { lostAt } = this.#session;
+    const deadline = () => lostAt ? lostAt + resumeTimeout + this.#requests.grace : Infinity;
     let pause = 0;
-    while (await this.#pauses.wait(this.#retries++, deadline, pause)) {
+    while (await this.#pauses.wait(this.#retries++, deadline(), pause)) {
       const isPatient = why === "turn" && this.#transports.polls;
       const timeout = isPatient
         ? heartbeatInterval + patience
@@ -1473,7 +1475,7 @@ class Link implements Carrier, EventTaker, Holder {
           [ATTEMPT_HEADER]: `${++this.#session.attempt}`,
           "last-event-id": `${why === "renewed" ? this.#receipts.most : this.#rewind()}`,
         },
-        Math.max(1, Math.min(deadline - clock(), timeout)),
+        Math.max(1, Math.min(deadline() - clock(), timeout)),
         undefined,
         isPatient,
       );
@@ -2101,7 +2103,7 @@ class Uplink {
       this.#host.onTooLarge();
     } else if (
       !terms || this.#requests.isFinal(batch) ||
-      !await this.#pauses.wait(pauses, since + patience, batch.retryAfter)
+      !await this.#pauses.wait(pauses, since + patience + this.#requests.grace, batch.retryAfter)
     ) this.#host.onFail();
     else return true;
     return false;
@@ -3000,6 +3002,11 @@ interface RequestDetails {
   headers?: Record<string, string>;
 }
 
+/** As Deno has them. */
+interface HttpClient {
+  close(): void;
+}
+
 /** Makes all requests of a socket. */
 class Requests {
   readonly target: string;
@@ -3016,6 +3023,10 @@ class Requests {
   trouble: Trouble | undefined;
   /** Answers of 401 in a row. */
   #denials = 0;
+  /** A request had no answer in its time, and none has had one of the server's since. */
+  #isSilent = false;
+  /** Deno's, for a connection of its own. */
+  #client: HttpClient | undefined;
 
   constructor(url: URL, options: WebSocketSSEOptions, session: Session) {
     this.origin = url.origin;
@@ -3032,44 +3043,41 @@ class Requests {
     this.#type = types.get(this.#host) ?? UPLINK_TYPE;
   }
 
+  /**
+   * "Where nothing answers at all, the server may have noticed as little, and has the session for
+   * `idleTimeout` longer." In ms.
+   */
+  get grace(): number {
+    const { idleTimeout, resumeTimeout } = this.#session.terms ?? UNTOLD;
+    return this.#isSilent && resumeTimeout && idleTimeout || 0;
+  }
+
   /** Waits for the answer; none is as good as one that says nothing. */
   async ask(exchange: Exchange, details: RequestDetails): Promise<void> {
-    const { bytes, answerTimeout, keepalive } = details;
-    const { credentials, fetch: send = fetch } = this.#options;
+    const { bytes, answerTimeout } = details;
     const { signal } = exchange.abort;
-    const body = exchange.body?.stream ?? bytes;
+    const hasBody = !!(exchange.body ?? bytes);
     // A poll waits for news, once there is a session; and as for a timeout, 8 KiB may take 1 s.
     const silence = "document" in globalThis && !(exchange.isPoll && this.#session.terms) &&
-      setTimeout(() => this.onSilence?.(!!body), SILENCE_MS + (bytes?.length ?? 0) / 8);
+      setTimeout(() => this.onSilence?.(hasBody), SILENCE_MS + (bytes?.length ?? 0) / 8);
     // What the options give need not settle.
     const end = new Promise<undefined>((resolve) =>
       signal.addEventListener("abort", () => resolve(undefined))
     );
     let fault = "the option headers failed";
+    let askedAt = Infinity;
     try {
       const headers = new Headers(await Promise.race([this.#given(), end]));
-      this.#setHeaders(headers, !!body, details.headers);
+      this.#setHeaders(headers, hasBody, details.headers);
       signal.throwIfAborted();
       fault = "a request failed";
       if (answerTimeout) exchange.endIn(answerTimeout);
-      const asked = send(this.target, {
-        method: body ? "POST" : "GET",
-        headers,
-        signal,
-        redirect: "manual",
-        cache: "no-store", // Chromium lets a second request of a URL wait for the first one's answer
-        referrerPolicy: "no-referrer",
-        ...credentials && { credentials },
-        keepalive,
-        // What goes up must not wait behind streams of other tabs.
-        priority: exchange.slot && "low",
-        body,
-        duplex: "half",
-      } as RequestInit);
-      exchange.response = await Promise.race([asked, end]);
+      askedAt = clock();
+      exchange.response = await Promise.race([this.#send(exchange, headers, details), end]);
       if (bytes && this.#changeType(exchange)) return await this.ask(exchange, details);
       // "Only the server's word is final", once there is a session.
       exchange.isTrusted = !!exchange.response && (!this.#session.terms || exchange.isOurs);
+      if (exchange.isOurs) this.#isSilent = false;
       if (exchange.isTrusted) this.#denials = exchange.status === 401 ? this.#denials + 1 : 0;
       this.trouble = this.#troubleOf(exchange, !!details.headers?.accept);
     } catch (error) {
@@ -3078,7 +3086,50 @@ class Requests {
       this.trouble = signal.aborted ? { fault: NO_ANSWER } : { fault, cause };
     } finally {
       clearTimeout(silence || undefined);
+      if (exchange.isUnanswered && clock() > askedAt + SILENCE_MS / 4) this.#suspect();
     }
+  }
+
+  #send(
+    exchange: Exchange,
+    headers: Headers,
+    { bytes, keepalive }: RequestDetails,
+  ): Promise<Response> {
+    const { credentials, fetch: send = fetch } = this.#options;
+    const client = this.#client;
+    const body = exchange.body?.stream ?? bytes;
+    return send(this.target, {
+      method: body ? "POST" : "GET",
+      headers,
+      signal: exchange.abort.signal,
+      redirect: "manual",
+      cache: "no-store", // Chromium lets a second request of a URL wait for the first one's answer
+      referrerPolicy: "no-referrer",
+      ...credentials && { credentials },
+      keepalive,
+      // What goes up must not wait behind streams of other tabs.
+      priority: exchange.slot && "low",
+      body,
+      duplex: "half",
+      ...client && { client },
+    } as RequestInit);
+  }
+
+  /**
+   * The connection may be dead. One of HTTP/2 is shared by all requests, however many of them are
+   * given up: browsers notice that after 10 to 70 s, Deno does not, but where it is told to take another.
+   */
+  #suspect(): void {
+    this.#isSilent = true;
+    this.end();
+    const { Deno } = globalThis as { Deno?: { createHttpClient?(options: object): HttpClient } };
+    if (!this.#session.isOver) this.#client = Deno?.createHttpClient?.({});
+  }
+
+  /** What is under way goes on. */
+  end(): void {
+    this.#client?.close();
+    this.#client = undefined;
   }
 
   /** Of an answer, if it is not the one that was hoped for. */
@@ -3358,7 +3409,7 @@ class Pauses {
 // --- Session: its phase, and what the server granted ---
 
 /** Until the server has said its terms. */
-const UNTOLD = { resumeTimeout: OPEN_TIMEOUT_MS, heartbeatInterval: 15_000 };
+const UNTOLD = { resumeTimeout: OPEN_TIMEOUT_MS, heartbeatInterval: 15_000, idleTimeout: 0 };
 
 /** What cannot be terms, whoever says it, is damage. */
 function areTerms(terms: Terms): boolean {

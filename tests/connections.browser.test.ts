@@ -1,6 +1,7 @@
 /** Chromium: many sockets of one page, and what stands between it and our server. */
 import type { Page } from "playwright-core";
 import type { WebSocketSSEOptions } from "../client.ts";
+import { chaos } from "./chaos.ts";
 import { startChromium } from "./chromium.ts";
 import { assert, assertEquals, assertLess, assertMatch, needs, test, until } from "./harness.ts";
 import { site, type TestPage } from "./page.ts";
@@ -52,6 +53,28 @@ test("Chromium over HTTP/2: 20 sockets of one page send and receive at once", as
     ["stream"],
   );
 }, { timeout, skip });
+
+test(
+  "Chromium over HTTP/2: a session outlives a dead connection, which Chromium is slow to leave",
+  async (t) => {
+    const { url, port, peers } = await site(t, {
+      ...{ tls: true, http2: true },
+      ...{ heartbeatInterval: 500, resumeTimeout: 5_000 },
+    });
+    const network = t.use(await chaos(port));
+    const behind = url.replace(`${port}`, `${network.port}`);
+    const page = await goto(await (await browser.windows(t)).newPage(), behind);
+    await connect(page, 1);
+    network.stallAll({ newcomers: false });
+    (await peers.next()).send("down");
+    await page.evaluate(() => globalThis.socket.send("up"));
+    const heard = () => page.evaluate(() => globalThis.log.map(String));
+    await until(async () => (await heard()).includes("up"), { timeout: 40_000 });
+    assertEquals(await heard(), ["open", "drop", "resume", "down", "up"]);
+    assertEquals(peers.all.length, 1);
+  },
+  { timeout, skip },
+);
 
 test(
   "Chromium over HTTP/1.1: where nothing can be shared the seventh socket says why it waits, and opens when it can",

@@ -17,7 +17,7 @@ import {
   until,
   within,
 } from "./harness.ts";
-import { adapter, closeAll, dial, Queue, shutDown } from "./pair.ts";
+import { adapter, closeAll, dial, handClock, Queue, shutDown } from "./pair.ts";
 import { post, streamOf, WireClient } from "./wire.ts";
 import { MB, type Measured, measured, type MeasuredState, RawStream, soak } from "./measured.ts";
 
@@ -424,15 +424,6 @@ test("a sender at the window goes on with control events, and below it begins on
 });
 
 const ackOf = (number: number) => `ACK ${`${number}`.length}\r\n${number}\r\n`;
-
-/** The clock, turned by hand from where it stands. */
-function handClock(t: TestContext): { time: number } {
-  const { now } = performance;
-  const clock = { time: now.call(performance) };
-  t.defer(() => performance.now = now);
-  performance.now = () => clock.time;
-  return clock;
-}
 
 /** A server whose window is that of 10 messages at first, of 80 at most; and its peers. */
 function narrow(t: TestContext) {

@@ -3,7 +3,20 @@
  * connection of many streams that ends. Deno's own server, and Node's in tests/hosts.test.ts.
  */
 import type { ClientHttp2Session, ClientHttp2Stream } from "node:http2";
-import { assertEquals, needs, runtime, sleep, speakHttp2, test, until } from "./harness.ts";
+import type { WebSocketSSEOptions } from "../client.ts";
+import { chaos } from "./chaos.ts";
+import {
+  assertEquals,
+  needs,
+  once,
+  runtime,
+  sleep,
+  speakHttp2,
+  test,
+  type TestContext,
+  until,
+} from "./harness.ts";
+import { adapter, dial } from "./pair.ts";
 import { connectHttp2, statusOf } from "./raw2.ts";
 import { frame, from, FULL, misuse, type Scene } from "./wire.ts";
 import { concat } from "./split.ts";
@@ -188,3 +201,54 @@ abuse(
     assertEquals(scene.count("open"), 1);
   },
 );
+
+// ---------------------------------------------------------------- a connection that is dead
+
+/** A fetch that trusts the certificate, as one does that Deno is told of by --cert. */
+function trusting(t: TestContext, cert: string): NonNullable<WebSocketSSEOptions["fetch"]> {
+  const clients = new Map<unknown, Deno.HttpClient>();
+  t.defer(() => clients.forEach((client) => client.close()));
+  return (input, init) => {
+    const { client: given } = init as { client?: Deno.HttpClient };
+    if (!clients.has(given)) clients.set(given, Deno.createHttpClient({ caCerts: [cert] }));
+    return fetch(input, Object.assign({ ...init }, { client: clients.get(given) }));
+  };
+}
+
+if (runtime === "deno") {
+  for (const transport of ["duplex", "stream", "post", "poll"] as const) {
+    test(
+      `the client leaves a connection that is dead for another (${transport})`,
+      async (t) => {
+        const opens: string[] = [];
+        const got: string[] = [];
+        const ws = adapter(t, {
+          heartbeatInterval: 300,
+          hooks: {
+            open: (peer) => void opens.push(peer.id),
+            message: (_, message) => void got.push(message.text()),
+          },
+        });
+        const server = await t.serve(ws.fetch, { tls: true });
+        const network = t.use(await chaos(server.port));
+        const client = dial(t, network.url.replace("http:", "https:"), transport, {
+          fetch: trusting(t, server.cert!),
+        });
+        await once(client, "open");
+        client.send("before");
+        await until(() => got.length === 1 && client.bufferedAmount === 0);
+        assertEquals(network.stats.connections, 1); // all that goes up goes there, too
+        network.stallAll({ newcomers: false });
+        client.send("meanwhile");
+        for (const peers of ws.peers.values()) for (const peer of peers) peer.send("down");
+        assertEquals(
+          (await once<MessageEvent>(client, "message", { timeout: 15_000 })).data,
+          "down",
+        );
+        await until(() => got.length === 2, { timeout: 15_000 });
+        assertEquals([got, opens.length], [["before", "meanwhile"], 1]);
+      },
+      { skip, timeout: 40_000 },
+    );
+  }
+}

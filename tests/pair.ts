@@ -151,3 +151,12 @@ export function connect(
     },
   };
 }
+
+/** The clock, turned by hand from where it stands. */
+export function handClock(t: TestContext): { time: number } {
+  const { now } = performance;
+  const clock = { time: now.call(performance) };
+  t.defer(() => performance.now = now);
+  performance.now = () => clock.time;
+  return clock;
+}

@@ -20,6 +20,7 @@ import {
   type TestContext,
   until,
 } from "./harness.ts";
+import { handClock } from "./pair.ts";
 import { ScriptedServer } from "./scripted.ts";
 import { ack, CLOSE_3127, NotOpened, seq, text, wireClient } from "./wire.ts";
 
@@ -678,6 +679,27 @@ test("the client gives up when resumeTimeout is over", async (t) => {
   assertEquals(events, ["open", "drop", "error", "close 1006 unclean"]);
   assert(took > 400 && took < 2_000, `${took} ms`);
 });
+
+for (const [spent, comes] of [[9_000, true], [13_000, false]] as const) {
+  const what = comes ? "goes on for idleTimeout longer" : "gives up after that, too";
+  test(`where nothing answers at all the client ${what}`, async (t) => {
+    const terms = { resumeTimeout: 1_500, idleTimeout: 10_000 };
+    const { server, stream, socket, events, closed } = await scriptedClient(t, terms);
+    const clock = handClock(t);
+    stream.end();
+    await server.next();
+    clock.time += 1_600; // and none comes until the client gives that one up
+    const second = await server.next();
+    clock.time += spent - 1_600;
+    second.fail(); // at last the network says what it knows
+    if (comes) {
+      const third = (await server.next()).stream(terms);
+      t.defer(() => third.end());
+      await once(socket, "resume");
+    } else await closed;
+    assertEquals(events, ["open", "drop", ...comes ? ["resume"] : ["error", "close 1006 unclean"]]);
+  });
+}
 
 test("with resumeTimeout 0 the client does not come back", async (t) => {
   const { server, stream, events, closed } = await scriptedClient(t, { resumeTimeout: 0 });
