@@ -1053,10 +1053,12 @@ class Requests {
   /**
    * "An opening with an x-duplex-opening that the server has seen, from a client that has not
    * shown yet that it has the token, opens no second session: it replaces the connection of the
-   * first."
+   * first. From one that has, it is 409."
    */
   #openAgain(session: FullSession, request: Request, wire: Wire): Response {
-    if (!session.canResumeFrom(0)) throw new Refusal(409, "This session has begun");
+    if (session.isKnown || !session.canResumeFrom(0)) {
+      throw new Refusal(409, "This session has begun");
+    }
     const stream = session.attach(0, 0, wire.isPoll ? "flushed" : "lost");
     if (request.method === "POST") session.readDuplex(request);
     return new Response(stream, { headers: this.#headersOf(session) });
@@ -1087,7 +1089,7 @@ class Requests {
       throw new Refusal(409, "Last-Event-ID is not of this session");
     }
     session.heard();
-    this.#registry.confirmed(session);
+    session.isKnown = true;
     if (asked.admitted === undefined) this.#rename(session, wire.token!);
     if (!wire.isPoll) this.#registry.tally.resumptions++;
     const stream = session.attach(wire.attempt, wire.lastEventId, wire.isPoll ? "news" : "lost");
@@ -1142,7 +1144,7 @@ class Requests {
       throw new Refusal(400, "A plain session takes plain messages");
     }
     receiver.heard();
-    if (receiver instanceof FullSession) this.#registry.confirmed(receiver);
+    if (receiver instanceof FullSession) receiver.isKnown = true;
     const { maxMessageSize } = this.#settings;
     let refusal = await new Promise<unknown>((resolve) =>
       readUplink(request, receiver, maxMessageSize, resolve)
@@ -1507,7 +1509,7 @@ class Registry implements Host {
   readonly #sessions: Map<string, FullSession | PlainSession> = new Map();
   /** Plain sessions by the key of their event ids. */
   readonly #keys: Map<string, PlainSession> = new Map();
-  /** Full sessions by the name of their opening, until their client shows that it has the token. */
+  /** Full sessions by the name of their opening. */
   readonly #openings: Map<string, FullSession> = new Map();
   /** What is left of closed sessions, by token; of plain ones, by the key of their event ids. */
   readonly #tombstones: Map<string, Tombstone> = new Map();
@@ -1604,16 +1606,6 @@ class Registry implements Host {
     return this.#openings.get(name);
   }
 
-  /** The client of this session has its token: also if it goes and comes back. */
-  confirmed(session: FullSession): void {
-    this.#forgetOpening(session);
-    session.opening = "";
-  }
-
-  #forgetOpening(session: FullSession): void {
-    if (this.#openings.get(session.opening) === session) this.#openings.delete(session.opening);
-  }
-
   findPlain(key: string): PlainSession | undefined {
     return this.#keys.get(key);
   }
@@ -1681,7 +1673,8 @@ class Registry implements Host {
   /** The session is out of service. */
   #leave(session: Session): void {
     this.#sessions.delete(secretOf(session.token));
-    if (session instanceof FullSession) this.#forgetOpening(session);
+    const { opening = "" } = session instanceof FullSession ? session : {};
+    if (this.#openings.get(opening) === session) this.#openings.delete(opening);
     const peers = this.peers.get(session.namespace);
     peers?.delete(session.peer);
     if (!peers?.size) this.peers.delete(session.namespace);
@@ -2862,8 +2855,10 @@ abstract class Session {
 
 /** A session of the full level: PROTOCOL.md, sections 2 to 9. */
 class FullSession extends Session implements Receiver {
-  /** The name that its client gave the opening, until it has shown that it has the token; or "". */
-  opening: string;
+  /** The name that its client gave the opening, or "". */
+  readonly opening: string;
+  /** Its client has shown that it has the token. */
+  isKnown = false;
   /** The token that its client has come with, and the next, which it may not have heard of. */
   tokens: string[];
   #wasHeard = false;

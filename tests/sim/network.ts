@@ -313,10 +313,9 @@ export class Trip {
 
   /** The server's process is gone, and its kernel says so. */
   hangUp(owner: Owner): void {
-    const side = this.#sides.find((side) => side.owner === owner);
-    if (!side) return;
-    side.up.sinkDone = side.down.sourceDone = true;
-    if (side === this.#side || !this.#side) this.#fail(false);
+    const sides = this.#sides.filter((side) => side.owner === owner);
+    for (const { up, down } of sides) up.sinkDone = down.sourceDone = true;
+    if (sides.length && (!this.#side || sides.includes(this.#side))) this.#fail(false);
   }
 
   // --- On its way ---
