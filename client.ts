@@ -84,6 +84,8 @@ const TRIAL_AFTER_MS = 30_000;
 const UNSURE_TRIAL_AFTER_MS = 5_000;
 /** After that we say what may be the matter, and make room. */
 const SILENCE_MS = 2_000;
+/** Who gives a request up sooner has not waited: a resumption has 1 s at least. */
+const UNANSWERED_MS = 900;
 /** Of the slots that the tabs share over HTTP/1.1. */
 const LAST_SLOT = 4;
 /** How long a stream is held at least while another tab waits, and how soon all have had theirs. */
@@ -3086,7 +3088,7 @@ class Requests {
       this.trouble = signal.aborted ? { fault: NO_ANSWER } : { fault, cause };
     } finally {
       clearTimeout(silence || undefined);
-      if (exchange.isUnanswered && clock() > askedAt + SILENCE_MS / 4) this.#suspect();
+      if (exchange.isUnanswered && clock() > askedAt + UNANSWERED_MS) this.#suspect();
     }
   }
 
