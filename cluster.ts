@@ -2341,6 +2341,8 @@ class RoutedBody {
           take(this.#size, this.held - before);
         } else if ((this.#dropped += chunk.value.length) > MAX_DROPPED) return;
       }
+      // An abort looks like the body's end to some.
+      if (this.#size < this.#length && this.#length < Infinity) throw new Error("Cut");
       if (this.#buffer) this.#settle(this.#buffer.subarray(0, this.#size));
       this.#buffer = undefined;
     } catch {

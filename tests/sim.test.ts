@@ -37,7 +37,7 @@ const FAILED = [
 ];
 
 /** Likewise, where all goes by polls. */
-const FAILED_BY_POLLS = [3, 471, 498, 548, 1799, 3044, 3579];
+const FAILED_BY_POLLS = [3, 471, 498, 548, 1799, 3044, 3579, 412052];
 
 /** Likewise, where nothing goes wrong. */
 const FAILED_WITHOUT_FAULTS = [4586, 16768, 20513, 21975, 28568, 32766, 35387, 41412, 201915];
