@@ -585,7 +585,7 @@ export class Parking implements SessionParking {
     if (!pointer) return;
     const [{ id, until, namespace: own }] = await open(this.#quay, token, pointer, "pointer", key);
     const left = until - this.#now;
-    if (left <= 0) return;
+    if (left <= 0) return void this.#report(tooOld(left));
     const returned = () => this.#store.put(key, copy(pointer), left);
     if (own !== namespace) return void await returned();
     let bytes: Uint8Array | null | undefined;
@@ -830,6 +830,11 @@ async function point(
   } finally {
     for (const token of tokens) pointing.delete(token);
   }
+}
+
+function tooOld(left: number): Error {
+  const seconds = Math.round(-left / 1_000);
+  return new Error(`A parked session is too old, or clocks differ: ${seconds} s`);
 }
 
 function tooLarge(size: number): RangeError {

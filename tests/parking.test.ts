@@ -820,7 +820,7 @@ test("a store that is away is told of a few times a second, whoever asks for how
 });
 
 /** An instance of 100 sessions of 1 MB, and what it has given back, with a store that takes its time. */
-function crowd(put: (key: string) => Promise<void>) {
+function crowd(put: (key: string) => Promise<void>, changes: Partial<Quay> = {}) {
   const state = new Uint8Array(1_000_000);
   const told = { packed: 0, restored: 0, released: 0, errors: [] as string[], ahead: 0 };
   const packed = {
@@ -849,8 +849,14 @@ function crowd(put: (key: string) => Promise<void>) {
     digest: () => Promise.resolve(new Uint8Array(32)),
     seal: () => Promise.resolve(new Uint8Array(1)),
     unseal: () => Promise.resolve(new Uint8Array(1)),
+    ...changes,
   };
-  const parked = parking({ put, take: () => null }, { timeout: 2_000 })(quay);
+  const store = new MemoryStore();
+  store.fault = async (step, key, go) => {
+    if (step === "put") await put(key);
+    return go();
+  };
+  const parked = parking(store, { timeout: 2_000 })(quay);
   const tokens = Array.from({ length: 100 }, (_, n) => `${"a".repeat(24)}.${n}`);
   return { told, parked, tokens, packed };
 }
@@ -948,4 +954,16 @@ test("what a late pointer would replace is not parked before it has come", async
   assertEquals(puts.length, 3, "the store may be all that has it: by all its tokens");
   await parked.park(token!, true);
   assertEquals([told.packed, told.restored, told.released], [3, 1, 2]);
+});
+
+test("a session that another clock has aged is not taken, and that is told", async () => {
+  const { told, parked, packed, tokens: [token] } = crowd(() => Promise.resolve(), {
+    seal: (_token, bytes) => Promise.resolve(bytes),
+    unseal: (_token, bytes) => Promise.resolve(bytes),
+  });
+  packed.tokens = [token!];
+  await parked.park(token!, true);
+  told.ahead = 90_000; // as by the clock of whoever looks for it
+  assertEquals(await parked.look({ session: "s", namespace: "/" }, token!), false);
+  assertEquals(told.errors, ["A parked session is too old, or clocks differ: 30 s"]);
 });
