@@ -1311,12 +1311,16 @@ class Migration implements Mover<SyncMessage> {
 
   /** Numbers a publication of this instance, or takes the number of another's. */
   count(from: string, message: SyncMessage, n: number = ++this.#number): number {
+    this.#count(from, n, clock());
+    this.moves.published({ from, n, namespace: message.namespace, message });
+    return n;
+  }
+
+  #count(from: string, n: number, at: number): void {
     if (!this.#counts.delete(from) && this.#counts.size >= MAX_COUNTED) {
       this.#counts.delete(this.#counts.keys().next().value!);
     }
-    this.#counts.set(from, { n, at: clock() }); // who has been silent for longest stands first
-    this.moves.published({ from, n, namespace: message.namespace, message });
-    return n;
+    this.#counts.set(from, { n, at }); // who has been silent for longest stands first
   }
 
   /** "What is said of a session is sent and taken in turn"; an `adopt` may wait for the store. */
@@ -1462,6 +1466,13 @@ class Migration implements Mover<SyncMessage> {
 
   counts(): Counts {
     return Object.fromEntries([...this.#counts].map(([from, { n }]) => [from, n]));
+  }
+
+  had(counts: Counts): void {
+    for (const [from, n] of Object.entries(counts)) {
+      const known = this.#counts.get(from);
+      if (n > (known?.n ?? 0)) this.#count(from, n, known?.at ?? -Infinity);
+    }
   }
 
   quiet(time: number): string[] {

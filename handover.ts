@@ -116,8 +116,10 @@ export interface Mover<Message> {
   hear(state: Bytes): Hearing | undefined;
   /** Takes a session into service, with the rest that its giver kept, and then what it has missed. */
   take(session: string, state: Bytes, missed: Message[], rest?: Bytes): void;
-  /** How many publications of each instance have been delivered here. */
+  /** How many publications of each instance have been delivered here, or to a session before it came. */
   counts(): Counts;
+  /** A session comes that has had so many: who takes it next must not give it those again. */
+  had(counts: Counts): void;
   /** Those of them whose last one was delivered so long ago, in ms; sooner, where they have left. */
   quiet(time: number): string[];
 }
@@ -391,6 +393,7 @@ export class Moves<Message> {
     this.#moved.delete(session);
     this.#taken.set(id, session, this.#mover.now());
     this.#forget(adoption); // before the hook "revive", which may publish: that counts on
+    this.#mover.had(counts);
     this.#mover.take(session, state, missed.map(({ message }) => message), rest);
     if (phase !== "ours") this.#confirm(from, id, session);
     this.#end(adoption);
@@ -467,7 +470,7 @@ export class Moves<Message> {
   }
 
   #onHave({ id, session, from }: Head<"have">): void {
-    const yes = this.#taken.get(id) !== undefined;
+    const yes = this.#taken.get(id) !== undefined || this.#mover.owns(session);
     const adoption = this.#adoptions.get(session);
     // It is about to be taken: soon it is known.
     if (!yes && adoption?.id === id && adoption.arrived) return;
@@ -539,8 +542,8 @@ export class Moves<Message> {
       else this.#end(adoption);
     }
     for (const limbo of [...this.#limbos.values()]) {
-      if (!this.#isOld(limbo.since)) this.#inquire(limbo);
-      else if ((limbo.overdue += period) > this.#timeout) {
+      this.#inquire(limbo);
+      if (this.#isOld(limbo.since) && (limbo.overdue += period) > this.#timeout) {
         // Nobody takes it any more, and neither do we: the taker may have it. If this process was
         // frozen meanwhile, it has had time to read what it was told.
         this.#limbos.delete(limbo.session);

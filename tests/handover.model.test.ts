@@ -30,8 +30,8 @@ const RULES: Record<string, [string, string]> = {
     "this.#mover.release(session, 'moved'); if (!1) this.#limbos.set(session, {",
   ],
   "the giver asks before it takes back": [
-    "if (!this.#isOld(limbo.since)) this.#inquire(limbo);",
-    "if (!this.#isOld(limbo.since)) this.#onTaken({ ...limbo, yes: false });",
+    "this.#inquire(limbo);",
+    "this.#onTaken({ ...limbo, yes: false });",
   ],
   "a no binds": [
     "if (!yes && adoption?.id === id) this.#end(adoption);",
@@ -187,7 +187,14 @@ test("of an instance that has long been quiet, and was never heard here, nothing
     const sent: MoveHead[] = [];
     const moves = new Moves<string>("here", 5_000, 30_000, {
       ...{ now: () => 0, send: (_to, head) => void sent.push(head), owns: () => taken.length > 0 },
-      ...{ pack: () => undefined, restore() {}, release() {}, quiet: () => [], takes: true },
+      ...{
+        pack: () => undefined,
+        restore() {},
+        release() {},
+        had() {},
+        quiet: () => [],
+        takes: true,
+      },
       ...{ rest: () => new Uint8Array(), hear: () => undefined },
       take: (_session, _state, missed) => void taken.push(missed),
       counts: () => ({ heard: 3 }),
@@ -224,6 +231,41 @@ test("a session that came late is given a second like any for what is to come wi
   moves.published({ from: "there", n: 2, namespace: "/", message: "had" });
   await adopting;
   assertEquals(taken, [[]]);
+});
+
+test("who was frozen is told that its session was taken, however late it asks", async () => {
+  let now = 0;
+  const done: string[] = [];
+  const moves: Record<string, Moves<string>> = {};
+  let isDeaf = true;
+  const mover = (name: string): Mover<string> => ({
+    ...idle(() => {}),
+    now: () => now,
+    send(to, head, state = new Uint8Array()) {
+      if (to !== "giver" || !isDeaf) queueMicrotask(() => moves[to]!.receive(head, state));
+    },
+    owns: () => (done.length > 0) === (name === "taker"),
+    pack: () => new Uint8Array(),
+    release: (_session, end) => void done.push(`release ${end}`),
+    take: () => void done.push("take"),
+  });
+  for (const name of ["giver", "taker"]) {
+    moves[name] = new Moves(name, 5_000, 30_000, mover(name));
+  }
+  const claim = { time: 0, attempt: 1, received: 0, namespace: "/" };
+  const asking = moves.taker!.adopt("session", "giver", claim);
+  moves.giver!.receive({
+    ...{ ...claim, kind: "adopt", id: moves.taker!.asking("session")! },
+    ...{ from: "taker", session: "session" },
+  }, new Uint8Array());
+  await asking;
+  assertEquals(done, ["take"], "and nobody hears that it was");
+  now = 200_000;
+  isDeaf = false;
+  moves.taker!.tick(500); // it knows no more how it has come
+  moves.giver!.tick(500);
+  await sleep(0);
+  assertEquals(done, ["take", "release moved"]);
 });
 
 test("who is told that a session is wanted no more gives it to nobody who asked for it before", () => {
@@ -290,6 +332,21 @@ for (
     assertEquals(said.join(" "), `adopt ${kinds}`);
   });
 }
+
+test("who has taken a session knows what that has been published, though it was not there", () => {
+  const sent: MoveHead[] = [];
+  const had: unknown[] = [];
+  const moves = new Moves<string>("here", 5_000, 30_000, {
+    ...idle((_to, head) => void sent.push(head)),
+    ...{ had: (counts) => void had.push(counts), take: () => void had.push("take") },
+  });
+  moves.adopt("session", "there", { attempt: 1, received: 0, namespace: "/" });
+  const head = { kind: "state", status: "here", from: "there", session: "session" } as const;
+  const counts = { silent: 12 };
+  const { id } = sent[0]!;
+  moves.receive({ ...head, id, time: 0, counts, quiet: ["silent"] }, new Uint8Array());
+  assertEquals(had, [counts, "take"], "before its hook, which may send it on");
+});
 
 test("a session that is ours is taken, though its instance closes before its rest has come", async () => {
   const done: string[] = [];

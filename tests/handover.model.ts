@@ -16,7 +16,7 @@
  *
  * @module
  */
-import type { Hearing, MoveHead, Mover, Moves, Publication } from "../handover.ts";
+import type { Counts, Hearing, MoveHead, Mover, Moves, Publication } from "../handover.ts";
 import type { Parking, parking as makeParking, ParkingStore, Quay } from "../parking.ts";
 import type { Packed } from "../server.ts";
 
@@ -40,7 +40,7 @@ export class Violation extends Error {}
 export function idle(send: (to: string, head: MoveHead) => void): Mover<string> {
   return {
     ...{ send, now: () => 0, takes: true, owns: () => false, pack: () => undefined },
-    ...{ restore() {}, release() {}, take() {}, counts: () => ({}), quiet: () => [] },
+    ...{ restore() {}, release() {}, take() {}, counts: () => ({}), had() {}, quiet: () => [] },
     ...{ rest: () => new Uint8Array(), hear: () => undefined },
   };
 }
@@ -277,6 +277,10 @@ class Instance implements Mover<number> {
 
   counts(): { channel: number } {
     return { channel: this.#heard };
+  }
+
+  had({ channel = 0 }: Counts): void {
+    this.#heard = Math.max(this.#heard, channel);
   }
 
   quiet(): string[] {
