@@ -2353,11 +2353,12 @@ class RoutedBody {
         } else if ((this.#dropped += chunk.value.length) > MAX_DROPPED) return;
       }
       // An abort looks like the body's end to some.
-      if (this.#size < this.#length && this.#length < Infinity) throw new Error("Cut");
-      if (this.#buffer) this.#settle(this.#buffer.subarray(0, this.#size));
+      const isShort = this.#size < this.#length && this.#length < Infinity;
+      if (isShort) this.refuse(cut());
+      else if (this.#buffer) this.#settle(this.#buffer.subarray(0, this.#size));
       this.#buffer = undefined;
     } catch {
-      this.refuse(refuse(400, "The body was cut"));
+      this.refuse(cut());
     }
   }
 
@@ -2433,6 +2434,10 @@ function isDuplex({ headers }: Request): boolean {
 /** "A body that streams cannot be routed …, is **411**." */
 function noStream(): Response {
   return refuse(411, "This instance takes no streaming body for another's session");
+}
+
+function cut(): Response {
+  return refuse(400, "The body was cut");
 }
 
 function tooLate(): Response {
