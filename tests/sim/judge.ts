@@ -220,9 +220,11 @@ function isQuiet({ scenario: { faults, backplane, traits, level } }: World): boo
 function judgeQuiet(world: World, client: Client): void {
   const { drop } = client.counts;
   const { resent, resumes } = client.socket.stats;
-  const { instances, traits } = world.scenario;
+  const { instances, script, traits } = world.scenario;
   // There a stream is refused, or too slow to be told from one that is held.
-  const isRouted = instances > 1 && traits.balance === "random";
+  const isSpread = traits.balance === "random" ||
+    script.some(({ do: what }) => what === "instance shuts down"); // its clients go to others then
+  const isRouted = instances > 1 && isSpread;
   const isSlow = traits.rate < Infinity;
   const mayLeave = isRouted || isSlow;
   // A server that has had too much takes no more of a batch: the rest goes again until that is heard.
@@ -344,11 +346,11 @@ function unanswered(fault: Fault): number {
 
 /** Whether something was wrong all this time. */
 function isBadFrom(
-  { start, scenario: { faults, backplane } }: World,
+  { start, scenario: { faults, backplane, traits } }: World,
   from: number,
   ms: number,
 ): boolean {
-  let until = from - start;
+  let until = from - start + 4 * traits.latency[1]; // what it sent before is still under way
   if (backplane.loss && until < backplane.until) until = backplane.until + BACKPLANE_PATIENCE;
   for (const fault of [...faults].sort((a, b) => a.at - b.at)) {
     if (fault.at <= until) until = Math.max(until, endOf(fault) + unanswered(fault));
