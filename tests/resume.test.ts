@@ -694,12 +694,37 @@ for (const [spent, comes] of [[9_000, true], [13_000, false]] as const) {
     second.fail(); // at last the network says what it knows
     if (comes) {
       const third = (await server.next()).stream(terms);
-      t.defer(() => third.end());
       await once(socket, "resume");
-    } else await closed;
-    assertEquals(events, ["open", "drop", ...comes ? ["resume"] : ["error", "close 1006 unclean"]]);
+      third.end();
+      // From now on the network says what it knows: then the time is the shorter one again.
+      const refusing = (async () => {
+        for (;; clock.time += 600) (await server.next()).fail();
+      })();
+      await Promise.race([closed, refusing]);
+    }
+    await closed;
+    const before = comes ? ["open", "drop", "resume"] : ["open"];
+    assertEquals(events, [...before, "drop", "error", "close 1006 unclean"]);
   });
 }
+
+test("what goes up is tried for as long", async (t) => {
+  const terms = { resumeTimeout: 1_500, idleTimeout: 10_000 };
+  const { server, stream, socket, events } = await scriptedClient(t, terms);
+  const clock = handClock(t);
+  socket.send("up");
+  await server.next();
+  clock.time += 1_600; // and no answer comes
+  stream.end();
+  let asked = await server.next();
+  for (; asked.method === "GET"; asked = await server.next()) {
+    const again = asked.stream(terms);
+    t.defer(() => again.end());
+  }
+  asked.respond(204, { "x-duplex-received": "1" });
+  await until(() => socket.bufferedAmount === 0);
+  assertEquals(events.filter((event) => event !== "resume"), ["open", "drop"]);
+});
 
 test("with resumeTimeout 0 the client does not come back", async (t) => {
   const { server, stream, events, closed } = await scriptedClient(t, { resumeTimeout: 0 });
