@@ -101,10 +101,10 @@ const pointerOf = (token: string) =>
   Array.from(digest(`duplex-sse park ${token}`), (byte) => byte.toString(16).padStart(2, "0"))
     .join("");
 
-/** The names of the pointers that belong to what was put. */
-function keysIn(bytes: Bytes): string[] {
+/** What stands on a value in the store: `keys` are the names of the pointers that belong to it. */
+function labelOf(bytes: Bytes): { kind: string; id: string; from: string; keys: string[] } {
   const end = 4 + new DataView(bytes.buffer).getUint32(0);
-  return JSON.parse(decoder.decode(bytes.subarray(4, end))).keys;
+  return JSON.parse(decoder.decode(bytes.subarray(4, end)));
 }
 
 /** One instance: `Moves`, and a server of one session that only counts. */
@@ -120,6 +120,8 @@ class Instance implements Mover<number> {
   /** The token of the last request, and its attempt where the session came out of the store. */
   #asked = "";
   #attempt = 0;
+  /** The name under which it has parked the session last. */
+  #parkedAs = "";
   frozen = false;
   killed = false;
   readonly takes = true;
@@ -168,7 +170,11 @@ class Instance implements Mover<number> {
       confirm: (to, id, session) =>
         this.send(to, { kind: "adopted", id, session, from: this.name }),
       digest: (text) => Promise.resolve(digest(text)),
-      seal: (_token, bytes) => Promise.resolve(bytes),
+      seal: (_token, bytes) => {
+        const { kind, id, from } = labelOf(bytes);
+        if (kind === "session" && from === this.name) this.#parkedAs = id;
+        return Promise.resolve(bytes);
+      },
       unseal: (_token, bytes) => Promise.resolve(bytes),
       encodePacked: (packed) => encode((packed as unknown as { state: State }).state),
     };
@@ -327,6 +333,11 @@ class Instance implements Mover<number> {
   /** Who says so when all are asked. */
   #holder(): Instance | undefined {
     return this.#world.instances.find((one) => one !== this && !one.frozen && one.session);
+  }
+
+  /** It has parked the session under this name, and has not been told what has become of it. */
+  waitsFor(id: string): boolean {
+    return this.#parkedAs === id && !!this.parking?.moving(this.#world.token);
   }
 
   /** The token of a request that waits for the session. */
@@ -488,7 +499,8 @@ class World {
 
   /**
    * Somebody brings back, under any name, what was put for other tokens than the client has now, or
-   * had when it made the requests that are under way.
+   * had when it made the requests that are under way; and not what its own instance has parked and
+   * has not been told of since: that asks for it by its name, whatever the client's token is.
    */
   #forge(): void {
     if (!this.#unsound) return;
@@ -502,7 +514,10 @@ class World {
       ...[...this.underWay].map(({ token }) => token),
     ];
     const known = tokens.map(pointerOf);
-    const isOld = (bytes: Bytes) => !keysIn(bytes).some((key) => known.includes(key));
+    const isOld = (bytes: Bytes) => {
+      const { id, from, keys } = labelOf(bytes);
+      return !this.#of(from as Name).waitsFor(id) && !keys.some((key) => known.includes(key));
+    };
     const old = any(this.#history.filter(([, bytes]) => isOld(bytes)));
     const name = this.#random() < 0.5 ? old : any(this.#history);
     if (old) this.values.set(name![0], old[1]);
