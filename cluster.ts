@@ -126,8 +126,12 @@ const GONE = 12_000;
 const MAX_INSTANCES = 10_000;
 /** Of so many the publications are counted: all counts go along with each session that moves. */
 const MAX_COUNTED = 1_000;
-/** How long an instance has to answer for a session that may have left it, before all are asked, in ms. */
+/**
+ * How long an instance has to answer for a session that may have left it, before all are asked, in
+ * ms; or so many times what answers take.
+ */
 const WHERE_AFTER = 300;
+const MANY_TIMES = 3;
 /** How often a request may be sent on, by instances that know where its session has gone. */
 const MAX_REDIRECTIONS = 4;
 
@@ -507,7 +511,7 @@ class Router implements RoutingDriver {
     if (!this.#subscription.await(id, body.length, go)) relay.end();
     return await relay.response.finally(() => {
       clearTimeout(late);
-      if (heard) heard();
+      if (heard) heard(relay.owner === owner);
     });
   }
 
@@ -1565,9 +1569,12 @@ interface Search {
  */
 class Searches {
   readonly #ask: (key: CryptoKey, id: string, session: string) => void;
-  /** How long an instance has to answer before all are asked, and all have then; in ms. */
-  readonly #after: number;
+  /** How long an instance has to answer before all are asked, at least and most, and all have then; in ms. */
+  readonly #soonest: number;
+  readonly #latest: number;
   readonly #patience: number;
+  /** What answers take, in ms: one that is quicker tells it, and slower ones do together. */
+  #usual = 0;
   readonly #waits: Set<() => void> = new Set();
   /** What has been found stays for a while, for the requests that follow. */
   readonly #bySession: Map<string, Search> = new Map();
@@ -1575,16 +1582,24 @@ class Searches {
   #ended = false;
 
   constructor(timeout: number, ask: (key: CryptoKey, id: string, session: string) => void) {
-    this.#after = Math.min(WHERE_AFTER, timeout / 2);
+    this.#latest = timeout / 2;
+    this.#soonest = Math.min(WHERE_AFTER, this.#latest);
     this.#patience = Math.min(DOUBT, timeout);
     this.#ask = ask;
   }
 
   /**
-   * An instance was asked for the session: returns what is to be called when it has answered. Until
-   * then all are asked, twice as late each time, since the session may be on its way.
+   * An instance was asked for the session: returns what is to be called when it is over, and whether
+   * that one has answered. Until then all are asked, twice as late each time, since the session may
+   * be on its way; later still where answers take long: "a slow backplane would only be slower if all
+   * were asked."
    */
-  begin(idOf: () => string | undefined, session: string, key: CryptoKey): () => void {
+  begin(
+    idOf: () => string | undefined,
+    session: string,
+    key: CryptoKey,
+  ): (isAnswer?: boolean) => void {
+    const start = clock();
     let timer: ReturnType<typeof setTimeout>;
     const wait = (time: number) => {
       timer = setTimeout(() => {
@@ -1593,14 +1608,17 @@ class Searches {
         wait(2 * time);
       }, time);
     };
-    wait(this.#after);
-    const heard = () => {
+    wait(Math.max(this.#soonest, Math.min(MANY_TIMES * this.#usual, this.#latest)));
+    const stop = () => {
       clearTimeout(timer);
-      this.#waits.delete(heard);
+      this.#waits.delete(stop);
     };
-    this.#waits.add(heard);
-    if (this.#ended) heard();
-    return heard;
+    this.#waits.add(stop);
+    if (this.#ended) stop();
+    return (isAnswer) => {
+      stop();
+      if (isAnswer) this.#usual = Math.min(clock() - start, 4 * this.#usual + 10);
+    };
   }
 
   /** The instance that has the session, or undefined if none says so in time. */

@@ -96,10 +96,14 @@ export class MemoryBus {
   }
 }
 
+/** What a message says, where bytes are text. */
+export function textOf({ data }: Pick<SyncMessage, "data">): string {
+  return typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+}
+
 /** As anybody can say it: that the instance which a request was sent to does not know its session. */
-export function unknown({ data }: SyncMessage): SyncMessage | undefined {
-  const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
-  const [, id, topic] = /"kind":"request","id":"(\w+)","from":"(\w+)"/.exec(text) ?? [];
+export function unknown(message: SyncMessage): SyncMessage | undefined {
+  const [, id, topic] = /"kind":"request","id":"(\w+)","from":"(\w+)"/.exec(textOf(message)) ?? [];
   if (!id || !topic) return;
   const head = `{"kind":"unknown","id":"${id}"}`;
   const said = new Uint8Array(25 + 36 + head.length);

@@ -4,7 +4,7 @@
  */
 import { cluster, type ClusterAdapter } from "../cluster.ts";
 import type { Peer, SSEOptions, SyncMessage, SyncPlace } from "../server.ts";
-import { MemoryBus, type RoundRobin, roundRobin, unknown } from "./bus.ts";
+import { MemoryBus, type RoundRobin, roundRobin, textOf, unknown } from "./bus.ts";
 import { chaos, type ChaosProxy, mulberry32, pickSeed } from "./chaos.ts";
 import {
   assert,
@@ -152,8 +152,7 @@ test("what an instance publishes before it has had any session reaches one that 
       ...driver,
       subscribe: (deliver) =>
         driver.subscribe((message) => {
-          const { data } = message;
-          const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+          const text = textOf(message);
           // The session is given away by now, and not yet taken.
           if (text.includes('"status":"here"')) fleet.instances[1]!.ws.publish("all", "meanwhile");
           deliver(message);
@@ -172,8 +171,7 @@ test("what an instance publishes before it has had any session reaches one that 
 
 test("the topics of a session that moves, or is taken back, are heard all the time", async (t) => {
   let isLost = true;
-  const isState = ({ data }: SyncMessage) =>
-    typeof data !== "string" && new TextDecoder("latin1").decode(data).includes('"status":"here"');
+  const isState = (message: SyncMessage) => textOf(message).includes('"status":"here"');
   const bus = new MemoryBus(t, { fault: (message) => isLost && isState(message) ? [] : [0] });
   const calls: string[][] = [];
   const adapter: ClusterAdapter = (context) => {
@@ -452,8 +450,8 @@ for (
 test("an instance that ends answers who waits for a session that does not come", async (t) => {
   let asked = 0;
   const bus = new MemoryBus(t, {
-    fault: ({ data }) => {
-      const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+    fault: (message) => {
+      const text = textOf(message);
       if (text.includes('"kind":"adopt"')) asked++;
       return asked ? [] : [0];
     },
@@ -498,8 +496,8 @@ test("who was said not to know a session, and says that it has it, is asked agai
 test("a session that got lost on its way comes back, and goes on", async (t) => {
   const lost = { state: 0, have: 0 };
   const bus = new MemoryBus(t, {
-    fault: ({ data }) => {
-      const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+    fault: (message) => {
+      const text = textOf(message);
       if (/"kind":"state"/.test(text) && lost.state++ === 0) return [];
       // Nor is the other instance asked before it has given up waiting.
       return /"kind":"have"/.test(text) && lost.have++ < 5 ? [] : [0];
@@ -632,8 +630,8 @@ test("a session that has just come, and has no name yet, is not asked for again"
   let isSlow = false;
   let asked = 0;
   const bus = new MemoryBus(t, {
-    fault: ({ data }) => {
-      const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+    fault: (message) => {
+      const text = textOf(message);
       if (text.includes('"kind":"adopt"')) asked++;
       const isState = text.includes('"kind":"state"');
       isSlow ||= isState;
@@ -657,8 +655,8 @@ test("a session that has just come, and has no name yet, is not asked for again"
 function losing(t: TestContext, kind: string, most: number): { bus: MemoryBus; lost: string[] } {
   const lost: string[] = [];
   const bus = new MemoryBus(t, {
-    fault: ({ data }) => {
-      const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+    fault: (message) => {
+      const text = textOf(message);
       if (!text.includes(`"kind":"${kind}"`) || lost.length === most) return [0];
       lost.push(text);
       return [];
@@ -690,8 +688,7 @@ test("a request waits where its session is about to be in service", async (t) =>
     // Publications come late to the second one: it waits for them before it takes a session.
     const subscribe: typeof driver.subscribe = (deliver) =>
       driver.subscribe((message) => {
-        const { data } = message;
-        const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+        const text = textOf(message);
         if (!text.includes('"kind":"publication"')) deliver(message);
         else late.push(() => deliver(message));
         if (message.topic !== context.id || !text.includes('"kind":"request"')) return;
@@ -734,6 +731,41 @@ test("all are asked for a session as often as it takes", async (t) => {
   assertEquals(await peer.send("a"), 204);
   assertEquals(await moved.message(), "a 1 at 1");
   assertEquals([lost.length, errors], [2, []]);
+});
+
+test("where answers take long, all are asked later, until one is quick again", async (t) => {
+  let delay = 300;
+  let frozen = "";
+  const ids: string[] = [];
+  const asked: SyncMessage[] = [];
+  const bus = new MemoryBus(t, {
+    fault(message) {
+      if (textOf(message).includes('"kind":"where"')) asked.push(message);
+      return message.topic === frozen ? [] : [delay];
+    },
+  });
+  const { proxy, errors } = await start(t, (context) => {
+    ids.push(context.id);
+    return bus.adapter(context);
+  }, { count: 3 });
+  const peer = await wireClient(t, `${proxy.url}/room`);
+  proxy.choose = () => 2;
+  for (const text of "abcd") assertEquals(await peer.send(text), 204);
+  const before = asked.length;
+  assertGreater(before, 0);
+  assertEquals(await peer.send("e"), 204);
+  assertEquals(asked.length, before, "they would be slower only");
+  delay = 0;
+  assertEquals(await peer.send("f"), 204);
+  proxy.choose = () => 1;
+  const moved = t.use(await peer.resume(1, 6));
+  frozen = ids[0]!;
+  proxy.choose = () => 2;
+  const sent = peer.send("g");
+  await until(() => asked.length > before, { timeout: 1_200 }); // 300 ms, and not 1,800
+  assertEquals(await sent, 204);
+  assertEquals(await moved.message(), "g 7 at 1");
+  assertEquals(errors, []);
 });
 
 test("an instance that ends brings back the answers that others are about to give", async (t) => {
@@ -848,8 +880,8 @@ test("onError hears of topics that cannot be joined for a move, and the session 
 
 test("who ends in a hurry while the rest of a session is to come tells its hooks of the end", async (t) => {
   const said: string[] = [];
-  const fault = ({ data }: SyncMessage) => {
-    const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
+  const fault = (message: SyncMessage) => {
+    const text = textOf(message);
     const kind = /"kind":"(\w+)"/.exec(text)?.[1] ?? "";
     said.push(kind);
     return kind === "rest" ? [] : [0];

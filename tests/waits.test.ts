@@ -8,7 +8,7 @@ import { type MoveHead, Moves } from "../handover.ts";
 import { parking, type ParkingStore, type Quay } from "../parking.ts";
 import { chatHooks } from "../ai.ts";
 import { type SSEAdapter, sseAdapter, type SyncMessage } from "../server.ts";
-import { MemoryBus } from "./bus.ts";
+import { MemoryBus, textOf } from "./bus.ts";
 import { idle } from "./handover.model.ts";
 import {
   assertEquals,
@@ -214,8 +214,8 @@ test(
             ...driver,
             subscribe: (take) =>
               driver.subscribe((message) => {
-                if (at === 1 && isOf(message.data, "have") && !isDelivered) return;
-                if (at !== 1 || !isOf(message.data, "state")) return take(message);
+                if (at === 1 && isOf(message, "have") && !isDelivered) return;
+                if (at !== 1 || !isOf(message, "state")) return take(message);
                 deliver = () => take(message);
                 held.resolve();
               }),
@@ -389,7 +389,6 @@ test("chats are settled though nobody takes what they say", async () => {
 const everyIsClosing = (peers: Iterable<{ websocket: { readonly readyState?: number } }>) =>
   [...peers].every(({ websocket }) => websocket.readyState === 2);
 
-function isOf(data: SyncMessage["data"], kind: string): boolean {
-  const text = typeof data === "string" ? data : new TextDecoder("latin1").decode(data);
-  return text.includes(`"kind":"${kind}"`);
+function isOf(message: SyncMessage, kind: string): boolean {
+  return textOf(message).includes(`"kind":"${kind}"`);
 }
