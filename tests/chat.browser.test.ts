@@ -142,6 +142,44 @@ for (const server of ["deno", "bun"] as const) {
   }, { timeout, skip });
 }
 
+test("whichever socket is back first, messages stand in their order, and a reader in his place", async (t) => {
+  t.expect(...CUT, "keeps us waiting");
+  const { url } = await run(t, "bun");
+  const ada = await enter(t, url, "Ada", { viewport: { width: 800, height: 600 } });
+  const grace = await enter(t, url, "Grace");
+  const numbers = Array.from({ length: 35 }, (_, n) => `${n + 1}`);
+  const count = async (from: number, to: number) => {
+    for (const text of numbers.slice(from - 1, to)) await say(grace, text);
+  };
+  await count(1, 3);
+  await until(async () => `${await fates(ada, "3")}` === "here,here");
+  const back = deferred<void>(); // our socket's requests get through only from then on
+  await ada.route("**/chat?**", async (route) => {
+    await back.promise;
+    await route.continue();
+  });
+  await ada.click("#cut");
+  for (const name of ["native", "ours"]) await sees(ada, `#${name}-state`, ["reconnecting"]);
+  await count(4, 5);
+  await sees(ada, "#native-state", ["open"]);
+  await count(6, 35);
+  await until(async () => `${await fates(ada, "35")}` === "here,awaited");
+  assertEquals(await texts(ada, said), numbers.toSpliced(3, 2)); // those of the cut are not here
+  await ada.locator("#messages").evaluate((part) => part.scrollTop -= 250);
+  const top = () => ada.getByText("25", { exact: true }).evaluate((part) => {
+    return part.getBoundingClientRect().top;
+  });
+  const before = await top();
+  back.resolve();
+  await sees(ada, said, numbers);
+  assert(Math.abs(await top() - before) < 2, `from ${before} to ${await top()}`);
+  await ada.unrouteAll();
+  await ada.reload();
+  await sees(ada, "#ours-state", ["open"]);
+  await say(grace, "after the reload");
+  await sees(ada, said, [...numbers, "after the reload"]);
+}, { timeout, skip });
+
 test(
   "alone, one is told whom to invite, lets a robot count, and restarts the server",
   async (t) => {
@@ -162,8 +200,7 @@ test(
       undefined,
       { timeout: 20_000 },
     );
-    // One that only the old server's sockets had may stand before those that came late.
-    const counted = (await texts(page, said)).map(Number).sort((a, b) => a - b);
+    const counted = (await texts(page, said)).map(Number);
     assertEquals(counted, Array.from({ length: 40 }, (_, n) => n + 1));
     assertEquals(await texts(page, ".note"), []); // its session went to the new server
     await page.waitForFunction(() => !document.querySelector("[data-fate=awaited]"));
@@ -315,6 +352,7 @@ const SCREENS = {
   "narrow phone": [360, 640],
   "phone on its side": [844, 390],
   laptop: [1280, 720],
+  "laptop, enlarged twofold": [640, 360],
 } as const;
 for (const [screen, [width, height]] of Object.entries(SCREENS)) {
   test(`the demo fits a ${screen}, light and dark`, async (t) => {
@@ -331,6 +369,28 @@ for (const [screen, [width, height]] of Object.entries(SCREENS)) {
     }
   }, { timeout, skip });
 }
+
+test("the demo, enlarged fourfold, is scrolled one way, and has room for messages", async (t) => {
+  const { url } = await run(t, "bun");
+  const page = await enter(t, url, "Ada", { viewport: { width: 320, height: 256 } });
+  await say(page, "Good morning!");
+  await sees(page, said, ["Good morning!"]);
+  const { scroll, log } = await page.evaluate(measure);
+  assertEquals(scroll[0], 0);
+  assertGreater(log, 48); // px for messages
+}, { timeout, skip });
+
+test("a button that tells how long it takes keeps its size", async (t) => {
+  const { url } = await run(t, "bun");
+  const page = await enter(t, url, "Ada");
+  const left = () => page.locator("#restart").evaluate((part) => part.getBoundingClientRect().left);
+  const before = await left();
+  for (const [id, busy] of [["count", /^It counts: /], ["hold", /^Held: /]] as const) {
+    await page.click(`#${id}`);
+    await page.locator(`#${id}`, { hasText: busy }).waitFor();
+    assertEquals(await left(), before);
+  }
+}, { timeout, skip });
 
 /** In the page: what sticks out, and which texts have less contrast than 4.5. */
 function measure() {
