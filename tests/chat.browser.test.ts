@@ -142,43 +142,48 @@ for (const server of ["deno", "bun"] as const) {
   }, { timeout, skip });
 }
 
-test("whichever socket is back first, messages stand in their order, and a reader in his place", async (t) => {
-  t.expect(...CUT, "keeps us waiting");
-  const { url } = await run(t, "bun");
-  const ada = await enter(t, url, "Ada", { viewport: { width: 800, height: 600 } });
-  const grace = await enter(t, url, "Grace");
-  const numbers = Array.from({ length: 35 }, (_, n) => `${n + 1}`);
-  const count = async (from: number, to: number) => {
-    for (const text of numbers.slice(from - 1, to)) await say(grace, text);
-  };
-  await count(1, 3);
-  await until(async () => `${await fates(ada, "3")}` === "here,here");
-  const back = deferred<void>(); // our socket's requests get through only from then on
-  await ada.route("**/chat?**", async (route) => {
-    await back.promise;
-    await route.continue();
-  });
-  await ada.click("#cut");
-  for (const name of ["native", "ours"]) await sees(ada, `#${name}-state`, ["reconnecting"]);
-  await count(4, 5);
-  await sees(ada, "#native-state", ["open"]);
-  await count(6, 35);
-  await until(async () => `${await fates(ada, "35")}` === "here,awaited");
-  assertEquals(await texts(ada, said), numbers.toSpliced(3, 2)); // those of the cut are not here
-  await ada.locator("#messages").evaluate((part) => part.scrollTop -= 250);
-  const top = () => ada.getByText("25", { exact: true }).evaluate((part) => {
-    return part.getBoundingClientRect().top;
-  });
-  const before = await top();
-  back.resolve();
-  await sees(ada, said, numbers);
-  assert(Math.abs(await top() - before) < 2, `from ${before} to ${await top()}`);
-  await ada.unrouteAll();
-  await ada.reload();
-  await sees(ada, "#ours-state", ["open"]);
-  await say(grace, "after the reload");
-  await sees(ada, said, [...numbers, "after the reload"]);
-}, { timeout, skip });
+test(
+  "whichever socket is back first, messages stand in their order, and a reader in his place",
+  async (t) => {
+    t.expect(...CUT, "keeps us waiting");
+    const { url } = await run(t, "bun");
+    const ada = await enter(t, url, "Ada", { viewport: { width: 800, height: 600 } });
+    const grace = await enter(t, url, "Grace");
+    const numbers = Array.from({ length: 35 }, (_, n) => `${n + 1}`);
+    const count = async (from: number, to: number) => {
+      for (const text of numbers.slice(from - 1, to)) await say(grace, text);
+    };
+    await count(1, 3);
+    await until(async () => `${await fates(ada, "3")}` === "here,here");
+    const back = deferred<void>(); // our socket's requests get through only from then on
+    await ada.route("**/chat?**", async (route) => {
+      await back.promise;
+      await route.continue();
+    });
+    await ada.click("#cut");
+    for (const name of ["native", "ours"]) await sees(ada, `#${name}-state`, ["reconnecting"]);
+    await count(4, 5);
+    await sees(ada, "#native-state", ["open"]);
+    await count(6, 35);
+    await until(async () => `${await fates(ada, "35")}` === "here,awaited");
+    assertEquals(await texts(ada, said), numbers.toSpliced(3, 2)); // those of the cut are not here
+    await ada.locator("#messages").evaluate((part) => part.scrollTop -= 250);
+    const top = () =>
+      ada.getByText("25", { exact: true }).evaluate((part) => {
+        return part.getBoundingClientRect().top;
+      });
+    const before = await top();
+    back.resolve();
+    await sees(ada, said, numbers);
+    assert(Math.abs(await top() - before) < 2, `from ${before} to ${await top()}`);
+    await ada.unrouteAll();
+    await ada.reload();
+    await sees(ada, "#ours-state", ["open"]);
+    await say(grace, "after the reload");
+    await sees(ada, said, [...numbers, "after the reload"]);
+  },
+  { timeout, skip },
+);
 
 test(
   "alone, one is told whom to invite, lets a robot count, and restarts the server",
