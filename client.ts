@@ -704,8 +704,8 @@ export class WebSocketSSE extends EventTarget {
     const { readyState, protocol, transport, bufferedAmount, isWaiting } = this;
     const url = this.#url.href.replace(/\/\/.*@|[?].*/g, (part) => part[0] === "?" ? "?…" : "//");
     const { phase } = this.#session;
-    return {
-      WebSocketSSE: { url, readyState, phase, protocol, transport, bufferedAmount, isWaiting },
+    return { // in quotes, as TypeScript 7.0 would rename it, for the class
+      "WebSocketSSE": { url, readyState, phase, protocol, transport, bufferedAmount, isWaiting },
     };
   }
 

@@ -309,6 +309,27 @@ for (const runtime of ["node", "bun", "deno"] as const) {
   }, { timeout });
 }
 
+test(
+  "the tarball's classes are shown by their names, which compilers may take for a variable's",
+  async (t) => {
+    const dir = await project(t, {
+      "main.js": `import { WebSocketSSE } from "duplex-sse/client";
+      import { sseAdapter } from "duplex-sse/server";
+      import { WebSocketStreamSSE } from "duplex-sse/stream";
+      const ws = sseAdapter({ bidir: true, hooks: { open: (peer) => console.log(peer) } });
+      const fetch = (url, init) => ws.fetch(new Request(url, init));
+      const socket = new WebSocketSSE("http://localhost/room", { fetch });
+      const never = () => new Promise(() => {});
+      console.log(socket, new WebSocketStreamSSE("http://localhost/room", { fetch: never }));
+      socket.onopen = () => process.exit();`,
+    });
+    const { out } = await run(node, ["main.js"], { cwd: dir });
+    const shown = out.match(/\b\w+(?=:? \{)/g);
+    assertEquals(shown, ["WebSocketSSE", "WebSocketStreamSSE", "peer"]);
+  },
+  { timeout },
+);
+
 for (const entry of ["jsr:@duplex/sse", "@duplex/sse"]) {
   test(`a program on Deno, from ${entry} as JSR would serve it`, async (t) => {
     const { exports } = JSON.parse(await readFile(join(root, "deno.json"), "utf8"));

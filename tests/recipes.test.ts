@@ -326,16 +326,26 @@ test("authentication by cookie, bearer token and ticket; renewed and revoked", a
   people["by b"].socket.send("as somebody else");
   assertEquals((await people["by b"].closed).code, 1006);
   cookies!.delete("c"); // revoked
+  const statuses: (number | undefined)[] = [];
+  people["by c"].socket.addEventListener("error", ({ status }) => void statuses.push(status));
   people["by c"].socket.send("still there?");
   assertEquals((await people["by c"].closed).code, 1006);
+  assertEquals(statuses, [401]);
   people["by t"].socket.close(1000);
   await people["by t"].closed;
 }, { timeout: 30_000 });
 
 test("one's own app in vitest, with node, jsdom and happy-dom, without a port", async (t) => {
+  const own = await recipe("app.test.ts");
+  const stubbed = own.replace("{ expect, test }", "{ expect, test, vi }").replace(
+    /(const socket = .+), \{\s+fetch: (.+),\s+\}\)/,
+    'vi.stubGlobal("fetch", $2);\n$1)',
+  );
+  assertStringIncludes(stubbed, 'WebSocketSSE("http://test/room");');
   const folder = await project(t, {
     "package.json": '{ "type": "module" }',
-    "app.test.ts": await recipe("app.test.ts"),
+    "app.test.ts": own,
+    "stubbed.test.ts": stubbed,
   });
   const vitest = join(root, "node_modules/vitest/vitest.mjs");
   for (const environment of ["node", "jsdom", "happy-dom"]) {
@@ -345,7 +355,7 @@ test("one's own app in vitest, with node, jsdom and happy-dom, without a port", 
       env: { ...process.env, NO_COLOR: "1" },
     });
     const { stdout } = await run.catch((error) => error);
-    assertMatch(stdout, /Tests +1 passed/, environment);
+    assertMatch(stdout, /Tests +2 passed/, environment);
   }
 }, { timeout: 90_000, skip: needs("node-24") });
 
