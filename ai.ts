@@ -179,7 +179,7 @@ export interface ChatOptions<UIMessage = ChatMessage, Context = Record<string, u
    */
   maxLog?: number | undefined;
   /**
-   * The most that is kept of all answers. Beyond, those that have ended are forgotten, the oldest
+   * The most that is kept of all answers, likewise. Beyond, those that have ended are forgotten, the oldest
    * first, and the one that grows cannot be resumed. Default: 256 Mi.
    */
   maxTotalLog?: number | undefined;

@@ -375,7 +375,7 @@ export interface Peer<Context = PeerContext> {
   waitForDrain(options?: WaitForDrainOptions): Promise<void>;
   /**
    * Sends a message. Strings go as text, bytes as binary, objects as JSON; an array of bytes goes
-   * as binary, as in crossws, and any other array is a TypeError.
+   * as binary, as in crossws. Any other array is a TypeError, and so is a Blob: read it first.
    * Returns the bytes queued, -1 when they must wait, 0 when the peer is closed.
    * A peer already past `maxBufferedAmount` is closed with 1013.
    */
@@ -385,13 +385,13 @@ export interface Peer<Context = PeerContext> {
   /** Ends a subscription. */
   unsubscribe(topic: string): void;
   /**
-   * Sends to all other subscribers of the topic in this peer's namespace. Where more is published
+   * Sends to all other subscribers of the topic in this peer's namespace, as `send` does. Where more is published
    * to 64 peers or more than the runtime can write one by one, a publication waits while the last
    * is being written, and at most 20 ms longer, so that what comes meanwhile shares chunks.
    */
   publish(topic: string, data: unknown, options?: { compress?: boolean }): void;
   /**
-   * Closes after all that was sent before.
+   * Closes after all that was sent before. Without a code, the client sees 1005.
    *
    * @throws {RangeError} if the code is not one that may be sent (1000 to 1014
    * without 1004 to 1006, or 3000 to 4999), or the reason is over 123 bytes.
@@ -399,7 +399,10 @@ export interface Peer<Context = PeerContext> {
   close(code?: number, reason?: string): void;
   /** Drops the session at once, with no word to the client, which sees 1006. */
   terminate(): void;
-  /** Asks the client for a sign of life; at most 125 bytes. Answered by the `pong` hook. */
+  /**
+   * Asks the client for a sign of life. Answered by the `pong` hook.
+   * @throws {RangeError} for more than 125 bytes.
+   */
   ping(data?: unknown): number | void | undefined;
   /** The id. */
   toString(): string;
@@ -564,7 +567,7 @@ export interface Packed {
   topics: string[];
   /** In ms. */
   heartbeatInterval: number;
-  /** The number of the last message up, and the bytes that are handled. */
+  /** The number of the last message up. */
   received: number;
   /** Encoded bytes of messages up whose hooks have settled. */
   handled: number;
