@@ -179,8 +179,8 @@ export interface ChatOptions<UIMessage = ChatMessage, Context = Record<string, u
    */
   maxLog?: number | undefined;
   /**
-   * The most that is kept of all answers, likewise. Beyond, those that have ended are forgotten, the oldest
-   * first, and the one that grows cannot be resumed. Default: 256 Mi.
+   * The most that is kept of all answers, likewise. Beyond, those that have ended are forgotten,
+   * the oldest first, and the one that grows cannot be resumed. Default: 256 Mi.
    */
   maxTotalLog?: number | undefined;
   /**

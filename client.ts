@@ -521,7 +521,7 @@ export class WebSocketSSE extends EventTarget {
     this.#setHandler("message", handler);
   }
 
-  /** Handler of `error`. */
+  /** Handler of `error`, typed as a `WebSocket`'s: by `addEventListener` its `status` is known, too. */
   get onerror(): EventHandler<Event> {
     return this.#handlerOf("error");
   }

@@ -385,9 +385,10 @@ export interface Peer<Context = PeerContext> {
   /** Ends a subscription. */
   unsubscribe(topic: string): void;
   /**
-   * Sends to all other subscribers of the topic in this peer's namespace, as `send` does. Where more is published
-   * to 64 peers or more than the runtime can write one by one, a publication waits while the last
-   * is being written, and at most 20 ms longer, so that what comes meanwhile shares chunks.
+   * Sends to all other subscribers of the topic in this peer's namespace, as `send` does. Where
+   * more is published to 64 peers or more than the runtime can write one by one, a publication
+   * waits while the last is being written, and at most 20 ms longer, so that what comes meanwhile
+   * shares chunks.
    */
   publish(topic: string, data: unknown, options?: { compress?: boolean }): void;
   /**
