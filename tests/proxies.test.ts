@@ -12,6 +12,7 @@ import {
   assert,
   assertEquals,
   assertLess,
+  freePort,
   needs,
   note,
   sleep,
@@ -266,6 +267,31 @@ for (const transport of ["auto", "stream"] as const) {
     { timeout, skip: needs("nginx", "openssl") },
   );
 }
+
+test(
+  "nginx, as documented, asks an instance that has been replaced, as soon as it is there",
+  async (t) => {
+    const ports = [await freePort(), await freePort()] as const;
+    const start = (port: number) => t.serve(() => new Response(`${port}`), { port });
+    const [first, second] = [await start(ports[0]), await start(ports[1])];
+    const { url } = await proxy(t, "nginx", ports[0], {
+      configuration: "documented",
+      other: ports[1],
+    });
+    const answers = async () => {
+      const answers = [];
+      for (let n = 0; n < 4; n++) answers.push(await (await fetch(url)).text());
+      return answers;
+    };
+    assertEquals(new Set(await answers()), new Set(ports.map(String)));
+    await first.close();
+    assertEquals(await answers(), Array(4).fill(`${ports[1]}`));
+    await start(ports[0]);
+    await second.close();
+    assertEquals(await answers(), Array(4).fill(`${ports[0]}`));
+  },
+  { timeout, skip: needs("nginx", "openssl") },
+);
 
 test("nginx, as shipped: a single message over its cap of 1 MiB closes with 1009", async (t) => {
   const { port, peers } = await site(t, "nginx");

@@ -27,6 +27,8 @@ export interface ProxyOptions {
   idle?: number;
   /** Which block of docs/proxies.md ModSecurity is given besides what Debian ships. */
   rules?: "modsecurity type" | "modsecurity path";
+  /** The port of another instance, which nginx has as documented. */
+  other?: number;
 }
 
 export interface Proxy {
@@ -51,7 +53,7 @@ export async function proxy(
   t: TestContext,
   name: ProxyName,
   target: number,
-  { configuration = "shipped", idle, rules }: ProxyOptions = {},
+  { configuration = "shipped", ...options }: ProxyOptions = {},
 ): Promise<Proxy> {
   const folder = await mkdtemp(join(tmpdir(), `duplex-${name}-`));
   t.defer(() => rm(folder, { recursive: true, force: true }));
@@ -63,7 +65,7 @@ export async function proxy(
   for (let tries = 1;; tries++) {
     const [port, securePort] = [await freePort(), await freePort()];
     const places = { target, port, securePort, folder };
-    const text = await configurations[name](places, configuration, { idle, rules });
+    const text = await configurations[name](places, configuration, options);
     const file = join(folder, name === "caddy" ? "Caddyfile" : `${name}.conf`);
     await writeFile(file, text);
     const problem = await run(t, name, file, [port, securePort], folder);
@@ -165,15 +167,19 @@ const configurations: Record<
   (
     places: Places,
     configuration: Configuration,
-    options: Pick<ProxyOptions, "idle" | "rules">,
+    options: Omit<ProxyOptions, "configuration">,
   ) => Promise<string>
 > = {
-  async nginx({ target, port, securePort, folder }, configuration, { idle }) {
+  async nginx({ target, port, securePort, folder }, configuration, { idle, other }) {
+    const upstream = other && adapt(await documented("nginx upstream"), {
+      "10.0.0.1:8000": `127.0.0.1:${target}`,
+      "10.0.0.2:8000": `127.0.0.1:${other}`,
+    });
     const server = configuration === "documented"
       ? adapt(await documented("nginx"), {
         "listen 80;": `listen 127.0.0.1:${port};`,
         "listen 443 ": `listen 127.0.0.1:${securePort} `,
-        "127.0.0.1:8000": `127.0.0.1:${target}`,
+        "127.0.0.1:8000": upstream ? "app" : `127.0.0.1:${target}`,
         "/etc/ssl/example.com.crt": `${folder}/cert.pem`,
         "/etc/ssl/example.com.key": `${folder}/key.pem`,
       })
@@ -206,7 +212,9 @@ ${temporary}  sendfile on;
   include /etc/nginx/mime.types;
   default_type application/octet-stream;
   gzip on;
-${idle ? `  proxy_read_timeout ${idle}s;\n  client_body_timeout ${idle}s;\n` : ""}${server}}
+${idle ? `  proxy_read_timeout ${idle}s;\n  client_body_timeout ${idle}s;\n` : ""}${
+      upstream ?? ""
+    }${server}}
 `;
   },
 
