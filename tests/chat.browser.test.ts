@@ -247,6 +247,24 @@ test(
   { timeout, skip },
 );
 
+test("what a killed server has not acknowledged goes to the next one", async (t) => {
+  t.expect(...CUT, /status of 404|Lost: the answer was 404|No answer from instance/);
+  const port = await freePort();
+  const first = await run(t, "node-24", port);
+  const ada = await enter(t, first.url, "Ada");
+  first.child.kill("SIGKILL");
+  await first.child.exited;
+  await sees(ada, "#ours-state", ["reconnecting"]);
+  await say(ada, "Written before it is known to be over");
+  assertEquals((await texts(ada, ".note")).length, 1); // which is about Node
+  await run(t, "node-24", port);
+  await until(
+    async () => (await fates(ada, "Written before it is known to be over"))[1] === "late",
+    { timeout: 60_000 },
+  );
+  assertMatch((await texts(ada, ".note"))[1]!, /^The session is over \(1006\)/);
+}, { timeout, skip });
+
 testOnce(
   "a page is loaded again in the middle of a conversation: nobody notices, and nothing is missing",
   async (t) => {
