@@ -41,6 +41,8 @@ const MAX_PENDING_BYTES = 64 * 1024 * 1024;
 const DEFAULT_TIMEOUT = 2_000;
 /** How long bytes count as on their way: a store that has not settled by then may never do so. */
 const PUT_PATIENCE = 30_000;
+/** How often an instance that ends tries again to bring back what it has taken. */
+const LAST_PERIOD = 100;
 /** How much longer than its client is waited for a session stays in the store. */
 const SLACK = 30_000;
 /** How long an instance knows which sessions have left it for the store. */
@@ -49,6 +51,7 @@ const MAX_REMEMBERED = 100_000;
 /** In a second. */
 const MAX_REPORTS = 10;
 const SILENT = "The store of parked sessions does not answer";
+const MISPLACED = "What is parked is not what its name says";
 
 const encoder: TextEncoder = new TextEncoder();
 const decoder: TextDecoder = new TextDecoder();
@@ -235,6 +238,7 @@ export class Parking implements SessionParking {
   /** Sessions that are being taken out of the store here, by name. */
   readonly #landing: Map<string, Promise<boolean>> = new Map();
   readonly #waits: Waits = new Waits();
+  readonly #ticks: Ticks = new Ticks(() => this.#quay.wake());
   /** Those that are to be parked once their hooks have settled. */
   readonly #busy: Busy = new Busy();
   /** Those for which something is on its way to the store, for as long as that may take. */
@@ -267,7 +271,7 @@ export class Parking implements SessionParking {
 
   /** Something is kept that a tick will look at. */
   get remembers(): boolean {
-    return this.#parked.size + this.#gone.size + this.#gate.size > 0;
+    return this.#parked.size + this.#gone.size + this.#gate.size + this.#ticks.size > 0;
   }
 
   /** The store has failed when it was asked last, or has not answered for the session: that may be there. */
@@ -476,7 +480,7 @@ export class Parking implements SessionParking {
   /** It was given up here by then: the next who asks for it is to find it. */
   async #cameLate({ token }: Parked, found: Landing): Promise<void> {
     if (this.whereabouts(token) !== "") return; // somebody is known to have it
-    await putBack(this.#store, this.#quay, token, found).catch((error) => this.#fail(error));
+    await this.#bring(this.#retrieval(token, found), () => Promise.resolve(false));
   }
 
   /** Anybody can put anything there, once it is taken. */
@@ -540,6 +544,7 @@ export class Parking implements SessionParking {
       else if (parked.phase !== "left") this.#leave(parked, "");
     }
     this.#waits.end();
+    this.#ticks.end(this.#options.timeout);
   }
 
   // --- The instance that its client comes to ---
@@ -564,46 +569,43 @@ export class Parking implements SessionParking {
 
   /** `answered`: the store has no more to say. */
   async #fetch(asking: Asking, token: string, answered: () => void): Promise<boolean> {
+    const one = this.#retrieval(token);
     try {
-      const found = await this.#take(asking, token).finally(answered);
+      const isFound = await one.find(asking).finally(answered);
       this.#failing = false;
-      if (!found) return false;
-      if (!await this.#land(asking.session, found)) {
-        await putBack(this.#store, this.#quay, token, found);
-      }
-      return true;
+      if (!isFound) return false;
     } catch (error) {
       this.#fail(error);
-      return false;
+      if (!one.isOurs) return false;
     }
+    return await this.#bring(one, (found) => this.#land(asking, found));
   }
 
-  /** "Who takes the session has it": the pointer alone decides nothing. */
-  async #take({ namespace }: Asking, token: string): Promise<Landing | undefined> {
-    const key = await keyOf(this.#quay, token);
-    const pointer = await this.#store.take(key);
-    if (!pointer) return;
-    const [{ id, until, namespace: own }] = await open(this.#quay, token, pointer, "pointer", key);
-    const left = until - this.#now;
-    if (left <= 0) return void this.#report(tooOld(left));
-    const returned = () => this.#store.put(key, copy(pointer), left);
-    if (own !== namespace) return void await returned();
-    let bytes: Uint8Array | null | undefined;
-    try {
-      bytes = await this.#store.take(id);
-    } catch (error) {
-      await returned();
-      throw error;
+  #retrieval(token: string, found?: Landing): Retrieval {
+    return new Retrieval(this.#store, this.#quay, token, found, {
+      put: async (key, bytes, ttl) => {
+        await this.#ticks.within(this.#options.timeout, this.#store.put(key, bytes, ttl));
+      },
+      report: (error) => this.#report(error),
+    });
+  }
+
+  /** "Where that fails it is tried again", since nobody else can come to the session meanwhile. */
+  async #bring(one: Retrieval, land: (found: Landing) => Promise<boolean>): Promise<boolean> {
+    for (;;) {
+      try {
+        return await one.bring(land);
+      } catch (error) {
+        this.#fail(error);
+      }
+      if (one.until <= this.#now || !await this.#ticks.next(one.size)) return false;
     }
-    if (!bytes) return;
-    const [label, state] = await open(this.#quay, token, bytes, "session", key);
-    if (label.id !== id) throw new Error("What is parked is not what its name says");
-    return { ...label, state };
   }
 
   /** The store answers for who has parked the session, as any owner does. */
-  async #land(session: string, { id, from, state, counts }: Landing): Promise<boolean> {
-    if (!this.#quay.asks(session)) return false;
+  async #land({ session, namespace }: Asking, found: Landing): Promise<boolean> {
+    const { id, from, state, counts } = found;
+    if (found.namespace !== namespace || !this.#quay.asks(session)) return false;
     if (!await this.#quay.take(session, state, counts)) return false;
     this.#quay.confirm(from, id, session);
     return true;
@@ -630,6 +632,7 @@ export class Parking implements SessionParking {
     const now = this.#now;
     const { resumeTimeout } = this.#quay.host;
     if (this.#gate.tick(period, this.#options.timeout)) this.#fail(new Error(SILENT));
+    this.#ticks.tick(period);
     for (const parked of [...this.#parked.values()]) {
       parked.age += period;
       const { phase, age, since } = parked;
@@ -726,6 +729,80 @@ class Waits {
 
   end(): void {
     for (const end of this.#ends) end();
+  }
+}
+
+/** Time, by ticks; and by a timer once no more come, for who is not done by then. */
+class Ticks {
+  readonly #wake: () => void;
+  readonly #listeners: Set<(period: number) => void> = new Set();
+  /** In bytes: what those hold that wait for the next one. */
+  #held = 0;
+  /** How long the instance goes on, once it ends. */
+  #left = Infinity;
+  #timer: ReturnType<typeof setInterval> | undefined;
+
+  constructor(wake: () => void) {
+    this.#wake = wake;
+  }
+
+  /** Who waits. */
+  get size(): number {
+    return this.#listeners.size;
+  }
+
+  /** The next one. False: none comes, or there is no room for what is held meanwhile. */
+  async next(size: number): Promise<boolean> {
+    if (this.#left <= 0 || this.#held + size > MAX_PENDING_BYTES) return false;
+    this.#held += size;
+    await new Promise<void>((resolve) => {
+      const listener = () => {
+        this.#listeners.delete(listener);
+        resolve();
+      };
+      this.#listen(listener);
+    });
+    this.#held -= size;
+    return true;
+  }
+
+  /** What the store does not do in so much time has failed, though it may yet come. */
+  async within(time: number, doing: MaybePromise<unknown>): Promise<void> {
+    let age = 0;
+    let listener = (_period: number) => {};
+    const late = new Promise<never>((_, reject) => {
+      listener = (period) => {
+        if ((age += period) > time) reject(new Error(SILENT));
+      };
+    });
+    this.#listen(listener);
+    await Promise.race([doing, late]).finally(() => this.#listeners.delete(listener));
+  }
+
+  #listen(listener: (period: number) => void): void {
+    this.#listeners.add(listener);
+    this.#wake();
+    this.#run();
+  }
+
+  tick(period: number): void {
+    for (const listener of [...this.#listeners]) listener(period);
+  }
+
+  end(time: number): void {
+    this.#left = time;
+    this.#run();
+  }
+
+  #run(): void {
+    if (this.#left === Infinity || this.#timer !== undefined || !this.size) return;
+    this.#timer = setInterval(() => {
+      this.#left -= LAST_PERIOD;
+      this.tick(LAST_PERIOD);
+      if (this.size) return;
+      clearInterval(this.#timer);
+      this.#timer = undefined;
+    }, LAST_PERIOD);
   }
 }
 
@@ -851,23 +928,122 @@ function isStill({ phase }: Parked, then: Phase): boolean {
   return phase === then;
 }
 
-// --- Values in the store ---
-
-/** Nobody waits for it here any more: it waits for the next who does, under another name. */
-async function putBack(
-  store: ParkingStore,
-  quay: Quay,
-  token: string,
-  { state, ...label }: Landing,
-): Promise<void> {
-  const left = label.until - quay.now();
-  const id = hex(crypto.getRandomValues(new Uint8Array(16)));
-  const seal = (kind: Label["kind"], rest?: Bytes) =>
-    quay.seal(token, encode({ ...label, id, kind }, rest));
-  await store.put(id, await seal("session", state), left);
-  const pointer = await seal("pointer");
-  await Promise.all(label.keys.map(async (key) => await store.put(key, pointer, left)));
+/** What a retrieval needs besides the store itself. */
+interface Line {
+  /** As of the store, and rejects where that is not done in time. */
+  put(key: string, bytes: Bytes, ttl: number): Promise<void>;
+  report(error: unknown): void;
 }
+
+/**
+ * A session on its way out of the store: by the pointer to it, to who waits for it here, or else
+ * back there. Where a step fails it is in this instance's hands, or nobody else knows where it is.
+ */
+class Retrieval {
+  readonly #store: ParkingStore;
+  readonly #quay: Quay;
+  readonly #token: string;
+  readonly #line: Line;
+  /** Its name in the store, whoever takes it by that. */
+  #id: string | undefined;
+  /** It was taken by that name. */
+  #found: Landing | undefined;
+  /** The pointer that led to it, and until when it may be taken. */
+  #key: string | undefined;
+  #until = 0;
+
+  constructor(
+    store: ParkingStore,
+    quay: Quay,
+    token: string,
+    found: Landing | undefined,
+    line: Line,
+  ) {
+    this.#store = store;
+    this.#quay = quay;
+    this.#line = line;
+    this.#token = token;
+    this.#found = found;
+    if (found) this.#until = found.until;
+  }
+
+  /** It is here, or nothing points to it, for all that is known. */
+  get isOurs(): boolean {
+    return this.#id !== undefined || this.#found !== undefined;
+  }
+
+  /** By the clock of the day. */
+  get until(): number {
+    return this.#until;
+  }
+
+  /** In bytes. */
+  get size(): number {
+    return this.#found?.state.length ?? 0;
+  }
+
+  /** "Who takes the session has it": the pointer alone decides nothing. False: it is not there. */
+  async find({ namespace }: Asking): Promise<boolean> {
+    const key = this.#key = await keyOf(this.#quay, this.#token);
+    const pointer = await this.#store.take(key);
+    if (!pointer) return false;
+    const [label] = await open(this.#quay, this.#token, pointer, "pointer", key);
+    const left = label.until - this.#quay.now();
+    if (left <= 0) {
+      this.#line.report(tooOld(left));
+      return false;
+    }
+    this.#until = label.until;
+    this.#id = label.id;
+    const returned = async () => {
+      await this.#line.put(key, copy(pointer), left);
+      this.#id = undefined; // the next who follows it decides
+    };
+    if (label.namespace === namespace) return await this.#take(returned);
+    await returned();
+    return false;
+  }
+
+  /** False: somebody else has it. */
+  async #take(failed = () => Promise.resolve()): Promise<boolean> {
+    const id = this.#id!;
+    let bytes: Uint8Array | null | undefined;
+    try {
+      bytes = await this.#store.take(id);
+    } catch (error) {
+      await failed();
+      throw error;
+    }
+    this.#id = this.#found = undefined;
+    if (!bytes) return false;
+    const [label, state] = await open(this.#quay, this.#token, bytes, "session", this.#key);
+    if (label.id !== id) throw new Error(MISPLACED);
+    this.#found = { ...label, state };
+    return true;
+  }
+
+  /**
+   * Gives it to `land`, or parks it again, under another name. False: somebody else has it. Where it
+   * throws it may be tried again.
+   */
+  async bring(land: (found: Landing) => Promise<boolean>): Promise<boolean> {
+    if (this.#id !== undefined && !await this.#take()) return false;
+    if (!this.#found) return false; // it was not what its name says
+    if (await land(this.#found)) return true;
+    const { state, ...label } = this.#found;
+    const left = label.until - this.#quay.now();
+    const id = hex(crypto.getRandomValues(new Uint8Array(16)));
+    const seal = (kind: Label["kind"], rest?: Bytes) =>
+      this.#quay.seal(this.#token, encode({ ...label, id, kind }, rest));
+    await this.#line.put(id, await seal("session", state), left);
+    const pointer = await seal("pointer");
+    this.#id = id; // whoever follows one of the pointers can take it
+    await Promise.all(label.keys.map((key) => this.#line.put(key, pointer, left)));
+    return true;
+  }
+}
+
+// --- Values in the store ---
 
 /** The length of the label, the label, and what it stands on. */
 function encode(label: Label, rest: Bytes = new Uint8Array()): Bytes {
@@ -890,12 +1066,13 @@ async function open(
   token: string,
   bytes: Uint8Array,
   kind: Label["kind"],
-  key: string,
+  key: string | undefined,
 ): Promise<[Label, Bytes]> {
   const opened = decode(await quay.unseal(token, copy(bytes)));
   // "Each says which pointers belong to it": nothing older can stand in for it.
-  if (opened[0].kind === kind && opened[0].keys.includes(key)) return opened;
-  throw new Error("What is parked is not what its name says");
+  const [{ kind: is, keys }] = opened;
+  if (is === kind && (key === undefined || keys.includes(key))) return opened;
+  throw new Error(MISPLACED);
 }
 
 /** "The pointer's name is made of the whole token", which each answer to a resumption renews. */

@@ -106,7 +106,7 @@ const PARKING_RULES: Record<string, [string, string]> = {
     "",
   ],
   "an older state does not stand in for a newer one": [
-    "&& opened[0].keys.includes(key)",
+    "&& (key === undefined || keys.includes(key))",
     "",
   ],
   "a token's mark is another one in each answer": [
@@ -114,8 +114,12 @@ const PARKING_RULES: Record<string, [string, string]> = {
     "return '';",
   ],
   "what nobody waits for any more is parked again": [
-    "if (!await this.#land(asking.session, found)) {",
-    "if (!await this.#land(asking.session, found), false) {",
+    "if (await land(this.#found)) return true;",
+    "await land(this.#found); return true;",
+  ],
+  "what something points to is taken again before it is put back once more": [
+    "this.#id = id; // whoever",
+    "// whoever",
   ],
   "a session that has come is parked here no more": [
     'if (parked) this.#leave(parked, "");',

@@ -697,17 +697,108 @@ test("what an instance has taken out of the store as it ends is there again once
   proxy.choose = () => 1;
   const early = client.resume(1, 0).then((back) => t.use(back), () => {});
   await until(() => store.values.size < kept - 1); // the session is on its way out
+  const { fault } = store;
+  let fails = true;
+  store.fault = (step, key, go) => {
+    if (step === "take" || !fails) return fault(step, key, go);
+    fails = false;
+    throw new Error("the store failed once");
+  };
   await b!.ws.close(1012);
   const after = store.values.size;
   store.fault = (_step, _key, go) => go();
   await early;
   assertEquals(after, kept);
-  assertEquals(errors, ["The store of parked sessions does not answer"]);
+  const expected = ["The store of parked sessions does not answer", "the store failed once"];
+  assertEquals(errors, expected);
   await fleet.start();
   proxy.choose = () => 2;
   const back = t.use(await client.resume(2, 0));
   assertEquals(await back.message(), "one 1 at 0");
 });
+
+for (const step of ["return the pointer", "put the session", "put a pointer"] as const) {
+  for (const how of ["fails", "is executed, and its answer lost", "never answers"]) {
+    test(`what an instance has taken for nobody is not lost when to ${step} ${how}`, async (t) => {
+      const fleet = await start(t, { count: 3, patience: 500, timeout: 1_000 });
+      const { instances: [a], told, proxy, store } = fleet;
+      const client = await wireClient(t, `${proxy.url}/room`);
+      await client.send("one");
+      await client.message();
+      await leave(a!, client);
+      await close(fleet, 0);
+      const gate = deferred();
+      const done = { take: 0, put: 0 };
+      const bad = { "return the pointer": 1, "put the session": 1, "put a pointer": 2 }[step];
+      store.fault = async (kind, _key, go) => {
+        const n = ++done[kind];
+        if (kind === "take" && n === 2) {
+          await gate.promise;
+          if (step === "return the pointer") throw new Error("the store is away");
+        }
+        if (kind !== "put" || n !== bad) return go();
+        if (how === "never answers") return new Promise(() => {});
+        if (how !== "fails") go();
+        throw new Error("the store failed");
+      };
+      proxy.choose = () => 1;
+      const statusOf = (attempt: number) =>
+        client.resume(attempt, 1).then((back) => (back.drop(), 200), ({ status }) => status);
+      assertEquals(await statusOf(1), 503, "it takes too long, and is given up");
+      gate.resolve();
+      await until(() => done.put > 1 || store.values.size > 1, { timeout: 10_000 });
+      proxy.choose = () => 2;
+      for (let attempt = 2;; attempt++) {
+        const back = await client.resume(attempt, 1).catch(({ status }) => status as number);
+        if (typeof back === "number") {
+          assertEquals(back, 503);
+          continue;
+        }
+        t.use(back);
+        await back.send("two");
+        assertEquals(await back.message(), "two 2 at 2");
+        break;
+      }
+      assertEquals(told, ["open 0", "suspend 0", "revive 2"]);
+    }, { timeout: 20_000 });
+  }
+}
+
+test(
+  "what cannot be put back is taken by who asks for it again, and not told to be over meanwhile",
+  async (t) => {
+    const fleet = await start(t, { count: 3, patience: 500 });
+    const { instances: [a], told, proxy, store } = fleet;
+    const client = await wireClient(t, `${proxy.url}/room`);
+    await leave(a!, client);
+    await close(fleet, 0);
+    const gate = deferred();
+    let puts = 0;
+    store.fault = async (step, _key, go) => {
+      if (step === "take") await gate.promise;
+      else if (++puts) throw new Error("the store is full");
+      return go();
+    };
+    proxy.choose = () => 1;
+    const statusOf = (attempt: number) =>
+      client.resume(attempt, 0).then(
+        (back) => (t.use(back), 200),
+        ({ status }) => status as number,
+      );
+    assertEquals(await statusOf(1), 503);
+    gate.resolve();
+    await until(() => puts > 2);
+    proxy.choose = () => 2;
+    assertEquals(await statusOf(2), 503);
+    proxy.choose = () => 1;
+    for (let attempt = 3, status = 503; status !== 200; attempt++) {
+      assertEquals(status, 503);
+      status = await statusOf(attempt);
+    }
+    assertEquals(told, ["open 0", "suspend 0", "revive 1"]);
+  },
+  { timeout: 20_000 },
+);
 
 for (const limit of ["", "maxBufferedAmount", "maxTotalBufferedAmount"]) {
   const what = limit ? `more than ${limit} is` : "10,500 small publications are";
