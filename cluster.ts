@@ -2290,10 +2290,10 @@ function isHead(head: unknown): head is Head {
     return typeof namespace === "string" && typeof topic === "string" &&
       (from === undefined || isInstance(from) && Number.isSafeInteger(n));
   }
-  if (kind === "present") return isInstance(instance) && typeof commitment === "string";
+  if (kind === "present") return isInstance(instance) && isHex(commitment, 64); // it is kept
   if (kind === "hello") return isInstance(from);
   if (kind === "bye") return isInstance(instance) && typeof secret === "string";
-  if (typeof id !== "string" || !/^[0-9a-f]{32}$/.test(id)) return false;
+  if (!isHex(id, 32)) return false;
   const names = ["request", "where", "adopt", "state", "adopted", "rest", "have", "taken"]
     .includes(kind as string);
   if (names && (typeof session !== "string" || !isInstance(from))) return false;
@@ -2302,7 +2302,11 @@ function isHead(head: unknown): head is Head {
 
 /** The id of an instance. */
 function isInstance(value: unknown): value is string {
-  return typeof value === "string" && /^[0-9a-f]{16}$/.test(value);
+  return isHex(value, 16);
+}
+
+function isHex(value: unknown, length: number): value is string {
+  return typeof value === "string" && value.length === length && !/[^0-9a-f]/.test(value);
 }
 
 // --- Requests and responses ---

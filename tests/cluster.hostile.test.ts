@@ -414,6 +414,118 @@ test("a request is served once, and not half a minute before or after its time",
   assertEquals(one.got, ["hi"]);
 });
 
+type Fields = Record<string, unknown>;
+/** By field, what is not taken for it. */
+type Wrong = Record<string, unknown[]>;
+
+/** Of each kind of message a head that is well formed, and what each of its fields must not be. */
+const ID = "a".repeat(32);
+const INSTANCE = "b".repeat(16);
+const [NO_ID, NO_INSTANCE, NO_TEXT, NO_NUMBER]: unknown[][] = [
+  [undefined, null, 1, "", ID.slice(1), `${ID}a`, ID.toUpperCase(), [ID]],
+  [undefined, null, 1, "", INSTANCE.slice(1), `${INSTANCE}b`, "*".repeat(16), [INSTANCE]],
+  [undefined, null, 1, {}, ["text"]],
+  [undefined, null, "1", {}],
+];
+const named = { id: ID, session: "c".repeat(32), from: INSTANCE };
+const NAMED: Wrong = { id: NO_ID, session: NO_TEXT, from: NO_INSTANCE };
+const moves = ["where", "adopt", "state", "adopted", "rest", "have", "taken"];
+const HEADS: [head: Fields, wrong: Wrong][] = [
+  [
+    { kind: "publication", namespace: "/", topic: "all", binary: false, from: INSTANCE, n: 1 },
+    {
+      ...{ namespace: NO_TEXT, topic: NO_TEXT, from: NO_INSTANCE.slice(1) },
+      n: [...NO_NUMBER, 1.5, 2 ** 53],
+    },
+  ],
+  [
+    { kind: "present", instance: INSTANCE, commitment: "d".repeat(64) },
+    { instance: NO_INSTANCE, commitment: [...NO_TEXT, "d".repeat(63), "d".repeat(65)] },
+  ],
+  [{ kind: "bye", instance: INSTANCE, secret: "" }, { instance: NO_INSTANCE, secret: NO_TEXT }],
+  [{ kind: "hello", from: INSTANCE }, { from: NO_INSTANCE }],
+  [{ ...named, kind: "request", time: 0 }, { ...NAMED, time: NO_NUMBER }],
+  ...moves.map((kind) => [{ ...named, kind }, NAMED] as [Fields, Wrong]),
+  ...["answer", "moved", "alive", "credit", "cancel", "unknown"].map((kind) =>
+    [{ kind, id: ID }, { id: NO_ID }] as [Fields, Wrong]
+  ),
+];
+
+/** Gives an instance what comes, and returns what it has told of that. */
+async function stranger(t: TestContext) {
+  let deliver!: (message: SyncMessage) => void;
+  const adapter = () => ({
+    subscribe: (given: typeof deliver) => void (deliver = given),
+    publish() {},
+  });
+  const { errors, url } = await start(t, adapter);
+  const { now } = performance;
+  let ahead = 0; // else there is one report a second
+  t.defer(() => performance.now = now);
+  performance.now = () => now.call(performance) + ahead;
+  const topic = (await wireClient(t, url)).token.slice(0, 16);
+  return async (data: SyncMessage["data"]) => {
+    errors.length = 0;
+    ahead += 1_001;
+    deliver({ namespace: "\0duplex", topic, data });
+    await sleep(0);
+    return errors.join();
+  };
+}
+
+const GARBAGE = "delivery: Garbage on the backplane";
+
+test("a head of which one field is not what it must be is garbage, whatever its kind", async (t) => {
+  const tell = await stranger(t);
+  const told = async (head: unknown) => await tell(await message(STRANGER, head as Fields));
+  for (const head of [null, 1, "text", [], {}, { kind: "else" }]) {
+    assertEquals(await told(head), GARBAGE, JSON.stringify(head));
+  }
+  for (const [head, wrong] of HEADS) {
+    assert(!/Garbage/.test(await told(head)), `well formed: ${JSON.stringify(head)}`);
+    for (const [field, values] of Object.entries(wrong)) {
+      for (const value of values) {
+        const bad = { ...head, [field]: value };
+        assertEquals(await told(bad), GARBAGE, JSON.stringify(bad));
+      }
+    }
+  }
+  assertEquals(
+    await told({ kind: "else", id: ID }),
+    "delivery: A message of an unknown kind on the backplane",
+  );
+});
+
+test("what is no message at all is garbage: of any size, any index, any length of a head", async (t) => {
+  const tell = await stranger(t);
+  const good = await message(STRANGER, { kind: "hello", from: INSTANCE });
+  const changed = (change: (view: DataView) => void) => {
+    const bytes = good.slice();
+    change(new DataView(bytes.buffer));
+    return bytes;
+  };
+  const wrong: [string, string | Uint8Array][] = [
+    ["text", "text".repeat(20)],
+    ["nothing", new Uint8Array()],
+    ["less than a fragment's header", good.slice(0, 24)],
+    ["less than a message's header", good.slice(0, 25 + 35)],
+    ["less than its head", good.slice(0, -1)],
+    ["an index beyond", changed((view) => view.setUint32(17, 1))],
+    ["of no fragments", changed((view) => view.setUint32(21, 0))],
+    ["of more fragments than there may be", changed((view) => view.setUint32(21, 2 ** 32 - 1))],
+    ["a head longer than all", changed((view) => view.setUint32(57, 2 ** 32 - 1))],
+    ["a head that is said to be longer", changed((view) => view.setUint32(57, good.length - 60))],
+    ["no head", changed((view) => view.setUint32(57, 0))],
+    ["a head that is cut", changed((view) => view.setUint32(57, good.length - 61 - 1))],
+  ];
+  for (const [what, data] of wrong) assertEquals(await tell(data), GARBAGE, what);
+  const next = changed((view) => view.setUint8(0, 2));
+  assertEquals(await tell(next), "delivery: Version 2 on the backplane");
+  const [head, elsewhere] = [HEADS[0]![0], { namespace: "\0other" }];
+  const reserved = await tell(await message(STRANGER, { ...head, ...elsewhere }));
+  assertEquals(reserved, "delivery: A publication to a reserved namespace");
+});
+
 test("a flood of questions for unknown sessions keeps no publication from going out", async (t) => {
   const gate = deferred();
   const bus = new MemoryBus(t, { settled: () => gate.promise });
@@ -520,7 +632,8 @@ test("who hears of more instances than it remembers takes none of them for gone"
   await sleep(2_600, t.signal);
   for (let n = 1; n < 6; n++) {
     for (let k = 0; k < 20; k++) {
-      const head = { kind: "present", instance: randomBytes(8).toString("hex"), commitment: "" };
+      const [instance, commitment] = [8, 32].map((size) => randomBytes(size).toString("hex"));
+      const head = { kind: "present", instance, commitment };
       const topic = wanted.token.slice(0, 16);
       bus.inject({ namespace: "\0duplex", topic, data: await message(STRANGER, head) });
     }

@@ -6,6 +6,7 @@ import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
+import { decodeEnvelope } from "crossws/sync";
 import { cluster, type ClusterAdapter } from "../cluster.ts";
 import { nats, type NatsClient, pgsql, type PostgresClient } from "../drivers.ts";
 import type { SSEAdapter, SyncMessage } from "../server.ts";
@@ -313,6 +314,82 @@ function lonelyNats() {
   };
   return { state, driver: nats({ client, channel: "x" })({ id: "a" }) };
 }
+
+/** A NATS where what is published is heard at once, and two drivers on it. */
+function wiredNats(t: TestContext) {
+  const callbacks = new Map<string, (payload: string) => void>();
+  const payloads: string[] = [];
+  const client: NatsClient = {
+    publish(subject, payload) {
+      payloads.push(payload);
+      callbacks.get(subject)?.(payload);
+    },
+    subscribe(subject, { callback }) {
+      callbacks.set(subject, (payload) => callback(null, { string: () => payload }));
+      return { unsubscribe: () => void callbacks.delete(subject) };
+    },
+    flush: () => Promise.resolve(),
+  };
+  const [one, other] = ["a", "b"].map((id) => nats({ client, channel: "x" })({ id }));
+  t.defer(() => Promise.all([one!.close(), other!.close()]));
+  const got: SyncMessage[] = [];
+  other!.subscribe((message) => void got.push(message));
+  const say = (payload: string) => void [...callbacks.values()][0]!(payload);
+  return { one: one!, other: other!, got, payloads, say };
+}
+
+for (const native of [true, false]) {
+  const by = native ? "as the runtime does it" : "where the runtime cannot do it";
+  test(`bytes of any length arrive as they were, ${by}`, async (t) => {
+    if (!native) {
+      const { prototype } = Uint8Array as { prototype: object };
+      const own = Object.getOwnPropertyDescriptor(prototype, "toBase64");
+      if (own) t.defer(() => void Object.defineProperty(prototype, "toBase64", own));
+      Reflect.deleteProperty(prototype, "toBase64");
+    }
+    const { one, other, got, payloads } = wiredNats(t);
+    const place = { namespace: "\0room", topic: "t" };
+    await other.join(place);
+    const lengths = [0, 1, 2, 3, 255, 256, 0x1fff, 0x2000, 0x2001, 0x4001, 100_000];
+    for (const [n, length] of lengths.entries()) {
+      const data = Uint8Array.from({ length }, (_, at) => at * 7 + (at >> 8));
+      const whole = new Uint8Array([1, ...data, 1]);
+      await one.publish({ ...place, data: whole.subarray(1, -1) });
+      assertEquals(got[n], { ...place, data }, `${length} bytes`);
+      assertEquals(decodeEnvelope(payloads[n]!), { id: "a", msg: { ...place, data } }, "crossws's");
+    }
+    await one.publish({ ...place, data: "text, and \0 \ud83d\ude00" });
+    assertEquals(got.at(-1), { ...place, data: "text, and \0 \ud83d\ude00" });
+  });
+}
+
+test("what is no message on a driver's channel is dropped, and what follows is heard", async (t) => {
+  const { one, other, got, say } = wiredNats(t);
+  const place = { namespace: "\0room", topic: "t" };
+  await other.join(place);
+  const msg = { ...place, binary: false, data: "" };
+  const wrong = [
+    ...["", "garbage", "null", "1", "[]", "{}", '"text"', "[".repeat(100_000)],
+    ...[{ id: 1, msg }, { msg }, { id: "c" }, { id: "c", msg: null }, { id: "c", msg: "text" }].map(
+      (one) => JSON.stringify(one),
+    ),
+    ...["namespace", "topic", "data"].flatMap((field) =>
+      [undefined, null, 1, {}, ["x"]].map((value) =>
+        JSON.stringify({ id: "c", msg: { ...msg, [field]: value } })
+      )
+    ),
+    ...["*", "a", "\u00e4", "=aaa"].map((data) =>
+      JSON.stringify({ id: "c", msg: { ...msg, binary: true, data } })
+    ),
+    JSON.stringify({ id: "b", msg }), // its own
+  ];
+  for (const payload of wrong) {
+    say(payload);
+    assertEquals(got, [], payload.slice(0, 100));
+  }
+  await one.publish({ ...place, data: "heard" });
+  assertEquals(got, [{ ...place, data: "heard" }]);
+});
 
 test("NATS: what was left while the server was away, and is joined again, is heard", async (t) => {
   const { state, driver } = lonelyNats();
