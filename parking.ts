@@ -51,6 +51,8 @@ const MAX_REMEMBERED = 100_000;
 /** In a second. */
 const MAX_REPORTS = 10;
 const SILENT = "The store of parked sessions does not answer";
+/** So many pointers lead one to the next. */
+const MAX_HOPS = 4;
 const MISPLACED = "What is parked is not what its name says";
 
 const encoder: TextEncoder = new TextEncoder();
@@ -243,8 +245,7 @@ export class Parking implements SessionParking {
   readonly #busy: Busy = new Busy();
   /** Those for which something is on its way to the store, for as long as that may take. */
   readonly #putting: Set<string> = new Set();
-  /** Tokens whose pointers are on their way, however long: a late one would replace a newer. */
-  readonly #pointing: Set<string> = new Set();
+  readonly #pointing: Pointing = new Pointing();
   readonly #gate: Gate = new Gate();
   #failing = false;
   readonly #limit: Limit = new Limit();
@@ -367,7 +368,7 @@ export class Parking implements SessionParking {
     this.#quay.wake();
     const isTooLarge = size > this.#options.maxSize;
     if (isTooLarge) this.#report(tooLarge(size));
-    if (isTooLarge || packed.tokens.some((one) => this.#pointing.has(one))) {
+    if (isTooLarge) {
       this.#back(parked);
       return false;
     }
@@ -393,12 +394,13 @@ export class Parking implements SessionParking {
     };
     try {
       const keys = await Promise.all(tokens.map((one) => keyOf(this.#quay, one)));
+      if (this.#pointing.isFull(keys)) return this.#giveUp(parked);
       await this.#store.put(id, await seal("session", keys, state), ttl);
       if (!isStill(parked, "storing")) return; // too late: it is in service again
       this.#enter(parked, "pointing");
       const pointer = await seal("pointer", keys);
       const put = (key: string) => this.#store.put(key, pointer, ttl);
-      await point(tokens, keys, this.#pointing, put);
+      await this.#pointing.point(id, keys, this.#quay, put);
       this.#failing = false;
       if (!isStill(parked, "pointing")) return;
       this.#enter(parked, "parked");
@@ -582,10 +584,10 @@ export class Parking implements SessionParking {
   }
 
   #retrieval(token: string, found?: Landing): Retrieval {
+    const { timeout } = this.#options;
     return new Retrieval(this.#store, this.#quay, token, found, {
-      put: async (key, bytes, ttl) => {
-        await this.#ticks.within(this.#options.timeout, this.#store.put(key, bytes, ttl));
-      },
+      put: async (...value) => await this.#ticks.within(timeout, this.#store.put(...value)),
+      point: (...pointers) => this.#ticks.within(timeout, this.#pointing.point(...pointers)),
       report: (error) => this.#report(error),
     });
   }
@@ -869,6 +871,46 @@ class Gate {
   }
 }
 
+/**
+ * Pointers on their way, however long: a late one may replace a newer. So that it leads there, too,
+ * the newer is also put behind the name that the late one has.
+ */
+class Pointing {
+  /** By their own, the names that they lead to. */
+  readonly #names: Map<string, Set<string>> = new Map();
+
+  /** Whether they are more than anybody follows. */
+  isFull(keys: readonly string[]): boolean {
+    return this.#of(keys).length > MAX_HOPS;
+  }
+
+  #of(keys: readonly string[]): string[] {
+    return [...new Set(keys.flatMap((key) => [...this.#names.get(key) ?? []]))];
+  }
+
+  /**
+   * Puts the pointers: the newest first, so that who takes the session by the other finds none on its
+   * way that could come later. All of them, though it may be over here: it may be the store's alone.
+   */
+  async point(
+    id: string,
+    keys: readonly string[],
+    quay: Quay,
+    put: (key: string) => MaybePromise<unknown>,
+  ): Promise<void> {
+    const behind = await Promise.all(this.#of(keys).map((late) => nameBehind(quay, late)));
+    for (const key of keys) this.#names.set(key, (this.#names.get(key) ?? new Set()).add(id));
+    try {
+      for (const key of [...behind, ...keys.toReversed()]) await put(key);
+    } finally {
+      for (const key of keys) {
+        const names = this.#names.get(key);
+        if (names?.delete(id) && !names.size) this.#names.delete(key);
+      }
+    }
+  }
+}
+
 /** Anybody can bring a report about, by asking for a session that never was. */
 class Limit {
   #second = 0;
@@ -889,24 +931,6 @@ function begun(token: string, tokens: readonly string[], leaves: boolean, since:
     ...{ since, phase: "storing", age: 0, wanted: false, takes: 0 },
     ...{ stored: deferred(), end: deferred() },
   };
-}
-
-/**
- * Puts the pointers: the newest first, so that who takes the session by the other finds none on its
- * way that could come later. All of them, though it may be over here: it may be the store's alone.
- */
-async function point(
-  tokens: readonly string[],
-  keys: readonly string[],
-  pointing: Set<string>,
-  put: (key: string) => MaybePromise<unknown>,
-): Promise<void> {
-  for (const token of tokens) pointing.add(token);
-  try {
-    for (const key of keys.toReversed()) await put(key);
-  } finally {
-    for (const token of tokens) pointing.delete(token);
-  }
 }
 
 function tooOld(left: number): Error {
@@ -932,6 +956,8 @@ function isStill({ phase }: Parked, then: Phase): boolean {
 interface Line {
   /** As of the store, and rejects where that is not done in time. */
   put(key: string, bytes: Bytes, ttl: number): Promise<void>;
+  /** As of those that are on their way, likewise. */
+  readonly point: Pointing["point"];
   report(error: unknown): void;
 }
 
@@ -983,23 +1009,35 @@ class Retrieval {
   }
 
   /** "Who takes the session has it": the pointer alone decides nothing. False: it is not there. */
-  async find({ namespace }: Asking): Promise<boolean> {
+  async find(asking: Asking): Promise<boolean> {
     const key = this.#key = await keyOf(this.#quay, this.#token);
-    const pointer = await this.#store.take(key);
-    if (!pointer) return false;
-    const [label] = await open(this.#quay, this.#token, pointer, "pointer", key);
-    const left = label.until - this.#quay.now();
-    if (left <= 0) {
-      this.#line.report(tooOld(left));
-      return false;
+    let pointer = await this.#store.take(key);
+    for (let hops = 0; pointer && hops <= MAX_HOPS; hops++) {
+      const [label] = await open(this.#quay, this.#token, pointer, "pointer", key);
+      const end = await this.#follow(label, asking, pointer);
+      if (end !== undefined) return end;
+      pointer = await this.#store.take(await nameBehind(this.#quay, label.id));
+      const left = label.until - this.#quay.now();
+      if (!pointer && left <= 0) this.#line.report(tooOld(left));
     }
-    this.#until = label.until;
-    this.#id = label.id;
+    return false;
+  }
+
+  /** Undefined: it leads to nothing. */
+  async #follow(
+    { id, until, namespace }: Label,
+    asking: Asking,
+    pointer: Uint8Array,
+  ): Promise<boolean | undefined> {
+    const left = until - this.#quay.now();
+    if (left <= 0) return; // a newer one may have been replaced by it
+    this.#until = until;
+    this.#id = id;
     const returned = async () => {
-      await this.#line.put(key, copy(pointer), left);
+      await this.#line.put(this.#key!, copy(pointer), left);
       this.#id = undefined; // the next who follows it decides
     };
-    if (label.namespace === namespace) return await this.#take(returned);
+    if (namespace === asking.namespace) return await this.#take(returned) || undefined;
     await returned();
     return false;
   }
@@ -1038,7 +1076,8 @@ class Retrieval {
     await this.#line.put(id, await seal("session", state), left);
     const pointer = await seal("pointer");
     this.#id = id; // whoever follows one of the pointers can take it
-    await Promise.all(label.keys.map((key) => this.#line.put(key, pointer, left)));
+    const put = (key: string) => this.#store.put(key, pointer, left);
+    await this.#line.point(id, label.keys, this.#quay, put);
     return true;
   }
 }
@@ -1078,6 +1117,11 @@ async function open(
 /** "The pointer's name is made of the whole token", which each answer to a resumption renews. */
 async function keyOf(quay: Quay, token: string): Promise<string> {
   return hex((await quay.digest(`duplex-sse park ${token}`)).subarray(0, 16));
+}
+
+/** Where the pointer goes on that leads to a name where nothing is. */
+async function nameBehind(quay: Quay, id: string): Promise<string> {
+  return hex((await quay.digest(`duplex-sse park behind ${id}`)).subarray(0, 16));
 }
 
 /** A driver's bytes may be a view of something larger, or shared. */

@@ -119,6 +119,7 @@ for (
     const before = await instances[0]!.tell();
     await stop(redis);
     const outage = sleep(5_000, t.signal);
+    const asked = Promise.all(instances.map(({ port }) => askForStranger(port)));
     const talking = Promise.all(routed.map((talker) => talker.talk(500, 30)));
     for (let n = 0; n < 2000; n++) instances[0]!.child.send(`publish nobody hears ${n}`);
     const heard: number[] = [];
@@ -129,6 +130,7 @@ for (
       await sleep(100, t.signal);
     }
     await outage;
+    assertEquals(await asked, [503, 503, 503]);
     await go(redis);
     await talking;
     await Promise.all(routed.map((talker) =>
@@ -144,6 +146,21 @@ for (
     assertLess(told[0]!.errors.length, 200, "and not for every message");
     assertLess(told[0]!.memory - before.memory, 150, "nothing grows without bound");
   }, { skip, timeout: 60_000 });
+}
+
+/** Whatever comes where, each instance has something to tell then: others' requests come in turn. */
+async function askForStranger(port: number): Promise<number> {
+  const response = await fetch(`http://127.0.0.1:${port}`, {
+    method: "POST",
+    headers: {
+      "content-type": "application/websocket-events",
+      "x-crossws-id": `${"0".repeat(16)}.${"0".repeat(32)}`,
+      "x-duplex-version": "1",
+    },
+    body: "SEQ 1\r\n1\r\nTEXT 2\r\nhi\r\n",
+  });
+  await response.body?.cancel();
+  return response.status;
 }
 
 /**

@@ -913,7 +913,7 @@ test("a store that is away is told of a few times a second, whoever asks for how
 /** An instance of 100 sessions of 1 MB, and what it has given back, with a store that takes its time. */
 function crowd(put: (key: string) => Promise<void>, changes: Partial<Quay> = {}) {
   const state = new Uint8Array(1_000_000);
-  const told = { packed: 0, restored: 0, released: 0, errors: [] as string[], ahead: 0 };
+  const told = { packed: 0, restored: 0, released: 0, errors: [] as string[], ahead: 0, taken: 0 };
   const packed = {
     ...{
       id: "",
@@ -936,7 +936,7 @@ function crowd(put: (key: string) => Promise<void>, changes: Partial<Quay> = {})
       report: (error) => void told.errors.push((error as Error).message),
     },
     ...{ now: () => Date.now() + told.ahead, wake() {}, counts: () => ({}), asks: () => false },
-    ...{ take: () => Promise.resolve(true), confirm() {}, encodePacked: () => state },
+    ...{ take: () => Promise.resolve(++told.taken > 0), confirm() {}, encodePacked: () => state },
     digest: () => Promise.resolve(new Uint8Array(32)),
     seal: () => Promise.resolve(new Uint8Array(1)),
     unseal: () => Promise.resolve(new Uint8Array(1)),
@@ -1020,32 +1020,59 @@ test("a session whose put never settles is parked again after 30 s, and a late o
   assertEquals([puts.length, new Set(puts).size], [2, 2], "each under a name of its own");
 });
 
-test("what a late pointer would replace is not parked before it has come", async () => {
-  const puts: string[] = [];
-  let hangs = true;
-  let settle = () => {};
-  const { told, parked, packed, tokens: [token, other] } = crowd(async (key) => {
-    puts.push(key);
-    if (hangs && puts.length === 2) await new Promise<void>((resolve) => settle = resolve);
-  });
-  packed.tokens = [token!, other!];
-  const first = parked.park(token!, false);
-  await sleep(0);
-  for (let n = 0; n < 80; n++) {
-    parked.tick(500);
-    await sleep(0);
+for (const late of [1, 4, 5]) {
+  for (const by of ["older", "newer"] as const) {
+    test(`late pointers, ${late} of them, lead to where those lead that they replace, by the ${by} token`, async () => {
+      const settle: (() => void)[] = [];
+      const keys = new Map<string, number>();
+      const { told, parked, packed, tokens: [older, newer] } = crowd(async (key) => {
+        const isPointer = keys.set(key, (keys.get(key) ?? 0) + 1).get(key)! > 1;
+        if (settle.length < late && isPointer) {
+          await new Promise<void>((resolve) => settle.push(resolve));
+        }
+      }, {
+        ...{ seal: (_token, bytes) => Promise.resolve(bytes), asks: () => true },
+        ...{ unseal: (_token, bytes) => Promise.resolve(bytes) },
+        digest: async (text) => {
+          const key = await sha256(text);
+          const name = Array.from(
+            key.subarray(0, 16),
+            (byte) => byte.toString(16).padStart(2, "0"),
+          );
+          keys.set(name.join(""), 1);
+          return key;
+        },
+      });
+      packed.tokens = [older!, newer!];
+      for (let n = 1; n <= late; n++) {
+        const parking = parked.park(older!, false);
+        await until(() => settle.length === n);
+        for (let tick = 0; tick < 70; tick++) parked.tick(500);
+        await parking;
+        await until(() => told.restored === n); // the store has said that nobody has taken it
+      }
+      told.ahead = 70_000; // they have run out
+      await parked.park(older!, true);
+      const ends = () => [told.packed, told.restored, told.released];
+      assertEquals(ends(), late < 5 ? [late + 1, late, 1] : [late + 1, late + 1, 0]);
+      for (const go of settle.toReversed()) { // and the other pointers follow
+        go();
+        await sleep(0);
+      }
+      if (late === 5) { // nobody would follow so many
+        await parked.park(older!, true);
+        assertEquals(ends(), [late + 2, late + 1, 1]);
+      }
+      const token = by === "older" ? older! : newer!;
+      assertEquals(await parked.look({ session: "s", namespace: "/" }, token), true);
+      assertEquals(told.taken, 1);
+    });
   }
-  await first;
-  hangs = false;
-  assertEquals(told.released, 1, "the store has not got it");
-  await parked.park(token!, true);
-  assertEquals([told.packed, told.restored, told.released], [2, 1, 1], "its pointer may come yet");
-  settle();
-  await sleep(0);
-  assertEquals(puts.length, 3, "the store may be all that has it: by all its tokens");
-  await parked.park(token!, true);
-  assertEquals([told.packed, told.restored, told.released], [3, 1, 2]);
-});
+}
+
+async function sha256(text: string): Promise<Uint8Array<ArrayBuffer>> {
+  return new Uint8Array(await crypto.subtle.digest("SHA-256", new TextEncoder().encode(text)));
+}
 
 test("a session that another clock has aged is not taken, and that is told", async () => {
   const { told, parked, packed, tokens: [token] } = crowd(() => Promise.resolve(), {
