@@ -402,6 +402,7 @@ class World {
   readonly values: Map<string, Bytes> = new Map();
   readonly #history: [key: string, bytes: Bytes][] = [];
   readonly #operations: Operation[] = [];
+  #isOver = false;
   /** The store fails now and then, and somebody else writes there. */
   readonly #unsound: boolean;
   readonly bus: Sent[] = [];
@@ -457,6 +458,7 @@ class World {
   storeOf(by: Instance): ParkingStore {
     const ask = <T>(execute: () => T) =>
       new Promise<T>((resolve, reject) => {
+        if (this.#isOver) return reject(new Error("the walk is over"));
         this.#operations.push({ by, execute, resolve, reject, isAnswered: false });
       });
     return {
@@ -472,6 +474,12 @@ class World {
           return bytes;
         }),
     };
+  }
+
+  /** Whoever waits for the store waits no more, and no longer than for that. */
+  end(): void {
+    this.#isOver = true;
+    for (const { reject } of this.#operations.splice(0)) reject(new Error("the walk is over"));
   }
 
   /** It does any of what it was asked; who is frozen hears of it later. */
@@ -670,13 +678,17 @@ interface Variant {
 /** Walks once; throws a {@link Violation}. */
 export async function walk(seed: number, make: Make, variant: Variant): Promise<void> {
   const world = new World(seed, make, variant);
-  for (let i = 0; i < STEPS; i++) {
-    const step = world.step();
-    if (step) await step;
-    world.check();
-    if (i % 4 === 0) await undefined; // those who wait go on
+  try {
+    for (let i = 0; i < STEPS; i++) {
+      const step = world.step();
+      if (step) await step;
+      world.check();
+      if (i % 4 === 0) await undefined; // those who wait go on
+    }
+    await world.settle();
+  } finally {
+    world.end();
   }
-  await world.settle();
 }
 
 /** How many of so many walks break a rule, and how the first does. */
