@@ -66,6 +66,9 @@ const BULK_MS = 2_000;
 const READ_BYTES = 16 * 1024;
 /** A stream that never ends its line must not fill the memory. */
 const MAX_EVENT_CHARACTERS = 128 * 1024 * 1024;
+const MAX_LINES = 1_000;
+/** What a message that waits costs beside its characters, roughly. */
+const ITEM_COST = 32;
 /** For acknowledgement and answers to pings at once. */
 const MAX_CONTROL_BYTES = 4 * 1024;
 /** Browsers let a page send so much while it is being left. */
@@ -1650,6 +1653,10 @@ class Events {
     // While this connection was asked for, the one before it may have brought the message.
     if (++this.#taker.current!.position <= this.#receipts.received) return;
     this.#receipts.received++;
+    // Ours sends a window of them at most.
+    if (this.#inbox.isPaused && this.#inbox.size > MAX_EVENT_CHARACTERS) {
+      return this.#host.onFail("the server sends on while the page pauses");
+    }
     this.#inbox.add(data);
   }
 
@@ -2651,6 +2658,8 @@ class Inbox {
   #isUsedTask = false;
   #isPaused = false;
   #wakers: (() => void)[] = [];
+  /** Roughly, in bytes, what waits. */
+  size = 0;
   /** A stream's reader dispatches between its chunks. */
   isRead = false;
 
@@ -2680,6 +2689,7 @@ class Inbox {
 
   add(item: string | Bytes | (() => void)): void {
     this.#items.push(item);
+    this.size += ITEM_COST + item.length;
     if (!this.isRead) this.dispatch();
   }
 
@@ -2690,6 +2700,7 @@ class Inbox {
       if (!this.isBehind) return;
       this.#isUsedTask = true;
       const item = this.#items.shift()!;
+      this.size -= ITEM_COST + item.length;
       if (typeof item === "function") item();
       else this.#onMessage(item);
     }
@@ -2698,6 +2709,7 @@ class Inbox {
   /** Messages that wait are to come again. */
   discard(): void {
     this.#items = this.#items.filter((item) => typeof item === "function");
+    this.size = ITEM_COST * this.#items.length;
   }
 
   /** Something has come of the network, which it does in a task of its own. */
@@ -3586,7 +3598,10 @@ class EventParser {
   readonly #onEvent: (type: string, data: string) => void;
   #line = "";
   #type = "";
-  #data: string | undefined;
+  /** The lines of data; many are joined to one, since each alone costs 30 times an empty one. */
+  #lines: string[] | undefined;
+  /** Their characters. */
+  #size = 0;
   /** The CR at the end of the last chunk: it has ended a line, and an LF after it ends no other. */
   #cr = "";
 
@@ -3596,7 +3611,7 @@ class EventParser {
 
   /** How many characters of an incomplete event are held. */
   get partial(): number {
-    return this.#line.length + (this.#data?.length ?? 0);
+    return this.#line.length + this.#size;
   }
 
   push(chunk: string): void {
@@ -3613,7 +3628,7 @@ class EventParser {
         this.#onLine(line, 0, line.length);
       } // Most events are one line of data and an empty one, in one chunk.
       else if (
-        chunk[end + 1] === "\n" && this.#data === undefined && chunk.startsWith("data: ", at)
+        chunk[end + 1] === "\n" && !this.#lines && chunk.startsWith("data: ", at)
       ) this.#emit(chunk.slice(at + 6, end++));
       else this.#onLine(chunk, at, end);
     }
@@ -3622,16 +3637,22 @@ class EventParser {
 
   /** Comments, and the fields `id` and `retry`, mean nothing to us. */
   #onLine(text: string, at: number, end: number): void {
-    if (at === end) return this.#emit(this.#data);
+    if (at === end) return this.#emit(this.#lines?.join("\n"));
     const data = field("data", text, at, end);
     if (data === undefined) this.#type = field("event", text, at, end) ?? this.#type;
-    else this.#data = this.#data === undefined ? data : `${this.#data}\n${data}`;
+    else {
+      this.#size += data.length + 1;
+      const lines = this.#lines ??= [];
+      if (lines.length > MAX_LINES) lines.push(`${lines.shift()}\n${lines.splice(0).join("\n")}`);
+      lines.push(data);
+    }
   }
 
   #emit(data: string | undefined): void {
     const type = this.#type;
     this.#type = "";
-    this.#data = undefined;
+    this.#lines = undefined;
+    this.#size = 0;
     if (data !== undefined) this.#onEvent(type, data);
   }
 }

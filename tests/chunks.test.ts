@@ -1,6 +1,6 @@
 /** Event streams in chunks of our choosing: where they break lines, and where a line never ends. */
 import { WebSocketSSE } from "../client.ts";
-import { assert, assertEquals, assertLess, once, test } from "./harness.ts";
+import { assert, assertEquals, assertLess, once, runtime, test } from "./harness.ts";
 import { connect } from "./pair.ts";
 
 test("an event that never ends fails the socket, and its stream is cancelled", async () => {
@@ -29,6 +29,30 @@ test("an event that never ends fails the socket, and its stream is cancelled", a
   assertEquals([code, wasClean, told], [1006, false, "Lost: an event has no end"]);
   assert(cancelled);
   assertLess(given, 140);
+}, { timeout: 30_000 });
+
+test("an event of 10 million lines costs their characters, and is one message", async (t) => {
+  const lines = new TextEncoder().encode("data\n".repeat(10_000));
+  let given = 0;
+  let most = 0;
+  const body = new ReadableStream<Uint8Array>({
+    pull(controller) {
+      if (given % 100 === 0) most = Math.max(most, process.memoryUsage().heapUsed);
+      controller.enqueue(given++ < 1000 ? lines : new TextEncoder().encode("\n"));
+      if (given > 1000) controller.close();
+    },
+  }, { highWaterMark: 0 });
+  const headers = { "content-type": "text/event-stream" };
+  const before = process.memoryUsage().heapUsed;
+  const { messages } = connect(t, "http://localhost/", {
+    bidir: false,
+    transport: "post",
+    fetch: () => Promise.resolve(new Response(body, { headers })),
+  });
+  const message = await messages.next() as string;
+  assertEquals(message.length, 10_000_000 - 1);
+  const limit = runtime === "bun" ? 70 : 150;
+  assertLess((most - before) / 1024 / 1024, limit, "by a string for each line, 100 and 300");
 }, { timeout: 30_000 });
 
 test("a line that breaks before what looks like another is still one", async (t) => {

@@ -1,5 +1,5 @@
 /** `pause()` and `resume()`: the server waits for the page's consumer, and the session lives on. */
-import { WebSocketSSE } from "../client.ts";
+import { WebSocketSSE, type WebSocketSSEErrorEvent } from "../client.ts";
 import type { Peer, SSEOptions } from "../server.ts";
 import { chaos } from "./chaos.ts";
 import {
@@ -224,6 +224,35 @@ test("on the plain level a pause holds the network back", async (t) => {
   assertEquals(messages.all.map(numberOf), numbers(64));
   assertEquals(events, ["open"]);
 });
+
+test(
+  "a server that sends on while the page pauses ends the session, at 128 Mi characters",
+  async (t) => {
+    const server = new ScriptedServer();
+    const { socket, messages, closed } = connect(t, "http://scripted.test/", {
+      transport: "post",
+      fetch: server.fetch,
+    });
+    const opened = once(socket, "open");
+    const asked = await server.next();
+    const stream = asked.stream({ heartbeatInterval: 60_000 });
+    await opened;
+    socket.pause();
+    const event = `data: ${"x".repeat(1024 * 1024)}\n\n`;
+    let sent = 0;
+    for (; !asked.signal.aborted && sent < 300; sent++) {
+      stream.write(event);
+      await sleep(1);
+    }
+    assertLess(sent, 160);
+    const failed = once<WebSocketSSEErrorEvent>(socket, "error");
+    socket.resume();
+    await messages.take(128);
+    assertEquals((await failed).message, "Lost: the server sends on while the page pauses");
+    assertEquals((await closed).code, 1006);
+  },
+  { timeout: 30_000 },
+);
 
 test("waitForDrain waits for the threshold, the signal or the end", async (t) => {
   const server = new ScriptedServer();
