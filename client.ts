@@ -85,6 +85,8 @@ const TRIAL_TIMEOUT_MS = 1_500;
 /** When a stream is tried after polls: at first, where it may have been the network, and at most. */
 const TRIAL_AFTER_MS = 30_000;
 const UNSURE_TRIAL_AFTER_MS = 5_000;
+/** A stream that ends sooner is followed after a pause, if the one before it was lost, too. */
+const SHORT_LIFE_MS = 1_000;
 /** After that we say what may be the matter, and make room. */
 const SILENCE_MS = 2_000;
 /** Who gives a request up sooner has not waited: a resumption has 1 s at least. */
@@ -1118,6 +1120,8 @@ class Link implements Carrier, EventTaker, Holder {
   #old: Exchange | undefined;
   /** Resumptions since something last came of a connection. */
   #retries = 0;
+  /** When the last connection was asked for. */
+  #askedAt = 0;
   /** How often the stream was damaged: once is resumed, twice is the end. */
   #damages = 0;
   /** Of the first events of a connection. */
@@ -1276,7 +1280,7 @@ class Link implements Carrier, EventTaker, Holder {
       transports.descend(true);
     }
     const connection = await this.#connect(headers, OPEN_TIMEOUT_MS);
-    if (connection.isFull) return this.#accept(connection);
+    if (connection.isFull || connection.isUnanswered) return this.#accept(connection);
     connection.end();
     transports.ascend(); // a server that knows no polls may have been slow
     return this.#accept(await this.#connect(headers, OPEN_TIMEOUT_MS));
@@ -1301,6 +1305,7 @@ class Link implements Carrier, EventTaker, Holder {
     connection.slot = slot;
     connection.position = this.#receipts.confirmable;
     connection.endIn(patience);
+    this.#askedAt = clock();
     await this.#requests.ask(connection, {
       headers: { accept: STREAM_TYPE, ...headers, ...isPoll && { [POLL_HEADER]: "1" } },
       bytes: isPoll ? this.uplink.poll(isPatient) : undefined,
@@ -1434,8 +1439,10 @@ class Link implements Carrier, EventTaker, Holder {
     this.slots.onBegin();
   }
 
+  /** What ends each stream as soon as it has said something must not have the next one at once. */
   onNews(): void {
-    this.#retries = 0;
+    if (clock() < this.#askedAt + SHORT_LIFE_MS && !this.#connection?.isPoll) this.onHeard();
+    else this.#retries = 0;
   }
 
   onPing(): void {
@@ -3152,7 +3159,9 @@ class Requests {
     if (!response) return { fault: NO_ANSWER };
     const { level } = this.#session;
     if (wantsStream ? exchange.isStream : level.confirmed(exchange, 0) !== undefined) return;
-    const fault = response.ok ? NO_STREAM : `the answer was ${rawStatus || "a redirect"}`;
+    const fault = response.ok && wantsStream
+      ? NO_STREAM
+      : `the answer was ${rawStatus || "a redirect"}`;
     return { fault, status: rawStatus || undefined };
   }
 

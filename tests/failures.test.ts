@@ -240,6 +240,15 @@ test("a message that the server refuses says by which answer", async (t) => {
   assertEquals([message, status], ["Lost: the answer was 403", 403]);
 });
 
+test("one that is answered by success, but not taken, says by which answer, too", async (t) => {
+  const { server, socket } = await opened(t);
+  const failed = failure(t, socket);
+  socket.send("s3cret");
+  (await server.next()).respond(200);
+  const { message, status } = await failed;
+  assertEquals([message, status], ["Lost: the answer was 200", 200]);
+});
+
 const event = (type: string, data: unknown) => `event: ${type}\ndata: ${JSON.stringify(data)}\n\n`;
 const FULL = {
   "content-type": "text/event-stream",

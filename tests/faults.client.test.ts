@@ -4,7 +4,7 @@
  */
 import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { WebSocketSSE, type WebSocketSSEOptions } from "../client.ts";
+import { WebSocketSSE, type WebSocketSSEErrorEvent, type WebSocketSSEOptions } from "../client.ts";
 import { chaos } from "./chaos.ts";
 import {
   assert,
@@ -486,6 +486,43 @@ test("polls that are answered at once, with nothing new, are no storm of request
   await Promise.race([answering, sleep(1000, t.signal)]);
   assertGreater(polls, 2);
   assertLess(polls, 20);
+});
+
+test("streams that end as soon as they have said something are no storm of requests", async (t) => {
+  const { server, stream, socket } = await scripted(t);
+  let streams = 0;
+  const answer = (stream: ScriptedStream) => {
+    stream.write("event: duplex-ack\ndata: 0 0\n\n");
+    stream.end();
+  };
+  answer(stream);
+  const answering = (async () => {
+    for (;; streams++) answer((await server.next()).stream());
+  })();
+  await Promise.race([answering, sleep(1000, t.signal)]);
+  assertGreater(streams, 2);
+  assertLess(streams, 40, "without a pause it would be thousands");
+  assertEquals(socket.readyState, WebSocketSSE.OPEN);
+});
+
+test("an opening that nothing answers asks once for a stream, once for a poll, and fails", async (t) => {
+  const { setTimeout } = globalThis;
+  t.defer(() => globalThis.setTimeout = setTimeout);
+  // 3 and 30 s, at a hundredth.
+  globalThis.setTimeout =
+    ((task: () => void, ms = 0) =>
+      setTimeout(task, ms === 3_000 || ms === 30_000 ? ms / 100 : ms)) as never;
+  const server = new ScriptedServer();
+  const socket = new WebSocketSSE("http://scripted.test/", {
+    transport: "post",
+    fetch: server.fetch,
+    signal: t.signal,
+  });
+  const failed = deferred<WebSocketSSEErrorEvent>();
+  socket.addEventListener("error", failed.resolve);
+  const { message } = await failed.promise;
+  assertEquals(message, "Not opened: a request was not answered in time");
+  assertEquals(server.asked.map(({ method }) => method), ["GET", "POST"]);
 });
 
 for (const transport of ["duplex", "stream", "post"] as const) {
