@@ -33,6 +33,8 @@ const MAX_REST = 1024 * 1024;
 const MAX_REST_TIME = 2_000;
 /** How long an adapter may read on behind the end of its stream, in ms. */
 const MAX_LAST_WORDS = 10_000;
+/** How long its client has to take what is left of that, in ms. */
+const MAX_LAST_BYTES = 30_000;
 
 // --- Types ---
 
@@ -387,7 +389,7 @@ class Exchange {
     const streams = /^text\/event-stream/.test(response.headers.get("content-type") ?? "");
     if (streams) {
       this.#incoming.setTimeout(0);
-      await this.#write(response.body);
+      await this.#write(response.body, () => this.#awaitTaken());
       outgoing.end();
       // The adapter still reads: of a session that closes, its client's last frames are to come.
       if (this.#request?.body?.locked && !this.#unwanted) this.#awaitRest();
@@ -411,13 +413,14 @@ class Exchange {
     this.#outgoing.setHeader(name, all ? [before, value].flat().map(String) : value);
   }
 
-  async #write(body: ReadableStream<Uint8Array> | null): Promise<void> {
+  async #write(body: ReadableStream<Uint8Array> | null, atEnd = () => {}): Promise<void> {
     const reader = body?.getReader();
     if (!reader) return;
     const { signal } = this.#gone;
     const stop = () => void reader.cancel(signal.reason).catch(() => {});
     signal.addEventListener("abort", stop);
     if (signal.aborted) stop();
+    reader.closed.then(atEnd, () => {});
     for (;;) {
       const { done, value } = await reader.read();
       if (done || signal.aborted) break;
@@ -437,6 +440,13 @@ class Exchange {
       this.#outgoing.on("drain", ready);
       this.#outgoing.on("close", ready);
     });
+  }
+
+  /** The stream has ended: who takes no more of it must not hold its connection for ever. */
+  #awaitTaken(): void {
+    if (this.#gone.signal.aborted) return;
+    const late = setTimeout(() => this.#cut(), MAX_LAST_BYTES);
+    this.#outgoing.on("close", () => clearTimeout(late));
   }
 
   /** Reads and drops what the adapter has left of the body; cuts where that is too much. */

@@ -44,6 +44,7 @@ const ends = {
   cluster: ["1006", "ended"],
   client: ["ended"],
   host: ["ended"],
+  deaf: ["ended"],
   chat: ["ended"],
 };
 
