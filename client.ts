@@ -456,7 +456,11 @@ export class WebSocketSSE extends EventTarget {
     const outbox = new Outbox(session);
     const receipts = new Receipts();
     this.#parts = {
-      ...{ session, requests, inbox, outbox, receipts },
+      session,
+      requests,
+      inbox,
+      outbox,
+      receipts,
       transports: new Transports(requests.target, options),
       pauses: new Pauses(),
       keeper: new Keeper(options, requests.target, session, outbox, receipts),
@@ -885,9 +889,9 @@ class Course implements LinkHost {
   onBreak(): boolean {
     const { phase, terms } = this.#session;
     if (phase === "leaving") this.#awaitReceipt(true);
-    else if (phase === "open" && terms) this.#drop();
-    else if (phase === "open" || phase === "opening") this.onFail();
-    return !!terms && this.#session.isActive;
+    else if (!terms && phase !== "plain leaving") this.onFail();
+    else if (phase === "open") this.#drop();
+    return !!terms && !this.#session.isEnding;
   }
 
   onRenewal(): void {
@@ -972,7 +976,9 @@ class Course implements LinkHost {
 
   /** Elsewhere, if the page has heard of the session, or will: it was begun by another. */
   #mayGoOn(isOpen: boolean): boolean {
-    return this.#session.isKeepable && (isOpen || this.#keeper.hasTakenOver);
+    const { terms, phase, isEnding } = this.#session;
+    const hasHeard = isOpen || this.#keeper.hasTakenOver;
+    return hasHeard && !!terms?.resumeTimeout && phase !== "leaving" && !isEnding;
   }
 
   /** The page was kept, in the back/forward cache. Another may have its session by now. */
@@ -1046,7 +1052,7 @@ class Course implements LinkHost {
     // If the server cannot be told soon, that is no reason to keep the page waiting.
     this.#after(CLOSE_TIMEOUT_MS, () => this.#finish());
     const [code, reason] = verdict;
-    this.#uplink.farewell(this.#session.level.close(code, encoder.encode(reason))!, number);
+    this.#uplink.farewell(code, encoder.encode(reason), number);
   }
 
   onFarewell(): void {
@@ -1146,7 +1152,7 @@ class Link implements Carrier, EventTaker, Holder {
   /** The life of the session. */
   async run(): Promise<void> {
     try {
-      let connection = await this.#takeOver() ?? await this.#open();
+      let connection = await this.#begin();
       for (;;) {
         await this.#read(connection);
         if (this.uplink.wasTooLong(connection)) this.#host.onRenewal(); // our doing, and our secret
@@ -1154,7 +1160,7 @@ class Link implements Carrier, EventTaker, Holder {
         const why = isPoll && hasBegun ? "turn" : ended ?? "lost";
         const isOurs = successor || why !== "lost"; // ended by us, or as was agreed
         if (isOurs ? this.#session.isEnding : !this.#host.onBreak()) return;
-        connection = await (successor ?? this.#resume(why));
+        connection = await (successor ?? this.#next(why));
       }
     } catch (error) {
       // Once the server's close has come, our answer to that goes on by itself.
@@ -1166,14 +1172,10 @@ class Link implements Carrier, EventTaker, Holder {
   abandon(): void {
     const connection = this.#connection;
     if (!connection || this.#session.level !== FULL) return;
-    if (this.#session.token) return this.#takeLeave();
+    if (this.#session.token) return void this.uplink.farewell();
     // The answer may still come, with a session that must not be left behind.
     this.#connection = undefined;
     connection.endIn(CLOSE_TIMEOUT_MS);
-  }
-
-  #takeLeave(): void {
-    this.uplink.farewell(this.#session.level.close(1001, EMPTY)!);
   }
 
   /** Ends all requests; where there is a session, `run` goes on to resume it. */
@@ -1227,20 +1229,29 @@ class Link implements Carrier, EventTaker, Holder {
 
   // Opening
 
-  /** Goes on with what the page before has left, unless that is over, or another tab has it. */
-  async #takeOver(): Promise<Exchange | undefined> {
+  /** Goes on with what the page before has left, unless another tab has it. */
+  async #begin(): Promise<Exchange> {
     const kept = this.#keeper.take();
-    if (kept) {
-      this.#host.onProgress(-this.#keeper.restore(kept)); // at once: this page may be left, too
-      try {
-        if (await this.#keeper.claim(kept.id)) return await this.#resume("lost");
-      } catch {
-        this.hangUp(); // refused, or too late
-      }
-      if (this.#session.isOver) return;
-      this.#host.onProgress(-this.#keeper.restore());
+    if (kept) this.#host.onProgress(this.#keeper.restore(kept)); // at once: it may be left, too
+    return kept && await this.#keeper.claim(kept.id) ? this.#next("lost") : this.#beginAnew();
+  }
+
+  /** The next connection. What the page before has left may be over, which is no failure. */
+  async #next(why: Reason): Promise<Exchange> {
+    try {
+      return await this.#resume(why);
+    } catch (error) {
+      if (!this.#keeper.hasTakenOver || this.#session.phase !== "opening") throw error;
+      this.hangUp(); // refused, or too late
+      return this.#beginAnew();
     }
+  }
+
+  #beginAnew(): Promise<Exchange> {
+    if (this.#session.isOver) throw new Error("Closed");
+    this.#host.onProgress(this.#keeper.restore());
     this.#keeper.claim();
+    return this.#open();
   }
 
   /** Leaves the session to the next page, or to this one, if it comes back. False: it cannot be. */
@@ -1319,7 +1330,7 @@ class Link implements Carrier, EventTaker, Holder {
     if (connection.isFull) this.#session.token = connection.header(TOKEN_HEADER);
     connection.endIn(0);
     if (!this.#session.isOver) return connection;
-    if (connection.isFull && !this.#session.terms) this.#takeLeave();
+    if (connection.isFull && !this.#session.terms) this.uplink.farewell();
     connection.end();
     throw new Error("Closed");
   }
@@ -1349,6 +1360,8 @@ class Link implements Carrier, EventTaker, Holder {
     clearTimeout(this.#deadline);
     this.#deadline = setTimeout(() => {
       if (connection !== this.#connection) return;
+      // The page is still at what the last one has brought: nobody has read on.
+      if (!connection.reader) return void this.#await(connection, patience);
       connection.ended = connection.isPoll ? undefined : "held";
       if (connection.ended) this.#transports.descend(true);
       connection.end();
@@ -1371,7 +1384,6 @@ class Link implements Carrier, EventTaker, Holder {
 
   /** Reads one event stream to its end, whichever way that comes. */
   async #read(connection: Exchange): Promise<void> {
-    const reader = connection.reader = readerOf(connection.response!.body!);
     this.#inbox.isRead = connection === this.#connection;
     const parser = this.#events.parser(() => connection === this.current);
     // Left to itself, Deno's decoder drops a mark in mid-stream that comes byte by byte.
@@ -1379,6 +1391,7 @@ class Link implements Carrier, EventTaker, Holder {
     const { position } = connection;
     let first = true;
     try {
+      const reader = connection.reader = readerOf(connection.response!.body!); // if there is one
       for (;;) {
         const reading = reader.read();
         // What was there already may come in the task of what was before it.
@@ -1418,23 +1431,24 @@ class Link implements Carrier, EventTaker, Holder {
   }
 
   onTerms(terms: Terms): void {
+    const connection = this.#connection!;
     const { next, attempt, received, handled, heartbeatInterval } = terms;
-    const isOfThis = next === this.#connection!.position + 1 && attempt === this.#session.attempt;
+    const isOfThis = next === connection.position + 1 && attempt === this.#session.attempt;
     if (!isOfThis || !areTerms(terms)) return this.distrust();
     const isOpening = this.#session.phase === "opening";
     const wasLost = !!this.#session.lostAt;
     this.#session.terms = terms;
     this.#session.lostAt = 0;
     clearTimeout(this.#deadline);
-    this.#connection!.hasBegun = true;
-    this.#transports.onEvent(this.#connection!.isPoll);
-    this.#receipts.settle(this.#connection!.position);
+    connection.hasBegun = true;
+    this.#transports.onEvent(connection.isPoll);
+    this.#receipts.settle(connection.position);
     this.#events.watch(heartbeatInterval);
     if (isOpening) this.#opened(terms.protocol);
     else this.#pauses.wake(); // the network is back
-    this.uplink.begin(this.#connection!);
-    const isBack = wasLost || this.#session.phase === "renewing";
-    if (isBack && !isOpening) this.#host.onResume(); // which asks whether anything goes up
+    this.uplink.begin(connection);
+    // Which asks whether anything goes up.
+    if (!isOpening && (wasLost || this.#session.phase === "renewing")) this.#host.onResume();
     this.uplink.confirm(received, handled);
     this.slots.onBegin();
   }
@@ -1443,10 +1457,6 @@ class Link implements Carrier, EventTaker, Holder {
   onNews(): void {
     if (clock() < this.#askedAt + SHORT_LIFE_MS && !this.#connection?.isPoll) this.onHeard();
     else this.#retries = 0;
-  }
-
-  onPing(): void {
-    if (!this.current!.isPoll) this.uplink.pump(); // else it goes with the next one
   }
 
   /** The page does not pause any more. */
@@ -1487,7 +1497,7 @@ class Link implements Carrier, EventTaker, Holder {
           [ATTEMPT_HEADER]: `${++this.#session.attempt}`,
           "last-event-id": `${why === "renewed" ? this.#receipts.most : this.#rewind()}`,
         },
-        Math.max(1, Math.min(deadline() - clock(), timeout)),
+        Math.max(1000, Math.min(deadline() - clock(), timeout)),
         undefined,
         isPatient,
       );
@@ -1500,7 +1510,7 @@ class Link implements Carrier, EventTaker, Holder {
       if (this.#session.isEnding) throw new Error("Closed");
       if (isUnanswered && !this.slots.isBlind) this.#transports.alternate();
       if (!this.#session.lostAt) { // a turn or a renewal that failed
-        if (!isTrial && !this.#host.onBreak()) throw new Error("Closed");
+        if (!isTrial) this.#host.onBreak();
         return this.#resume(isTrial ? "held" : "lost");
       }
       // "A streaming body at an instance that is not the session's." For this socket only.
@@ -1548,8 +1558,6 @@ interface EventTaker {
   onTerms(terms: Terms): void;
   /** A message, an acknowledgement, or a question. */
   onNews(): void;
-  /** An answer is to be sent. */
-  onPing(): void;
   /** A session of the other level is open. */
   openPlain(): void;
   /** Something does not fit. */
@@ -1570,6 +1578,7 @@ class Events {
   #spokeAt = 0;
   #ticker: ReturnType<typeof setInterval> | undefined;
   #ticks = 0;
+  #tickedAt = 0;
 
   constructor(
     { session, inbox, receipts }: Parts,
@@ -1623,10 +1632,11 @@ class Events {
       case PING_EVENT: {
         const [sent, payload] = data.split(" ");
         // "The number of a duplex-ping, that does not fit the client's own count means damage."
-        if (countOf(sent) !== this.#taker.current!.position) return this.#taker.distrust();
+        if (countOf(sent!) !== this.#taker.current!.position) return this.#taker.distrust();
         this.#taker.onNews();
         this.#receipts.pong(fromBase64(payload ?? ""));
-        return this.#taker.onPing();
+        // With a poll it goes when the next one does.
+        return this.#taker.current!.isPoll ? undefined : this.#uplink.pump();
       }
       case RENEW_EVENT:
         // "A client that is open connects anew, by a resumption, which is no drop."
@@ -1687,6 +1697,7 @@ class Events {
 
   watch(heartbeatInterval: number): void {
     clearInterval(this.#ticker);
+    this.#tickedAt = clock();
     this.#ticker = setInterval(() => this.#tick(), heartbeatInterval / TICKS);
   }
 
@@ -1697,11 +1708,14 @@ class Events {
   /** One ticker: streams that went quiet, and keep-alive of ours. */
   #tick(): void {
     const connection = this.#taker.current;
+    const terms = this.#session.terms!;
+    const isLate = clock() > this.#tickedAt + terms.heartbeatInterval;
+    this.#tickedAt = clock();
     if (connection?.reader) {
       this.#taker.onNews();
       // Not while the page is behind: then nothing is read.
-      const mayBeQuiet = ticksOfPatience(this.#session.terms!);
-      if (!this.#inbox.isBehind && ++connection.quietTicks > mayBeQuiet) this.#taker.hangUp();
+      if (!this.#inbox.isBehind) connection.quietTicks += isLate ? TICKS : 1;
+      if (connection.quietTicks > ticksOfPatience(terms)) this.#taker.hangUp();
     }
     if (++this.#ticks % 2) this.#uplink.keepAlive();
   }
@@ -1859,10 +1873,10 @@ class Uplink {
    * Sends CLOSE alone, in place of all else, until the server has it. That may outlive the socket:
    * who closed and hears no answer would take it for lost.
    */
-  async farewell(close: Bytes, number: number = this.#outbox.firstUnacked): Promise<void> {
+  async farewell(code = 1001, reason = EMPTY, number = this.#outbox.firstUnacked): Promise<void> {
     this.hangUp();
     const { level, terms } = this.#session;
-    const bytes = concat([level.seq(number), close]);
+    const bytes = concat([level.seq(number), level.close(code, reason)!]);
     // "A closed session leaves a tombstone for the resume timeout (5 s where that is 0)."
     const deadline = clock() + (terms ? terms.resumeTimeout || CLOSE_TIMEOUT_MS : 0);
     const pauses = this.#farewell = new Pauses(true);
@@ -2562,19 +2576,21 @@ class Keeper {
     }
   }
 
-  /** Makes the session what was kept, or a new one; returns by how many bytes its outbox has grown. */
+  /** Makes the session what was kept, or a new one; returns by how many bytes its outbox has shrunk. */
   restore(kept?: Kept): number {
     const { token = "", terms, attempt = 0, lostAt, dispatched = 0, outbox = FRESH } = kept ?? {};
     this.hasTakenOver = !!kept;
     Object.assign(this.#session, {
-      ...{ token, terms, attempt },
+      token,
+      terms,
+      attempt,
       lostAt: lostAt ? clock() - Math.max(Date.now() - lostAt, 0) : 0,
     });
     this.#receipts.dispatched = dispatched;
     this.#receipts.rewind();
     const before = this.#outbox.size;
     this.#outbox.unpack(outbox);
-    return this.#outbox.size - before;
+    return before - this.#outbox.size;
   }
 
   /** Claims a session, or a new one: the page before may be about to let go of it. */
@@ -2600,7 +2616,11 @@ class Keeper {
     const outbox = this.#outbox.size > MAX_KEPT_BYTES ? undefined : this.#outbox.pack();
     if (!terms || !outbox) return;
     const kept: Kept = {
-      ...{ id: this.#id || randomName(), token, terms, attempt, outbox },
+      id: this.#id || randomName(),
+      token,
+      terms,
+      attempt,
+      outbox,
       lostAt: Math.floor(Date.now() - (lostAt && clock() - lostAt)),
       dispatched: this.#receipts.dispatched,
     };
@@ -2643,8 +2663,14 @@ function keptOf(text: string | null | undefined): Kept | undefined {
     const { token, terms, attempt, lostAt, dispatched, outbox } = kept;
     const { firstUnacked, nextUnsent, begun, handled, messages } = outbox;
     const counts = [
-      ...[attempt, lostAt, dispatched, begun, handled, firstUnacked - 1],
-      ...[nextUnsent - firstUnacked, firstUnacked + messages.length - nextUnsent],
+      attempt,
+      lostAt,
+      dispatched,
+      begun,
+      handled,
+      firstUnacked - 1,
+      nextUnsent - firstUnacked,
+      firstUnacked + messages.length - nextUnsent,
       ...messages.map(([frame, size]) => fromBase64(frame) && size),
     ];
     const isToken = typeof token === "string" && /^[!-~]+$/.test(token);
@@ -2664,9 +2690,9 @@ class Inbox {
   /** Something has been dispatched in the current task, as far as we know when one ends. */
   #isUsedTask = false;
   #isPaused = false;
-  #wakers: (() => void)[] = [];
   /** Roughly, in bytes, what waits. */
   size = 0;
+  #wake = (): void => {};
   /** A stream's reader dispatches between its chunks. */
   isRead = false;
 
@@ -2682,11 +2708,11 @@ class Inbox {
   /** Nothing is dispatched while it is; {@link dispatch} goes on. */
   set isPaused(value: boolean) {
     this.#isPaused = value;
-    if (!value) { for (const wake of this.#wakers.splice(0)) wake(); }
+    if (!value) this.#wake();
   }
 
   async untilReady(): Promise<void> {
-    if (this.#isPaused) await new Promise<void>((resolve) => this.#wakers.push(resolve));
+    if (this.#isPaused) await new Promise<void>((resolve) => this.#wake = resolve);
   }
 
   /** The reader waits for the page. */
@@ -2777,11 +2803,6 @@ class Outbox {
     return this.nextUnsent > this.firstUnacked;
   }
 
-  /** "The client's window counts the bytes begun less the bytes handled." */
-  get inFlight(): number {
-    return this.#begunBytes - this.#handledBytes;
-  }
-
   add(frame: Bytes | undefined, size: number, isClose = false): Outgoing {
     const entry: Outgoing = { frame, size, isClose };
     this.#queue.push(entry);
@@ -2832,9 +2853,11 @@ class Outbox {
   #due(number: number): Outgoing | undefined {
     const entry = this.#queue[number - this.firstUnacked];
     const { terms } = this.#session;
+    // "The client's window counts the bytes begun less the bytes handled."
+    const inFlight = this.#begunBytes - this.#handledBytes;
     // "A sender below its window may begin one message of any size; at it, only control frames and CLOSE."
     const allowed = number < this.nextUnsent || entry?.isClose || !terms ||
-      this.inFlight < Math.max(terms.window, this.#granted);
+      inFlight < Math.max(terms.window, this.#granted);
     return entry?.frame && allowed ? entry : undefined;
   }
 
@@ -2898,7 +2921,7 @@ class Waiters {
         },
       };
       this.#waiting.add(waiter);
-      signal?.addEventListener("abort", abort, { once: true });
+      signal?.addEventListener("abort", abort);
     });
   }
 
@@ -3069,8 +3092,8 @@ class Requests {
    * `idleTimeout` longer." In ms.
    */
   get grace(): number {
-    const { idleTimeout, resumeTimeout } = this.#session.terms ?? UNTOLD;
-    return this.#isSilent && resumeTimeout && idleTimeout || 0;
+    const { terms } = this.#session;
+    return this.#isSilent && terms?.resumeTimeout && terms.idleTimeout || 0;
   }
 
   /** Waits for the answer; none is as good as one that says nothing. */
@@ -3097,7 +3120,7 @@ class Requests {
       exchange.response = await Promise.race([this.#send(exchange, headers, details), end]);
       if (bytes && this.#changeType(exchange)) return await this.ask(exchange, details);
       // "Only the server's word is final", once there is a session.
-      exchange.isTrusted = !!exchange.response && (!this.#session.terms || exchange.isOurs);
+      exchange.isTrusted = !this.#session.terms || exchange.isOurs;
       if (exchange.isOurs) this.#isSilent = false;
       if (exchange.isTrusted) this.#denials = exchange.status === 401 ? this.#denials + 1 : 0;
       this.trouble = this.#troubleOf(exchange, !!details.headers?.accept);
@@ -3432,7 +3455,7 @@ class Pauses {
 // --- Session: its phase, and what the server granted ---
 
 /** Until the server has said its terms. */
-const UNTOLD = { resumeTimeout: OPEN_TIMEOUT_MS, heartbeatInterval: 15_000, idleTimeout: 0 };
+const UNTOLD = { resumeTimeout: OPEN_TIMEOUT_MS, heartbeatInterval: 15_000 };
 
 /** What cannot be terms, whoever says it, is damage. */
 function areTerms(terms: Terms): boolean {
@@ -3448,7 +3471,8 @@ function areTerms(terms: Terms): boolean {
  * "The client takes two intervals without a byte for a drop, or three quarters of the resume
  * timeout if that is less, but not less than one and a quarter intervals": else the session may be
  * over before its client misses it. Ticks, not clocks: after a long pause of this process they say
- * nothing of the network.
+ * nothing of the network. So one that is late counts for an interval at most: a browser lets those
+ * of a hidden tab come once a minute.
  */
 function ticksOfPatience({ heartbeatInterval, resumeTimeout }: Terms): number {
   const share = resumeTimeout
@@ -3512,11 +3536,6 @@ class Session {
   /** "Seconds that the client SHOULD wait at least, within the resume timeout"; in ms. */
   pause(retryAfter: number): number {
     return Math.min(retryAfter, this.patience);
-  }
-
-  /** Another page can go on with it. */
-  get isKeepable(): boolean {
-    return !!this.terms?.resumeTimeout && this.#phase !== "leaving" && !this.isEnding;
   }
 
   /** The connection may be replaced. */
@@ -3901,7 +3920,7 @@ function isCount(value: unknown): boolean {
 }
 
 /** "Numbers are decimal, without sign or leading zeros": any other text is none. */
-function countOf(text = ""): number | undefined {
+function countOf(text: string): number | undefined {
   const count = Number(text);
   return isCount(count) && `${count}` === text ? count : undefined;
 }

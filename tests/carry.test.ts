@@ -18,6 +18,7 @@ import {
 } from "./harness.ts";
 import { closeAll, connect, listen, Queue } from "./pair.ts";
 import { project, recipeOf } from "./project.ts";
+import { ScriptedServer } from "./scripted.ts";
 
 const numbers = (last: number) => Array.from({ length: last }, (_, n) => n + 1);
 
@@ -284,6 +285,41 @@ test("what is too late by the clock begins anew, and asks for nothing else", asy
   await second.opened;
   assertEquals([second.socket.resumed, second.events], [false, ["open"]]);
   assertEquals([peers.all.length, state.requests], [2, requests + 1]);
+});
+
+/** Packs a session of a scripted server, and has another socket go on with it. */
+async function carried(t: TestContext) {
+  const server = new ScriptedServer();
+  const url = "http://scripted.test/";
+  const options = { transport: "post", fetch: server.fetch } as const;
+  const first = connect(t, url, options);
+  (await server.next()).stream();
+  await first.opened;
+  return { server, second: connect(t, url, { ...options, resume: first.socket.pack() }) };
+}
+
+test("a connection that is cut before a word is asked for again", async (t) => {
+  const { server, second } = await carried(t);
+  const asked = await server.next();
+  asked.cut();
+  const again = await server.next();
+  const [attempt, next] = [asked, again].map(({ headers }) =>
+    Number(headers.get("x-duplex-attempt"))
+  );
+  again.stream();
+  await second.opened;
+  assertEquals([next, second.socket.resumed, second.events], [attempt! + 1, true, ["open"]]);
+});
+
+test("where it is refused then, a new session begins, without an error", async (t) => {
+  const { server, second } = await carried(t);
+  (await server.next()).cut();
+  (await server.next()).respond(404);
+  const opening = await server.next();
+  assertEquals(opening.headers.get("x-crossws-id"), null);
+  opening.stream();
+  await second.opened;
+  assertEquals([second.socket.resumed, second.events], [false, ["open"]]);
 });
 
 test("the snippet of docs/pages.md leaves a session and goes on with it", async (t) => {

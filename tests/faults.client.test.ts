@@ -23,7 +23,7 @@ import {
   type TestContext,
   until,
 } from "./harness.ts";
-import { connect as dial, listen, Queue } from "./pair.ts";
+import { connect as dial, handClock, listen, Queue } from "./pair.ts";
 import { type Asked, ScriptedServer, type ScriptedStream } from "./scripted.ts";
 import { ack, seq, text } from "./wire.ts";
 
@@ -336,6 +336,69 @@ test("a resumption that stalls after its headers is tried again", async (t) => {
   await until(() => events.includes("resume"));
   assertEquals(events, ["open", "drop", "resume"]);
 }, { timeout: 15_000 });
+
+test("a resumption that is answered without a body is tried again", async (t) => {
+  const { server, stream, events } = await scripted(t);
+  stream.fail();
+  (await server.next()).respond(200, { "content-type": "text/event-stream" });
+  (await server.next()).stream();
+  await until(() => events.includes("resume"));
+  assertEquals(events, ["open", "drop", "resume"]);
+});
+
+/** The ticker of a stream, turned by hand: each time so many ms after the last. */
+async function ticking(t: TestContext) {
+  const clock = handClock(t);
+  const { setInterval } = globalThis;
+  t.defer(() => globalThis.setInterval = setInterval);
+  const tasks: (() => void)[] = [];
+  const set = (task: () => void, ms: number) => {
+    if (ms === 15_000 / 4) tasks.push(task);
+    return setInterval(() => {}, ms);
+  };
+  Object.assign(globalThis, { setInterval: set });
+  const all = await scripted(t, { resumeTimeout: 30_000 });
+  const tick = (ms: number) => {
+    clock.time += ms;
+    tasks.at(-1)!();
+    return sleep(1);
+  };
+  return { ...all, tick };
+}
+
+for (
+  const [what, ms, least, most] of [
+    ["seven ticks", 3_750, 6, 7],
+    ["two ticks that come late, as a browser lets those of hidden tabs", 60_000, 1, 2],
+  ] as const
+) {
+  test(`a stream that is silent is left after ${what}`, async (t) => {
+    const { server, stream, events, tick } = await ticking(t);
+    for (let n = 0; n < least; n++) await tick(ms);
+    assertEquals(events, ["open"]);
+    stream.write(":\n\n"); // it was the page that slept
+    await sleep(5);
+    for (let n = 0; n < least; n++) await tick(ms);
+    assertEquals(events, ["open"]);
+    for (let n = least; n < most; n++) await tick(ms);
+    await until(() => events.includes("drop"));
+    (await server.next()).stream();
+    await until(() => events.includes("resume"));
+  });
+}
+
+test("who has slept through the resume timeout between two tries makes one more, in earnest", async (t) => {
+  const { server, stream, events, clock } = { clock: handClock(t), ...await scripted(t) };
+  stream.fail();
+  for (let n = 0; n < 3; n++) (await server.next()).fail();
+  await sleep(5); // the pause is longer
+  clock.time += 7_200_000;
+  const last = await server.next();
+  await sleep(50);
+  last.stream();
+  await until(() => events.includes("resume"));
+  assertEquals(events, ["open", "drop", "resume"]);
+});
 
 test("silence is noticed before the session may be over at the server", async (t) => {
   // By two heartbeats it would take 2 s, and the server would know of no such session any more.

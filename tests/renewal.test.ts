@@ -253,6 +253,27 @@ for (const transport of ["post", "stream", "duplex"] as const) {
   });
 }
 
+test("a page that is long at what came before a renewal takes no stream for held", async (t) => {
+  const server = new ScriptedServer();
+  const { socket, events, messages, opened } = connect(t, "http://scripted.test/", {
+    transport: "post",
+    fetch: server.fetch,
+  });
+  const stream = (await server.next()).stream();
+  await opened;
+  socket.addEventListener("message", () => {
+    const end = performance.now() + 500;
+    while (performance.now() < end);
+  });
+  const before = Array.from({ length: 8 }, (_, n) => `${n}`);
+  const said = before.map((text) => `data: ${text}\n\n`).join("");
+  stream.write(`event: duplex-renew\ndata:\n\n${said}`);
+  const next = (await server.next()).stream();
+  next.write(`${said}data: last\n\n`);
+  assertEquals(await messages.take(9), [...before, "last"]);
+  assertEquals([events, server.asked.length, socket.transport], [["open"], 0, "post"]);
+}, { timeout: 20_000 });
+
 test("a server's close that comes while a connection is renewed is taken", async (t) => {
   const server = new ScriptedServer();
   const { closed, opened, events } = connect(t, "http://scripted.test/", {

@@ -17,6 +17,8 @@ export interface Asked {
   fail(): void;
   /** Grants the stream, and says nothing on it. */
   stall(): void;
+  /** Grants the stream, which breaks before it says anything. */
+  cut(): void;
   /** Grants a full session, with an event stream that the test writes. */
   stream(terms?: Partial<Terms>, token?: string): ScriptedStream;
 }
@@ -70,6 +72,12 @@ export class ScriptedServer {
         resolve(new Response(null, { status, headers: all }));
       },
       fail: () => reject(new TypeError("network error")),
+      cut() {
+        const body = new ReadableStream({
+          pull: (controller) => controller.error(new TypeError("network error")),
+        });
+        resolve(new Response(body, { headers: STREAM_HEADERS }));
+      },
       stall() {
         const body = new ReadableStream({
           start: (controller) =>
