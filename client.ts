@@ -91,6 +91,8 @@ const SHORT_LIFE_MS = 1_000;
 const SILENCE_MS = 2_000;
 /** Who gives a request up sooner has not waited: a resumption has 1 s at least. */
 const UNANSWERED_MS = 900;
+/** A try that comes at the end of the time, or after it, since its pause was slept through. */
+const LAST_TRY_MS = 800;
 /** Of the slots that the tabs share over HTTP/1.1. */
 const LAST_SLOT = 4;
 /** How long a stream is held at least while another tab waits, and how soon all have had theirs. */
@@ -1497,7 +1499,7 @@ class Link implements Carrier, EventTaker, Holder {
           [ATTEMPT_HEADER]: `${++this.#session.attempt}`,
           "last-event-id": `${why === "renewed" ? this.#receipts.most : this.#rewind()}`,
         },
-        Math.max(1000, Math.min(deadline() - clock(), timeout)),
+        Math.max(LAST_TRY_MS, Math.min(deadline() - clock(), timeout)),
         undefined,
         isPatient,
       );
@@ -2420,7 +2422,6 @@ class Transports {
 
   /** A stream was held. `isSure`: it cannot have been the network. */
   descend(isSure: boolean): void {
-    if (this.polls) return;
     this.#above = this.current;
     this.current = "poll";
     this.#isSure ||= isSure;
@@ -2905,32 +2906,30 @@ class Outbox {
 
 /** Those who wait for `bufferedAmount` to fall. */
 class Waiters {
-  readonly #waiting: Set<{ threshold: number; resolve: () => void }> = new Set();
+  /** And to how many bytes. */
+  readonly #waiting: Map<() => void, number> = new Map();
 
   wait(threshold: number, signal: AbortSignal | undefined): Promise<void> {
     return new Promise((resolve, reject) => {
       const abort = () => {
-        this.#waiting.delete(waiter);
+        this.#waiting.delete(settle);
         reject(signal!.reason);
       };
-      const waiter = {
-        threshold,
-        resolve: () => {
-          signal?.removeEventListener("abort", abort);
-          resolve();
-        },
+      const settle = () => {
+        signal?.removeEventListener("abort", abort);
+        resolve();
       };
-      this.#waiting.add(waiter);
+      this.#waiting.set(settle, threshold);
       signal?.addEventListener("abort", abort);
     });
   }
 
   /** It has fallen to so many bytes. */
   tell(bytes: number): void {
-    for (const waiter of this.#waiting) {
-      if (bytes > waiter.threshold) continue;
-      this.#waiting.delete(waiter);
-      waiter.resolve();
+    for (const [settle, threshold] of this.#waiting) {
+      if (bytes > threshold) continue;
+      this.#waiting.delete(settle);
+      settle();
     }
   }
 }
@@ -3046,11 +3045,6 @@ interface RequestDetails {
   headers?: Record<string, string>;
 }
 
-/** As Deno has them. */
-interface HttpClient {
-  close(): void;
-}
-
 /** Makes all requests of a socket. */
 class Requests {
   readonly target: string;
@@ -3069,7 +3063,7 @@ class Requests {
   #denials = 0;
   /** A request had no answer in its time, and none has had one of the server's since. */
   #isSilent = false;
-  /** Deno's, for a connection of its own. */
+  /** Deno's or Node's, for a connection of its own. */
   #client: HttpClient | undefined;
 
   constructor(url: URL, options: WebSocketSSEOptions, session: Session) {
@@ -3155,19 +3149,20 @@ class Requests {
       priority: exchange.slot && "low",
       body,
       duplex: "half",
-      ...client && { client },
+      ...client && { client, dispatcher: client },
     } as RequestInit);
   }
 
   /**
    * The connection may be dead. One of HTTP/2 is shared by all requests, however many of them are
-   * given up: browsers notice that after 10 to 70 s, Deno does not, but where it is told to take another.
+   * given up: browsers notice that after 10 to 70 s, Deno and Node do not, but where they are told to
+   * take another.
    */
   #suspect(): void {
     this.#isSilent = true;
     this.end();
     const { Deno } = globalThis as { Deno?: { createHttpClient?(options: object): HttpClient } };
-    if (!this.#session.isOver) this.#client = Deno?.createHttpClient?.({});
+    if (!this.#session.isOver) this.#client = Deno?.createHttpClient?.({}) ?? anotherAgent();
   }
 
   /** What is under way goes on. */
@@ -3949,6 +3944,32 @@ function isRuntime(): boolean {
     document?: unknown;
   };
   return !!process?.versions?.node && !document;
+}
+
+/** As Deno has them, and Node by the name of Agent. */
+interface HttpClient {
+  close(): unknown;
+}
+
+/** As Node has them. */
+interface Agent extends HttpClient {
+  dispatch: unknown;
+  [key: symbol]: unknown;
+}
+
+/**
+ * One as that of Node's fetch, which speaks HTTP/2 from Node 26 on. None where that is of another
+ * kind, a proxy's as it may be, or has interceptors.
+ */
+function anotherAgent(): HttpClient | undefined {
+  const { [Symbol.for("undici.globalDispatcher.2")]: agent = {} as Agent } = globalThis as {
+    [key: symbol]: Agent | undefined;
+  };
+  const Kind = agent.constructor as { new (options: unknown): Agent; name: string };
+  if (Kind.name !== "Agent" || agent.dispatch !== Kind.prototype.dispatch) return;
+  for (const key of Object.getOwnPropertySymbols(agent)) {
+    if (key.description === "options") return new Kind(agent[key]);
+  }
 }
 
 /** How something of the origin came to this page last; "" where that is not known. */

@@ -7,6 +7,7 @@ import type { WebSocketSSEOptions } from "../client.ts";
 import { chaos } from "./chaos.ts";
 import {
   assertEquals,
+  assertLessOrEqual,
   needs,
   once,
   runtime,
@@ -204,7 +205,7 @@ abuse(
 
 // ---------------------------------------------------------------- a connection that is dead
 
-/** A fetch that trusts the certificate, as one does that Deno is told of by --cert. */
+/** A fetch of Deno that trusts the certificate, as one does that it is told of by --cert. */
 function trusting(t: TestContext, cert: string): NonNullable<WebSocketSSEOptions["fetch"]> {
   const clients = new Map<unknown, Deno.HttpClient>();
   t.defer(() => clients.forEach((client) => client.close()));
@@ -215,7 +216,8 @@ function trusting(t: TestContext, cert: string): NonNullable<WebSocketSSEOptions
   };
 }
 
-if (runtime === "deno") {
+// Node's fetch speaks HTTP/2 by itself from Node 26 on, and here by an Agent that is told to.
+if (runtime !== "bun") {
   for (const transport of ["duplex", "stream", "post", "poll"] as const) {
     test(
       `the client leaves a connection that is dead for another (${transport})`,
@@ -232,12 +234,13 @@ if (runtime === "deno") {
         const server = await t.serve(ws.fetch, { tls: true });
         const network = t.use(await chaos(server.port));
         const client = dial(t, network.url.replace("http:", "https:"), transport, {
-          fetch: trusting(t, server.cert!),
+          ...runtime === "deno" && { fetch: trusting(t, server.cert!) },
         });
         await once(client, "open");
         client.send("before");
         await until(() => got.length === 1 && client.bufferedAmount === 0);
-        assertEquals(network.stats.connections, 1); // all that goes up goes there, too
+        // All that goes up goes there, too; an Agent may have made two at the beginning.
+        assertLessOrEqual(network.stats.connections, runtime === "deno" ? 1 : 2);
         network.stallAll({ newcomers: false });
         client.send("meanwhile");
         for (const peers of ws.peers.values()) for (const peer of peers) peer.send("down");
