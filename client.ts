@@ -1154,7 +1154,10 @@ class Link implements Carrier, EventTaker, Holder {
   /** The life of the session. */
   async run(): Promise<void> {
     try {
-      let connection = await this.#begin();
+      const kept = this.#keeper.take();
+      if (kept) this.#host.onProgress(this.#keeper.restore(kept)); // at once: it may be left, too
+      const goesOn = kept && await this.#keeper.claim(kept.id); // unless another tab has it
+      let connection = await (goesOn ? this.#next("lost") : this.#beginAnew());
       for (;;) {
         await this.#read(connection);
         if (this.uplink.wasTooLong(connection)) this.#host.onRenewal(); // our doing, and our secret
@@ -1231,13 +1234,6 @@ class Link implements Carrier, EventTaker, Holder {
 
   // Opening
 
-  /** Goes on with what the page before has left, unless another tab has it. */
-  async #begin(): Promise<Exchange> {
-    const kept = this.#keeper.take();
-    if (kept) this.#host.onProgress(this.#keeper.restore(kept)); // at once: it may be left, too
-    return kept && await this.#keeper.claim(kept.id) ? this.#next("lost") : this.#beginAnew();
-  }
-
   /** The next connection. What the page before has left may be over, which is no failure. */
   async #next(why: Reason): Promise<Exchange> {
     try {
@@ -1245,8 +1241,8 @@ class Link implements Carrier, EventTaker, Holder {
     } catch (error) {
       if (!this.#keeper.hasTakenOver || this.#session.phase !== "opening") throw error;
       this.hangUp(); // refused, or too late
-      return this.#beginAnew();
     }
+    return this.#beginAnew();
   }
 
   #beginAnew(): Promise<Exchange> {
