@@ -3145,7 +3145,7 @@ class Requests {
       priority: exchange.slot && "low",
       body,
       duplex: "half",
-      ...client && { client, dispatcher: client },
+      ...client && { client, dispatcher: client as never }, // of a type that not all know
     } as RequestInit);
   }
 
