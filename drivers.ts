@@ -36,6 +36,8 @@ const END_TIMEOUT = 1_000;
 const POSTGRES_PAYLOAD = 8000;
 /** A statement does not grow without end while the one before it runs. */
 const POSTGRES_BATCH = 200;
+/** How long one has, in ms: of a connection that is cut the client may never tell. */
+const POSTGRES_TIMEOUT = 10_000;
 /** PostgreSQL cuts a longer name of a channel off; the hash behind it takes 12. */
 const POSTGRES_CHANNEL = 63 - 12;
 
@@ -100,8 +102,8 @@ export interface PostgresClient {
   listen(channel: string, take: (payload: string) => void): Promise<{
     unlisten(): Promise<unknown>;
   }>;
-  /** Runs a query with its parameters. */
-  unsafe(query: string, parameters: string[][]): PromiseLike<unknown>;
+  /** Runs a query with its parameters, until it is cancelled. */
+  unsafe(query: string, parameters: string[][]): PromiseLike<unknown> & { cancel?(): unknown };
 }
 
 /** Options of every driver. */
@@ -226,7 +228,7 @@ class Channels implements TopicDriver {
       if (channel.stands !== false) await this.#line.unlisten(name);
     });
     // Who stops while the backplane is down must be able to.
-    return inTime(Promise.allSettled(leaving)).then(() => this.#line.close());
+    return within(END_TIMEOUT, Promise.allSettled(leaving)).then(() => this.#line.close());
   }
 
   /** What is published to all namespaces is published to the topic of the empty one. */
@@ -318,7 +320,7 @@ class RedisLine implements Line {
     if (!subscriber || subscriber.status === "end") return;
     const ended = new Promise<void>((resolve) => subscriber.on("end", resolve));
     subscriber.disconnect();
-    await inTime(ended); // who was about to connect says nothing
+    await within(END_TIMEOUT, ended); // who was about to connect says nothing
   }
 
   /** The client joins its channels again by itself after each loss of the connection. */
@@ -423,7 +425,12 @@ class PostgresLine implements Line {
     const payloads: string[] = [];
     const end = this.#last.then(async () => {
       if (this.#next?.channels === channels) this.#next = undefined;
-      await this.#client.unsafe(NOTIFY, [channels, payloads]);
+      const query = this.#client.unsafe(NOTIFY, [channels, payloads]);
+      // Whatever it waits for, others must not: the next goes by another connection.
+      const isDone = await within(POSTGRES_TIMEOUT, query);
+      if (isDone) return;
+      Promise.resolve(query.cancel?.()).catch(() => {});
+      throw new Error("PostgreSQL does not answer");
     });
     this.#next = { channels, payloads, end };
     this.#last = end.catch(() => {}); // told to those who wait for it
@@ -432,11 +439,12 @@ class PostgresLine implements Line {
   close(): void {}
 }
 
-/** Waits for something that may never be done. */
-async function inTime(doing: Promise<unknown>): Promise<void> {
+/** Waits for something that may never be done. True: it is. */
+async function within(time: number, doing: PromiseLike<unknown>): Promise<boolean> {
   let timer: ReturnType<typeof setTimeout> | undefined;
-  const late = new Promise<void>((resolve) => timer = setTimeout(resolve, END_TIMEOUT));
-  await Promise.race([doing, late]).finally(() => clearTimeout(timer));
+  const late = new Promise<false>((resolve) => timer = setTimeout(() => resolve(false), time));
+  const done = Promise.resolve(doing).then(() => true);
+  return await Promise.race([done, late]).finally(() => clearTimeout(timer));
 }
 
 // --- What travels ---

@@ -457,6 +457,42 @@ test("PostgreSQL: what could be joined only later is heard once", async (t) => {
   assertEquals(got.length, 2);
 });
 
+test(
+  "PostgreSQL: a statement that never ends is cancelled, told, and in nobody's way",
+  async (t) => {
+    const { setTimeout } = globalThis;
+    t.defer(() => Object.assign(globalThis, { setTimeout }));
+    Object.assign(globalThis, {
+      setTimeout: (task: () => void, delay = 0) => setTimeout(task, delay === 10_000 ? 10 : delay),
+    });
+    const done: string[] = [];
+    const client: PostgresClient = {
+      listen: () => Promise.resolve({ unlisten: () => Promise.resolve() }),
+      unsafe(_query, [, payloads]) { // as of postgres over a connection that was cut
+        const text = JSON.parse(payloads![0]!).msg.data;
+        if (text !== "lost") return Promise.resolve(done.push(text));
+        let reject!: (error: Error) => void;
+        const query = new Promise<void>((_, fail) => reject = fail);
+        return Object.assign(query, {
+          cancel() {
+            done.push("cancelled");
+            reject(new Error("canceling statement due to user request"));
+          },
+        });
+      },
+    };
+    const driver = pgsql({ client, channel: "x" })({ id: "a" });
+    t.defer(() => driver.close());
+    const say = (data: string) => driver.publish({ namespace: "", topic: "t", data });
+    const lost = assertRejects(() => say("lost"), Error, "PostgreSQL does not answer");
+    await sleep(0); // it is on its way
+    await say("next");
+    await lost;
+    assertEquals(done, ["cancelled", "next"]);
+  },
+  { timeout: 9_000 },
+);
+
 // ---------------------------------------------------------------- docs/scale.md
 
 interface Ends {
