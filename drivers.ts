@@ -103,7 +103,7 @@ export interface PostgresClient {
     unlisten(): Promise<unknown>;
   }>;
   /** Runs a query with its parameters, until it is cancelled. */
-  unsafe(query: string, parameters: string[][]): PromiseLike<unknown> & { cancel?(): unknown };
+  unsafe(query: string, parameters: string[]): PromiseLike<unknown> & { cancel?(): unknown };
 }
 
 /** Options of every driver. */
@@ -380,8 +380,8 @@ class NatsLine implements Line {
 }
 
 /** Numbered, since a transaction notifies once of payloads that are the same. */
-const NOTIFY =
-  "select pg_notify(c, n || ' ' || p) from unnest($1::text[], $2::text[]) with ordinality t(c, p, n)";
+const NOTIFY = "select pg_notify(m ->> 0, n || ' ' || (m ->> 1)) " +
+  "from json_array_elements($1::text::json) with ordinality t(m, n)";
 
 class PostgresLine implements Line {
   readonly #client: PostgresClient;
@@ -389,7 +389,7 @@ class PostgresLine implements Line {
   /** The client keeps each listener that it could not begin with, and begins later: the last one counts. */
   readonly #takes: Map<string, (payload: string) => void> = new Map();
   /** What goes with the next statement, and its end. */
-  #next: { channels: string[]; payloads: string[]; end: Promise<void> } | undefined;
+  #next: { messages: [channel: string, payload: string][]; end: Promise<void> } | undefined;
   #last: Promise<unknown> = Promise.resolve();
 
   constructor(client: PostgresClient) {
@@ -412,27 +412,26 @@ class PostgresLine implements Line {
 
   /** One statement at a time: else the connections of a pool would overtake each other. */
   tell(channel: string, payload: string): Promise<void> {
-    const full = (this.#next?.channels.length ?? 0) >= POSTGRES_BATCH;
+    const full = (this.#next?.messages.length ?? 0) >= POSTGRES_BATCH;
     if (!this.#next || full) this.#begin();
     const next = this.#next!;
-    next.channels.push(channel);
-    next.payloads.push(payload);
+    next.messages.push([channel, payload]);
     return next.end;
   }
 
   #begin(): void {
-    const channels: string[] = [];
-    const payloads: string[] = [];
+    const messages: [string, string][] = [];
     const end = this.#last.then(async () => {
-      if (this.#next?.channels === channels) this.#next = undefined;
-      const query = this.#client.unsafe(NOTIFY, [channels, payloads]);
+      if (this.#next?.messages === messages) this.#next = undefined;
+      // As one text: of arrays a client knows only what it has asked the server for.
+      const query = this.#client.unsafe(NOTIFY, [JSON.stringify(messages)]);
       // Whatever it waits for, others must not: the next goes by another connection.
       const isDone = await within(POSTGRES_TIMEOUT, query);
       if (isDone) return;
       Promise.resolve(query.cancel?.()).catch(() => {});
       throw new Error("PostgreSQL does not answer");
     });
-    this.#next = { channels, payloads, end };
+    this.#next = { messages, end };
     this.#last = end.catch(() => {}); // told to those who wait for it
   }
 

@@ -280,8 +280,8 @@ test("PostgreSQL: what is published in one turn goes in order, together, though 
   const statements: string[][][] = [];
   const client: PostgresClient = {
     listen: () => Promise.resolve({ unlisten: () => Promise.resolve() }),
-    unsafe: async (_, parameters) => {
-      statements.push(parameters);
+    unsafe: async (_, [messages]) => {
+      statements.push(JSON.parse(messages!));
       await sleep(5);
     },
   };
@@ -292,8 +292,8 @@ test("PostgreSQL: what is published in one turn goes in order, together, though 
     (_, n) => driver.publish({ ...message, data: n < 2 ? "same" : `${n}` }),
   );
   await Promise.all(sending);
-  assertEquals(statements.map(([channels]) => channels!.length), [200, 200, 50]);
-  const said = statements.flatMap(([, payloads]) => payloads!.map((p) => JSON.parse(p).msg.data));
+  assertEquals(statements.map(({ length }) => length), [200, 200, 50]);
+  const said = statements.flat().map(([, payload]) => JSON.parse(payload!).msg.data);
   assertEquals(said, ["same", "same", ...Array.from({ length: 448 }, (_, n) => `${n + 2}`)]);
   assertThrows(() => pgsql({ client, channel: "x".repeat(51) }), RangeError);
 });
@@ -436,8 +436,9 @@ test("PostgreSQL: what could be joined only later is heard once", async (t) => {
       if (isDown) return Promise.reject(new Error("it is down"));
       return Promise.resolve({ unlisten: () => Promise.resolve() });
     },
-    unsafe: (_query, [, payloads]) => {
-      for (const payload of payloads!) for (const take of listeners) take(`1 ${payload}`);
+    unsafe: (_query, [messages]) => {
+      const said: [string, string][] = JSON.parse(messages!);
+      for (const [, payload] of said) for (const take of listeners) take(`1 ${payload}`);
       return Promise.resolve();
     },
   };
@@ -468,8 +469,8 @@ test(
     const done: string[] = [];
     const client: PostgresClient = {
       listen: () => Promise.resolve({ unlisten: () => Promise.resolve() }),
-      unsafe(_query, [, payloads]) { // as of postgres over a connection that was cut
-        const text = JSON.parse(payloads![0]!).msg.data;
+      unsafe(_query, [messages]) { // as of postgres over a connection that was cut
+        const text = JSON.parse(JSON.parse(messages!)[0][1]).msg.data;
         if (text !== "lost") return Promise.resolve(done.push(text));
         let reject!: (error: Error) => void;
         const query = new Promise<void>((_, fail) => reject = fail);

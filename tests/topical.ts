@@ -50,6 +50,7 @@ async function overPostgres(t: TestContext): Promise<Topical> {
     ...{ host: "127.0.0.1", port, username: "test", database: "postgres" },
     backoff: () => 0.1,
     connect_timeout: 5,
+    fetch_types: false,
   });
   t.defer(() => client.end({ timeout: 1 }));
   return { server, adapter: pgsql({ client, channel: "duplex" }) };
