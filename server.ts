@@ -63,6 +63,10 @@ const CLOSED = 3;
 const MAX_DELAY = 2 ** 31 - 1;
 /** Bun cuts a connection that is quiet for 10 s, unless told otherwise through `fetch`'s second argument. */
 const UNATTENDED_HEARTBEAT_INTERVAL = 5_000;
+/** That in s, and the most that it may be; and how slow a body may come, in bytes a second: clients wait so long. */
+const IDLE_CUT = 10;
+const MAX_IDLE_CUT = 255;
+const SLOW_BODY = 8 * 1024;
 /** How long a client has to answer a close, or to hear of it, where `resumeTimeout` is 0. */
 const CLOSE_TIMEOUT = 5_000;
 /** How long a session waits for the page that takes it over from one that was left. */
@@ -941,8 +945,9 @@ class Requests {
     const wire = readWire(request);
     const asked: Asked = { request, wire, runtime, admitted };
     const duplex = method === "POST" && headers.get("accept") === STREAM_TYPE;
-    // Only what streams may be quiet for long: a body with a length is to come.
-    if (method === "GET" || duplex || !headers.has("content-length")) liftIdleCut(request, runtime);
+    // Only what streams may be quiet for long: a body with a length is to come, however slowly.
+    const streams = method === "GET" || duplex;
+    liftIdleCut(request, runtime, streams ? null : headers.get("content-length"));
     const router = this.#topics.backplane?.router;
     // What another instance has brought here goes no further.
     if (router && wire.token && admitted === undefined && !this.#registry.find(wire.token)) {
@@ -4722,8 +4727,12 @@ type Runtime =
   | null
   | undefined;
 
-function liftIdleCut(request: Request, runtime: Runtime): void {
-  if (typeof runtime?.timeout === "function") runtime.timeout(request, 0);
+/** For what streams, or until a body of this length has come: of that Bun wants 16 KiB a second. */
+function liftIdleCut(request: Request, runtime: Runtime, length: string | null): void {
+  if (typeof runtime?.timeout !== "function") return;
+  const time = Math.ceil(Number(length) / SLOW_BODY);
+  if (length === null) runtime.timeout(request, 0);
+  else if (time > IDLE_CUT / 2) runtime.timeout(request, Math.min(IDLE_CUT + time, MAX_IDLE_CUT));
 }
 
 function remoteAddressOf(request: Request, runtime: Runtime): string | undefined {

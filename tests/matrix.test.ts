@@ -11,6 +11,7 @@ import {
   deferred,
   needs,
   rawRequest,
+  type RawResponse,
   type Runtime,
   runtime,
   sleep,
@@ -240,6 +241,22 @@ async function openQuiet(t: TestContext, port: number) {
   return stream;
 }
 
+/** Sends 114 messages of 1,000 bytes in one body, that takes two seconds more than a quiet stream may. */
+async function trickle(t: TestContext, port: number, stream: RawResponse) {
+  const pieces = Array.from({ length: 114 }, () => `TEXT 3e8\r\n${"x".repeat(1000)}\r\n`);
+  pieces.unshift("SEQ 1\r\n1\r\n");
+  async function* body() {
+    for (const piece of pieces) {
+      yield piece;
+      await sleep((QUIET + 2_000) / pieces.length, t.signal);
+    }
+  }
+  const head = `POST / HTTP/1.1\r\nhost: localhost\r\nx-duplex-version: 1\r\n` +
+    `x-crossws-id: ${stream.headers.get("x-crossws-id")}\r\n` +
+    `content-length: ${pieces.join("").length}\r\n`;
+  return t.use(await rawRequest(port, head, body()));
+}
+
 async function hears(stream: Awaited<ReturnType<typeof openQuiet>>, text: string): Promise<void> {
   let all = "";
   for (;;) {
@@ -261,7 +278,8 @@ if (runtime === "bun") {
         idleTimeout: 0,
         hooks: { open: (peer: Peer) => peers.push(peer) },
       };
-      const lifted = await openQuiet(t, (await listen(t, quiet)).port);
+      const { port } = await listen(t, quiet);
+      const lifted = await openQuiet(t, port);
       const one = await peers.next();
       // The control: the adapter is not given Bun's server, and so cannot lift the limit.
       const { ws } = await listen(t, quiet);
@@ -273,12 +291,15 @@ if (runtime === "bun") {
       const three = await peers.next();
 
       const cut = assertRejects(() => hears(control, "still here"));
+      // A body with a length is cut, too, that comes by less than 16 KiB a second.
+      const slow = trickle(t, port, lifted);
       await sleep(QUIET, t.signal);
       await cut;
       one.send("still here");
       three.send("still here");
       await hears(lifted, "still here");
       await hears(saved, "still here");
+      assertEquals((await slow).headers.get("x-duplex-received"), "114");
     },
     { timeout: 30_000 },
   );
