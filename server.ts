@@ -4188,6 +4188,13 @@ type Listener = Pick<Receiver, "uplink" | "heard">;
 /** Takes one chunk of a body: a promise pauses it, what is thrown ends it. */
 type Take = (chunk: Bytes) => Promise<void> | void;
 
+/** Who takes a body, chunk by chunk, and is told its end. */
+interface Taker {
+  listener: Listener;
+  take: Take;
+  ended(end: BodyEnd): void;
+}
+
 /**
  * The body of one request. It is never cancelled, since hosts that make their own streams may
  * not survive that: what nobody wants any more is read and dropped up to a bound, for what
@@ -4197,16 +4204,15 @@ type Take = (chunk: Bytes) => Promise<void> | void;
  * session with an open body, 1.4 KB on Deno and 0.7 KB on Bun.
  */
 class Body {
-  readonly #listener: Listener;
-  readonly #take: Take;
-  readonly #ended: (end: BodyEnd) => void;
-  #wanted = true;
+  /**
+   * None once nobody wants the rest: some hosts wait for that as long as its connection lives, which
+   * must not keep what has come, and whose it is.
+   */
+  #taker: Taker | undefined;
   #dropped = 0;
 
-  constructor(listener: Listener, take: Take, ended: (end: BodyEnd) => void) {
-    this.#listener = listener;
-    this.#take = take;
-    this.#ended = ended;
+  constructor(taker: Taker) {
+    this.#taker = taker;
   }
 
   /** What still comes is dropped. */
@@ -4215,18 +4221,19 @@ class Body {
   }
 
   #end(end: BodyEnd): void {
-    if (!this.#wanted) return;
-    this.#wanted = false;
-    this.#listener.uplink.end(this);
-    this.#ended(end);
+    const taker = this.#taker;
+    if (!taker) return;
+    this.#taker = undefined;
+    taker.listener.uplink.end(this);
+    taker.ended(end);
   }
 
   async read(reader: Reader): Promise<void> {
     let end: BodyEnd = { complete: true };
     try {
       for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
-        if (this.#wanted) {
-          const pending = this.#give(chunk.value as Bytes);
+        if (this.#taker) {
+          const pending = this.#give(this.#taker, chunk.value as Bytes);
           if (pending) await pending;
         } else if ((this.#dropped += chunk.value.length) > MAX_DROPPED) return;
       }
@@ -4236,10 +4243,10 @@ class Body {
     this.#end(end);
   }
 
-  #give(chunk: Bytes): Promise<void> | void {
+  #give({ listener, take }: Taker, chunk: Bytes): Promise<void> | void {
     try {
-      this.#listener.heard();
-      return this.#take(chunk);
+      listener.heard();
+      return take(chunk);
     } catch (error) {
       this.#end({ complete: false, error });
     }
@@ -4254,7 +4261,7 @@ function readBody(
   take: Take,
   ended: (end: BodyEnd) => void,
 ): void {
-  const body = new Body(listener, take, ended);
+  const body = new Body({ listener, take, ended });
   listener.uplink.begin(body, most);
   body.read(reader);
 }

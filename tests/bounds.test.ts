@@ -4,8 +4,16 @@
  * bound.
  */
 import type { SSEOptions } from "../server.ts";
-import { assertEquals, assertLess, assertLessOrEqual, runtime, test } from "./harness.ts";
-import { MB, measured, type MeasuredState, soak } from "./measured.ts";
+import {
+  assertEquals,
+  assertLess,
+  assertLessOrEqual,
+  rawRequest,
+  runtime,
+  sleep,
+  test,
+} from "./harness.ts";
+import { MB, measured, type MeasuredState, RawStream, soak } from "./measured.ts";
 
 const OPENINGS = soak ? 20_000 : 5000;
 
@@ -65,6 +73,35 @@ test(
   },
   { timeout: 30_000 },
 );
+
+for (const level of ["full", "plain"] as const) {
+  test(
+    `of 100 bodies that lack a byte those are not held that were ended (${level})`,
+    async (t) => {
+      const server = t.use(await measured(runtime, keeping));
+      const stream = t.use(await RawStream.open(server.port, { full: level === "full" }));
+      const begin = level === "full" ? "SEQ 1\r\n1\r\nTEXT f4240\r\n" : "";
+      const text = begin + "x".repeat(1_000_000); // of the frame, the line break lacks
+      const type = level === "full" ? "x-duplex-version: 1" : "content-type: text/plain";
+      const head = `POST / HTTP/1.1\r\nhost: x\r\nx-crossws-id: ${stream.token}\r\n${type}\r\n` +
+        `content-length: ${text.length + 2}\r\n`;
+      const held = async () => (await server.run((s) => s.memory())).heap;
+      const before = await held();
+      const open = level === "full" ? 2 : 16;
+      const answers: Promise<unknown>[] = [];
+      for (let i = 0; i < 100; i++) {
+        const answer = rawRequest(server.port, head, [text]);
+        answers.push(answer.then((response) => t.use(response), () => {})); // in the end, the server's
+        await sleep(10); // it is read
+      }
+      await Promise.all(answers.slice(0, -open));
+      assertLess((await held() - before) / MB, 50, "all would be 100");
+      await server.child[Symbol.asyncDispose](); // which ends those that are open
+      await Promise.allSettled(answers);
+    },
+    { timeout: 30_000 },
+  );
+}
 
 test(
   `${OPENINGS} openings whose connections are reset are maxPeers sessions at most, and then none`,
