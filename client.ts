@@ -3975,7 +3975,7 @@ function protocolOf(target: string): string {
   for (
     const entry of performance.getEntries() as (PerformanceEntry & { nextHopProtocol?: string })[]
   ) {
-    if (entry.name.startsWith(origin)) protocol = entry.nextHopProtocol || protocol;
+    if (entry.name.startsWith(`${origin}/`)) protocol = entry.nextHopProtocol || protocol;
   }
   return protocol;
 }

@@ -423,6 +423,7 @@ test("where HTTP/2 is spoken no lock is asked for and no channel opened", async 
   define(t, performance, "getEntries", () => [
     { name: `${url}/page`, nextHopProtocol: "http/1.1" },
     { name: `${url}/socket`, nextHopProtocol: "h2" }, // since then
+    { name: `${url}0/page`, nextHopProtocol: "http/1.1" }, // of another origin
     { name: "a measure" },
   ]);
   let channels = 0;
