@@ -36,6 +36,8 @@ const channel = "bench";
 const ROOM = "http://bench/room";
 
 let given: Given = { messages: 0, bytes: 0 };
+/** Messages to another instance's session. */
+let sent = 0;
 
 const adapters: Record<string, () => ClusterAdapter | Promise<ClusterAdapter>> = {
   crossws: () => broadcasting({ client: new Redis(port, host) as never, channel }),
@@ -92,7 +94,7 @@ async function obey(order: Order): Promise<void> {
     case "wait":
       return await pause(order.ms);
     case "route":
-      for (let n = 1; n <= order.times; n++) await route(order.token, n);
+      for (let n = 0; n < order.times; n++) await route(order.token, ++sent);
       return await pause(500); // for those that others route here
     case "publish":
       for (let n = 0; n < order.times; n++) ws.publish("news", "x".repeat(100));
