@@ -16,13 +16,13 @@ import process from "node:process";
 /** "node" is the machine's own; those with a version come from npm, as optional dependencies. */
 export const runtimes = [
   ...["deno", "bun", "node"] as const,
-  ...["node-20", "node-22", "node-24", "deno-2.9.5"] as const,
+  ...["node-20", "node-22", "node-24", "node-26", "deno-2.9.5"] as const,
 ];
 
 export type Runtime = typeof runtimes[number];
 
 /** Every Node that is supported. */
-export const nodes = ["node-20", "node-22", "node-24"] as const satisfies Runtime[];
+export const nodes = ["node-20", "node-22", "node-24", "node-26"] as const satisfies Runtime[];
 
 /** The root of the repository. */
 export const root: string = resolve(import.meta.dirname!, "..");
