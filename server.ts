@@ -124,6 +124,9 @@ const MAX_PLAIN_BODIES = 16;
  * connection. Once we have begun to read, some hosts leave what remains in its way.
  */
 const MAX_DROPPED = 32 * 1024 * 1024;
+/** So many bodies of clients that have gone may stay, and for so long, in ms. */
+const MAX_STRANDED = 16;
+const STRANDED_PATIENCE = 1_000;
 /** The longest header of a frame, and the largest payload of one that is no message. */
 const MAX_HEADER = 20;
 const MAX_CONTROL = 125;
@@ -945,6 +948,10 @@ class Requests {
     const wire = readWire(request);
     const asked: Asked = { request, wire, runtime, admitted };
     const duplex = method === "POST" && headers.get("accept") === STREAM_TYPE;
+    // "Where a host keeps the connections of clients that are lost, duplex is 411."
+    if (duplex && !wire.isPoll && this.#registry.stranded.areKept) {
+      throw keepsClients(this.#registry.stranded.tell());
+    }
     // Only what streams may be quiet for long: a body with a length is to come, however slowly.
     const streams = method === "GET" || duplex;
     liftIdleCut(request, runtime, streams ? null : headers.get("content-length"));
@@ -1513,6 +1520,7 @@ class Registry implements Host {
   readonly settings: Settings;
   readonly flusher: Flusher;
   readonly ledger: Ledger = { total: 0, lent: 0 };
+  readonly stranded: Stranded = new Stranded();
   readonly tally: Tally = newTally();
   readonly peers: Map<string, Set<Peer>> = new Map();
   readonly #topics: Topics;
@@ -2430,6 +2438,7 @@ interface Host {
   readonly settings: Settings;
   readonly flusher: Flusher;
   readonly ledger: Ledger;
+  readonly stranded: Stranded;
   readonly tally: Tally;
   /** It is in another phase. */
   moved(session: Session, phase: Phase): void;
@@ -3106,7 +3115,13 @@ class FullSession extends Session implements Receiver {
   /** Reads the uplink half of a request whose response is the event stream. */
   readDuplex(request: Request): void {
     const { maxMessageSize } = this.host.settings;
-    readUplink(request, this, maxMessageSize, (error) => this.#uplinkEnded(error));
+    const body = readUplink(request, this, maxMessageSize, (error) => this.#uplinkEnded(error));
+    if (this.connection) this.connection.body = body;
+  }
+
+  override lose(connection: Connection): void {
+    if (connection.isCut) connection.body?.strand(this.host.stranded);
+    super.lose(connection);
   }
 
   #uplinkEnded(error: unknown): void {
@@ -3683,6 +3698,10 @@ class Connection {
   asked = false;
   /** The first bytes, until they are out. */
   preface: Bytes | undefined;
+  /** The other half of its request. */
+  body: Body | undefined;
+  /** The client has gone, as the runtime says. */
+  isCut = false;
   #controller!: ReadableStreamDefaultController<Bytes>;
 
   constructor(source: Source, preface: Bytes, until: Until) {
@@ -3696,7 +3715,10 @@ class Connection {
         this.asked = true;
         source.flush();
       },
-      cancel: () => source.lose(this),
+      cancel: () => {
+        this.isCut = true;
+        source.lose(this);
+      },
     }, { highWaterMark: 0 });
   }
 
@@ -4210,6 +4232,8 @@ class Body {
    */
   #taker: Taker | undefined;
   #dropped = 0;
+  #isOver = false;
+  #stranded: Stranded | undefined;
 
   constructor(taker: Taker) {
     this.#taker = taker;
@@ -4240,7 +4264,16 @@ class Body {
     } catch (error) { // the connection's end
       end = { complete: false, error };
     }
+    this.#isOver = true;
+    this.#stranded?.delete(this);
     this.#end(end);
+  }
+
+  /** Its client has gone: the host is to end it. */
+  strand(stranded: Stranded): void {
+    if (this.#isOver) return;
+    this.#stranded = stranded;
+    stranded.add(this);
   }
 
   #give({ listener, take }: Taker, chunk: Bytes): Promise<void> | void {
@@ -4253,6 +4286,37 @@ class Body {
   }
 }
 
+/**
+ * Bodies whose clients have gone. A host that never ends them never lets go of their connections
+ * either, and each takes a file descriptor.
+ */
+class Stranded {
+  readonly #since: Map<Body, number> = new Map();
+  #isTold = false;
+
+  add(body: Body): void {
+    this.#since.set(body, clock());
+  }
+
+  delete(body: Body): void {
+    this.#since.delete(body);
+  }
+
+  /** Some for too long. */
+  get areKept(): boolean {
+    if (this.#since.size < MAX_STRANDED) return false;
+    const [oldest] = this.#since.values();
+    return clock() - oldest! > STRANDED_PATIENCE;
+  }
+
+  /** Whether nobody was told yet. */
+  tell(): boolean {
+    const isNews = !this.#isTold;
+    this.#isTold = true;
+    return isNews;
+  }
+}
+
 /** Reads a body to its end, and tells that. */
 function readBody(
   reader: Reader,
@@ -4260,20 +4324,30 @@ function readBody(
   most: number,
   take: Take,
   ended: (end: BodyEnd) => void,
-): void {
+): Body {
   const body = new Body({ listener, take, ended });
   listener.uplink.begin(body, most);
   body.read(reader);
+  return body;
 }
 
 /** The same for the body of a plain session. */
 function readPlain(reader: Reader, listener: Listener, take: Take): Promise<BodyEnd> {
-  return new Promise((resolve) => readBody(reader, listener, MAX_PLAIN_BODIES, take, resolve));
+  return new Promise((resolve) => void readBody(reader, listener, MAX_PLAIN_BODIES, take, resolve));
 }
 
 /** What was read before us cannot be read again, and must not pass for a message that came. */
 function checkUnread(request: Request): void {
   if (request.bodyUsed || request.body?.locked) throw notArrived();
+}
+
+/** A request that is read while it is answered, at a host that does not end such a body. */
+function keepsClients(isNews: boolean): Refusal {
+  return new Refusal(
+    411,
+    "This host keeps the connection of a client that is lost while its request is read and answered",
+    isNews ? { context: { stage: "body" } } : {},
+  );
 }
 
 /** A body that somebody else has read, or kept from us. */
@@ -4305,14 +4379,14 @@ function readUplink(
   receiver: Receiver,
   maxMessageSize: number,
   ended: (error?: unknown) => void,
-): void {
-  if (!request.body) return ended();
+): Body | undefined {
+  if (!request.body) return void ended();
   let reader: Reader;
   try {
     checkUnread(request);
     reader = readerOf(request.body);
   } catch (error) {
-    return ended(error);
+    return void ended(error);
   }
   const { uplink } = receiver;
   const before = uplink.received;
@@ -4322,7 +4396,7 @@ function readUplink(
     size += chunk.length;
     parser.push(chunk);
   };
-  readBody(reader, receiver, MAX_BODIES, take, ({ complete, error }) => {
+  return readBody(reader, receiver, MAX_BODIES, take, ({ complete, error }) => {
     const expected = Number(request.headers.get("content-length"));
     const isShort = complete && size < expected && uplink.received === before;
     ended(isShort ? notArrived() : causeOf(error));

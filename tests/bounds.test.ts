@@ -3,15 +3,19 @@
  * after. Each limit is several times what was measured, and a fraction of what it is without the
  * bound.
  */
-import type { SSEOptions } from "../server.ts";
+import { readdirSync } from "node:fs";
+import { connect } from "node:net";
+import { sseAdapter, type SSEOptions } from "../server.ts";
 import {
   assertEquals,
   assertLess,
   assertLessOrEqual,
   rawRequest,
   runtime,
+  serve,
   sleep,
   test,
+  until,
 } from "./harness.ts";
 import { MB, measured, type MeasuredState, RawStream, soak } from "./measured.ts";
 
@@ -223,4 +227,31 @@ test("a megabyte of PINGs to a hook that waits is 16 calls, and no queue", async
   });
   assertEquals(calls, 16);
   assertLess(grown!, 12 * MB, "170,000 calls that wait are more than 30 MB");
+}, { timeout: 30_000 });
+
+test("of duplex clients that are lost no more than a few file descriptors stay", async (t) => {
+  const ws = sseAdapter({ bidir: true, resumeTimeout: 0, heartbeatInterval: 100 });
+  t.defer(() => ws.close());
+  t.expect(/This host keeps the connection/); // as Deno's does, which would end by it
+  const { port } = t.use(await serve(ws.fetch));
+  const count = () => readdirSync("/proc/self/fd").length;
+  const before = count();
+  const head =
+    "POST / HTTP/1.1\r\nhost: x\r\naccept: text/event-stream\r\nx-duplex-version: 1\r\n" +
+    "content-type: application/websocket-events\r\ntransfer-encoding: chunked\r\n\r\n";
+  const lose = async () => {
+    const socket = connect(port, "127.0.0.1");
+    await new Promise((resolve) => {
+      socket.once("data", resolve);
+      socket.write(`${head}a\r\nPING 0\r\n\r\n\r\n`);
+    });
+    await sleep(250); // until the server has spoken last
+    socket.destroy();
+  };
+  for (let wave = 0; wave < 4; wave++) {
+    await Promise.all(Array.from({ length: 20 }, lose));
+    await until(() => !ws.stats().sessions.connected);
+    await sleep(1_100);
+  }
+  await until(() => count() < before + 40);
 }, { timeout: 30_000 });

@@ -339,6 +339,36 @@ test("a token of another instance is complained of once", async (t) => {
   assertMatch(String(said[0]![0]), /cluster\(driver\)/);
 });
 
+test("where a host keeps the bodies of lost clients, duplex is 411, which is told once", async (t) => {
+  const told: [unknown, string][] = [];
+  const ws = adapter(t, { onError: (error, { stage }) => void told.push([error, stage]) });
+  const ends: (() => void)[] = [];
+  const status = async () => {
+    const body = new ReadableStream<Uint8Array>({
+      start(controller) {
+        controller.enqueue(frame("PING"));
+        ends.push(() => controller.close());
+      },
+    });
+    const headers = { ...FULL, ...UPLINK };
+    const init = { method: "POST", headers, body, duplex: "half" } as RequestInit;
+    const response = await ws.fetch(new Request(HOME, init));
+    await response.body!.cancel(); // the client is lost, and the body goes on
+    return response.status;
+  };
+  const opened = await Promise.all(Array.from({ length: 20 }, status));
+  assertEquals(opened, Array(20).fill(200), "it may yet tell");
+  await sleep(1_100);
+  assertEquals([await status(), await status()], [411, 411]);
+  assertMatch(String(told), /^Error: This host keeps the connection of a client .*,body$/);
+  const other = await ws.fetch(open());
+  assertEquals(other.status, 200);
+  await other.body!.cancel();
+  for (const end of ends.splice(0)) end();
+  await until(async () => await status() === 200);
+  for (const end of ends) end();
+});
+
 test("onError is told what failed, and where", async () => {
   const told: [unknown, ErrorContext][] = [];
   const oops = new Error("oops");
