@@ -4263,9 +4263,10 @@ class Body {
       }
     } catch (error) { // the connection's end
       end = { complete: false, error };
+    } finally {
+      this.#isOver = true;
+      this.#stranded?.delete(this);
     }
-    this.#isOver = true;
-    this.#stranded?.delete(this);
     this.#end(end);
   }
 
