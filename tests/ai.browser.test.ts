@@ -105,6 +105,24 @@ test("a tool asks first, is allowed or denied, and an answer is made anew", asyn
   assertEquals((await said(page)).match(/You said: Hello/g)?.length, 1);
 }, options);
 
+test("what is said before it is connected waits in the box, and goes then", async (t) => {
+  const url = await start(t);
+  const page = await (await browser.windows(t)).newPage();
+  let connect = () => {};
+  await page.route("**/chat?follow=*", async (route) => {
+    await new Promise<void>((resolve) => connect = resolve);
+    await route.continue();
+  }, { times: 1 });
+  const asked = page.waitForRequest("**/chat?follow=*");
+  await page.goto(url);
+  await asked;
+  await page.getByRole("button", { name: "Send a postcard to Ada" }).click();
+  assertEquals(await page.inputValue("#text"), "Send a postcard to Ada");
+  connect();
+  await page.getByRole("button", { name: "Allow" }).waitFor({ timeout: 10_000 });
+  assertEquals(await page.inputValue("#text"), "");
+}, options);
+
 test("who is at a button by keyboard stays there, whatever comes meanwhile", async (t) => {
   const url = await start(t);
   const page = await (await browser.windows(t)).newPage();
