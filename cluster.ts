@@ -503,6 +503,7 @@ class Router implements RoutingDriver {
       const { owner: instance } = relay;
       const context = { stage: "delivery", instance, namespace } as const;
       this.#report(context, new Error(`No answer from instance ${instance}`));
+      relay.owner = ""; // which has not answered
       relay.end();
     }, this.#timeout);
     const heard = this.#host.movable && this.#searches.begin(() => id, session, key);

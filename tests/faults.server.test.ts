@@ -369,6 +369,33 @@ test("where a host keeps the bodies of lost clients, duplex is 411, which is tol
   for (const end of ends) end();
 });
 
+test("a body that was dropped beyond its bound is not taken for one that its host keeps", async (t) => {
+  const ws = adapter(t, { onError() {} });
+  const piece = new Uint8Array(8 * 1024 * 1024);
+  const open = async (pieces: number) => {
+    let left = pieces;
+    let dropped = () => {};
+    const all = new Promise<void>((resolve) => dropped = resolve);
+    const body = new ReadableStream<Uint8Array>({
+      start: (controller) => controller.enqueue(pieces ? piece : frame("PING")),
+      pull(controller) {
+        if (left-- > 0) return controller.enqueue(piece);
+        dropped();
+        return new Promise(() => {});
+      },
+    }, { highWaterMark: 1 });
+    const init = { method: "POST", headers: { ...FULL, ...UPLINK }, body, duplex: "half" };
+    const response = await ws.fetch(new Request(HOME, init as RequestInit));
+    await all;
+    await sleep(0);
+    await response.body!.cancel();
+    return response.status;
+  };
+  for (let i = 0; i < 20; i++) assertEquals(await open(5), 200);
+  await sleep(1_100);
+  assertEquals(await open(0), 200);
+});
+
 test("onError is told what failed, and where", async () => {
   const told: [unknown, ErrorContext][] = [];
   const oops = new Error("oops");
