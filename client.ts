@@ -115,7 +115,8 @@ const MAX_LEAP = 2 ** 20;
 const MAX_REASON_BYTES = 123;
 /** The most of any term: timers cannot wait longer. */
 const MAX_TERM = 2 ** 31 - 1;
-const ACK_DELAY_MS = 1_000;
+/** How long messages are unacknowledged before that goes along with one of ours. */
+const ACK_DELAY_MS = 500;
 /** Messages that an open uplink stream leaves unacknowledged, short of half a window or that time. */
 const ACK_EVERY = 32;
 /** Answers to pings that may wait. */
@@ -1690,7 +1691,7 @@ class Events {
       // "A message of any size is no silence": its parts are not acknowledged, but we are there.
       if (this.#spokeAt) this.#uplink.acknowledge();
       this.#spokeAt = clock();
-    } else this.#uplink.acknowledgeLater();
+    }
   }
 
   watch(heartbeatInterval: number): void {
@@ -1774,7 +1775,6 @@ class Uplink {
   /** Nothing is sent after a stream that failed. */
   #isPausing = false;
   #isScheduled = false;
-  #ackTimer: ReturnType<typeof setTimeout> | undefined;
   /** When the first of the requests was made that have failed since one did not; 0: none. */
   #failingSince = 0;
   /** When that was told as a lost connection, the last time. */
@@ -1853,7 +1853,6 @@ class Uplink {
   }
 
   end(): void {
-    clearTimeout(this.#ackTimer);
     this.hangUp();
   }
 
@@ -1947,22 +1946,18 @@ class Uplink {
     this.pump();
   }
 
-  /** "On an open uplink stream 1 s after the first message that it has not acknowledged": free there. */
-  acknowledgeLater(ms = ACK_DELAY_MS): void {
-    if (!this.#stream) return;
-    this.#ackTimer ??= setTimeout(() => {
-      this.#ackTimer = undefined;
-      const { isBehind, age } = this.#receipts;
-      if (isBehind && age < ACK_DELAY_MS) this.acknowledgeLater(ACK_DELAY_MS - age); // since the last
-      else if (isBehind && this.#stream) this.acknowledge();
-    }, ms);
-  }
-
-  /** "On an open uplink stream the client writes a PING when it wrote nothing for half an interval." */
+  /**
+   * "On an open uplink stream the client writes a PING when it wrote nothing for half an interval, or
+   * an ACK where it owes one": by itself an acknowledgement costs the server as much as several
+   * messages.
+   */
   keepAlive(): void {
     const body = this.#stream?.body;
     if (!body) return;
-    if (body.isOpen && body.isAsked && !body.wroteSinceTick) body.write([frame("PING", EMPTY)]);
+    if (body.isOpen && body.isAsked && !body.wroteSinceTick) {
+      if (this.#receipts.isBehind) this.acknowledge();
+      else body.write([frame("PING", EMPTY)]);
+    }
     body.wroteSinceTick = false;
   }
 
@@ -3014,7 +3009,7 @@ class Receipts {
    * chunk of its own may hold up the next one until the network has acknowledged it.
    */
   takeBeside(messages: Bytes[], window: number): Bytes[] {
-    const isLate = this.isBehind && (this.age >= ACK_DELAY_MS / 2 || this.bytes >= window / 16);
+    const isLate = this.isBehind && (this.age >= ACK_DELAY_MS || this.bytes >= window / 16);
     return this.take(messages.length && isLate ? 0 : ACK_EVERY);
   }
 

@@ -2654,10 +2654,10 @@ abstract class Session {
   }
 
   /**
-   * Gives the connection everything that is due as one chunk, when it has asked for
-   * bytes. While it has not, all waits: the busier the runtime, the larger the chunks.
+   * Gives the connection everything that is due as one chunk, while the runtime takes what it is
+   * given. While it does not, all waits: the busier the runtime, the larger the chunks.
    */
-  flush(): void {
+  flush(now: number): void {
     this.#flush = "none";
     const { connection, outbox } = this;
     if (!connection?.asked || this.isPacked) {
@@ -2668,19 +2668,19 @@ abstract class Session {
     const onlyMessages = !this.controlDue && !this.ending && !connection.preface &&
       connection.until === "lost";
     const alone = onlyMessages && outbox.due === 1 ? this.takeAlone() : undefined;
-    if (alone) this.#write(connection, alone);
-    else if (!onlyMessages || outbox.due) this.#flushAll(connection);
+    if (alone) this.#write(connection, alone, now);
+    else if (!onlyMessages || outbox.due) this.#flushAll(connection, now);
     if (this.#clogged || this.bufferedAmount > 0 || this.#waiters) this.#afterFlush();
   }
 
-  #flushAll(connection: Connection): void {
+  #flushAll(connection: Connection, now: number): void {
     const parts: Part[] = connection.preface ? [connection.preface] : [];
     const news = parts.length;
     connection.preface = undefined;
     this.gather(parts);
     const last = this.ending && !this.outbox.due;
     if (last) parts.push(this.encodeEnding(this.ending!));
-    if (parts.length) this.#write(connection, this.host.flusher.join(parts));
+    if (parts.length) this.#write(connection, this.host.flusher.join(parts), now);
     if (last) this.#closeIsOut();
     else if (connection.until === "flushed" || connection.until === "news" && parts.length > news) {
       this.#endTurn(connection);
@@ -2696,8 +2696,8 @@ abstract class Session {
     this.deadline = Math.min(this.deadline, clock() + this.host.settings.closeTimeout);
   }
 
-  #write(connection: Connection, chunk: Bytes): void {
-    this.lastWrite = clock();
+  #write(connection: Connection, chunk: Bytes, now: number): void {
+    this.lastWrite = now;
     connection.write(chunk);
   }
 
@@ -2868,7 +2868,7 @@ abstract class Session {
   protected beat(): void {
     const { connection } = this;
     if (!connection?.asked) return;
-    this.#write(connection, HEARTBEAT);
+    this.#write(connection, HEARTBEAT, clock());
     if (connection.until !== "lost") this.#endTurn(connection);
   }
 }
@@ -3544,7 +3544,8 @@ class ServerMessage implements Message {
 /** What is flushed. */
 interface Flushable {
   schedule(): void;
-  flush(): void;
+  /** At this time. */
+  flush(now: number): void;
 }
 
 /**
@@ -3623,7 +3624,8 @@ class Flusher {
       const dirty = this.#dirty;
       this.#dirty = [];
       if (dirty.length >= CROWD && !this.#held) this.#onCrowd();
-      for (const session of dirty) session.flush();
+      const now = clock(); // for all: a look at it costs a hundredth of a delivery
+      for (const session of dirty) session.flush(now);
       this.#lastParts = [];
       this.#lastChunk = EMPTY;
     });
@@ -3680,7 +3682,7 @@ class Flusher {
 
 /** Who fills a connection. */
 interface Source {
-  flush(): void;
+  flush(now: number): void;
   lose(connection: Connection): void;
 }
 
@@ -3690,11 +3692,11 @@ interface Source {
  */
 type Until = "lost" | "flushed" | "news";
 
-/** One event stream of a session. It is given bytes when the runtime asks for them, never before. */
+/** One event stream of a session. It is given bytes when the runtime takes them. */
 class Connection {
   readonly stream: ReadableStream<Bytes>;
   readonly until: Until;
-  /** The runtime has asked for bytes and had none since. */
+  /** The runtime has asked for bytes, and has taken at once whatever it was given since. */
   asked = false;
   /** The first bytes, until they are out. */
   preface: Bytes | undefined;
@@ -3703,6 +3705,8 @@ class Connection {
   /** The client has gone, as the runtime says. */
   isCut = false;
   #controller!: ReadableStreamDefaultController<Bytes>;
+  /** Has the runtime ask again, when it next wants bytes. */
+  #askAgain = (): void => {};
 
   constructor(source: Source, preface: Bytes, until: Until) {
     this.preface = preface;
@@ -3713,7 +3717,9 @@ class Connection {
       },
       pull: () => {
         this.asked = true;
-        source.flush();
+        const taking = new Promise<void>((resolve) => this.#askAgain = resolve);
+        source.flush(clock());
+        return taking;
       },
       cancel: () => {
         this.isCut = true;
@@ -3722,9 +3728,16 @@ class Connection {
     }, { highWaterMark: 0 });
   }
 
+  /**
+   * Only when asked. Who has taken this at once is given the next one unasked: that a runtime asks
+   * for each costs a twentieth of a delivery. So a chunk may come to wait where nobody counts it,
+   * which is none to follow a large one.
+   */
   write(chunk: Bytes): void {
-    this.asked = false; // before enqueue, which may ask again
     this.#controller.enqueue(chunk);
+    if (this.#controller.desiredSize === 0 && chunk.length < LARGE_MESSAGE) return;
+    this.asked = false;
+    this.#askAgain();
   }
 
   end(): void {
