@@ -64,6 +64,8 @@ const MAX_GROWN_BYTES = 64 * 1024 * 1024;
 /** Where that takes longer, nothing would be gained. */
 const BULK_MS = 2_000;
 const READ_BYTES = 16 * 1024;
+/** Where a stream brings more at once. */
+const MAX_READ_BYTES = 128 * 1024;
 /** A stream that never ends its line must not fill the memory. */
 const MAX_EVENT_CHARACTERS = 128 * 1024 * 1024;
 const MAX_LINES = 1_000;
@@ -3688,8 +3690,8 @@ interface Reader {
 }
 
 /**
- * Reads into one buffer again and again where that is possible: Deno allocates 64 KiB
- * for each read otherwise. What a read gives is valid until the next.
+ * Reads into one buffer again and again where that is possible, larger where it is filled: Deno
+ * allocates 64 KiB for each read otherwise. What a read gives is valid until the next.
  */
 function readerOf(body: ReadableStream<Uint8Array>): Reader {
   try {
@@ -3698,7 +3700,11 @@ function readerOf(body: ReadableStream<Uint8Array>): Reader {
     return {
       async read() {
         const chunk = await reader.read(new Uint8Array(buffer));
-        if (chunk.value) buffer = chunk.value.buffer;
+        if (chunk.value) {
+          const { length, buffer: used } = chunk.value;
+          const isFilled = length === used.byteLength && length < MAX_READ_BYTES;
+          buffer = isFilled ? new ArrayBuffer(2 * length) : used;
+        }
         return chunk;
       },
       cancel: () => reader.cancel(),

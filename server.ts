@@ -135,6 +135,7 @@ const MAX_PENDING_PINGS = 16;
 /** Room for one read of a body, in bytes: while little comes, and once that was too little. */
 const SMALL_READ = 2 * 1024;
 const LARGE_READ = 64 * 1024;
+const MAX_SMALL_READS = 8;
 /** How long sessions have to go to other instances before a shutdown, and how they are spread, in ms. */
 const HANDOVER_TIMEOUT = 5_000;
 const HANDOVER_LOOK = 20;
@@ -4447,7 +4448,8 @@ function frameTaker(receiver: Receiver): (type: string, payload: Bytes, size: nu
 
 /**
  * Reads into a buffer of ours where the runtime can: with its own, Deno holds 64 KiB
- * for as long as a read is pending, which is all the time that a session is open.
+ * for as long as a read is pending, which is all the time that a session is open. A large one is
+ * kept for as long as it is of use now and then.
  */
 function readerOf(body: ReadableStream<Uint8Array>): Reader {
   let reader: ReadableStreamBYOBReader;
@@ -4457,13 +4459,15 @@ function readerOf(body: ReadableStream<Uint8Array>): Reader {
     return body.getReader() as Reader; // no byte stream, as on Bun
   }
   let buffer = new ArrayBuffer(SMALL_READ);
+  let smallReads = 0; // in a row
   return {
     async read() {
       const size = buffer.byteLength;
       const chunk = await reader.read(new Uint8Array(buffer));
       if (chunk.done) return { done: true };
       const { buffer: used, length } = chunk.value;
-      const next = length === size ? LARGE_READ : length <= SMALL_READ ? SMALL_READ : size;
+      smallReads = length > SMALL_READ ? 0 : smallReads + 1;
+      const next = length === size ? LARGE_READ : smallReads > MAX_SMALL_READS ? SMALL_READ : size;
       buffer = next === size ? used : new ArrayBuffer(next);
       return chunk;
     },
@@ -4486,7 +4490,7 @@ class Gathering {
   add(chunk: Bytes, expected = 0): void {
     const size = this.size + chunk.length;
     if (size > this.#buffer.length) {
-      const grown = new Uint8Array(Math.max(size, Math.min(expected, 2 * this.#buffer.length)));
+      const grown = new Uint8Array(Math.max(size, Math.min(expected, 2 * size)));
       grown.set(this.bytes);
       this.#buffer = grown;
     }
@@ -4510,10 +4514,25 @@ class UplinkParser {
   }
 
   push(chunk: Bytes): void {
-    const held = this.#held.size;
-    if (held) this.#held.add(chunk, this.#expected);
-    const bytes = held ? this.#held.bytes : chunk;
-    if (bytes.length < this.#expected) return;
+    if (!this.#held.size) return this.#hold(chunk, this.#readFrames(chunk));
+    // What follows a frame whose end is known is not copied.
+    const missing = this.#expected ? this.#expected - this.#held.size : chunk.length;
+    this.#held.add(chunk.subarray(0, missing), this.#expected);
+    if (chunk.length < missing) return;
+    const { bytes } = this.#held;
+    const end = this.#readFrames(bytes);
+    if (!end) return;
+    this.#held = new Gathering();
+    this.#hold(bytes, end);
+    if (missing < chunk.length) this.push(chunk.subarray(missing));
+  }
+
+  #hold(bytes: Bytes, from: number): void {
+    if (from < bytes.length) this.#held.add(bytes.subarray(from), this.#expected);
+  }
+
+  /** Gives where the last whole frame ends. */
+  #readFrames(bytes: Bytes): number {
     this.#expected = 0;
     let at = 0;
     while (at < bytes.length) {
@@ -4521,9 +4540,7 @@ class UplinkParser {
       if (!end) break;
       at = end;
     }
-    if (bytes.length - at === this.#held.size) return; // nothing is left, or nothing was complete
-    this.#held = new Gathering();
-    if (at < bytes.length) this.#held.add(bytes.subarray(at));
+    return at;
   }
 
   /**
