@@ -288,6 +288,28 @@ test("a large message ends its chunk, since copying it again costs more than a c
   assertEquals(chunks, [42_000, 40_000, 2_000]);
 });
 
+test("a runtime that takes no more has one chunk that nobody counts, whatever it took before", async (t) => {
+  const { peer, reader } = t.use(await open({}));
+  await reader.read();
+  peer.send("one");
+  await turn();
+  assertEquals(peer.bufferedAmount, 0, "it has taken all so far");
+  const size = peer.send("two");
+  await turn();
+  assertEquals(peer.bufferedAmount, size, "it did not take the last one at once");
+  assertEquals((await reader.read()).value!.length, size);
+  assertEquals((await reader.read()).value!.length, size);
+  const taking = reader.read();
+  const large = peer.send("x".repeat(100_000));
+  assertEquals((await taking).value!.length, large);
+  peer.send("x".repeat(100_000));
+  await turn();
+  assertEquals(peer.bufferedAmount, large, "it is asked for what follows a large one");
+  assertEquals((await reader.read()).value!.length, large);
+  await turn();
+  assertEquals(peer.bufferedAmount, 0);
+});
+
 test("bufferedAmount counts to the byte what the connection has not been given", async (t) => {
   const drains: number[] = [];
   const session = t.use(
@@ -611,6 +633,32 @@ for (const transport of ["duplex", "stream"] as const) {
     assertEquals(await echo(), "ACK 1\r\n2\r\nTEXT 1\r\ny\r\n");
     // And begins anew.
     assertEquals(await echo(), "TEXT 1\r\ny\r\n");
+  });
+}
+
+for (const transport of ["duplex", "stream"] as const) {
+  test(`a client that only receives acknowledges in place of its keep-alive, at no other time (${transport})`, async (t) => {
+    const opened = deferred<Peer>();
+    const answered = new Queue<string>();
+    const ws = adapter(t, {
+      heartbeatInterval: 400,
+      hooks: { open: opened.resolve, message: (_, message) => answered.push(message.text()) },
+    });
+    const { client, chunks } = await overheard(t, ws, transport);
+    client.send("hello"); // so that there is a body
+    await answered.next();
+    const peer = await opened.promise;
+    for (let i = 1; i <= 2; i++) {
+      await until(() => chunks.at(-1) === "PING 0\r\n\r\n");
+      peer.send("x");
+      await once(client, "message");
+      const before = chunks.length;
+      await until(() => chunks.length >= before + 2);
+      assertEquals(chunks.slice(before, before + 2), [
+        `ACK 1\r\n${i}\r\n`,
+        "PING 0\r\n\r\n",
+      ]);
+    }
   });
 }
 
