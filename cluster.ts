@@ -116,6 +116,7 @@ const MAX_SEEN = 100_000;
 /** What the owner says has this long to contradict what anybody could say. */
 const DOUBT = 1_000;
 const REPORT_PERIOD = 1_000;
+const DEAF = "Nothing is heard from the backplane, though it takes what is published";
 /** Until a subscription that failed is tried again, twice as long each time. */
 const RETRY_PERIOD = 500;
 const MAX_RETRY_PERIOD = 30_000;
@@ -152,6 +153,11 @@ type Report = (context: ErrorContext, error: unknown) => void;
 export interface ClusterDriver extends SyncDriver {
   /** The most that it carries at once, in bytes, where `maxPayload` is not given. */
   readonly maxPayload?: number | undefined;
+  /**
+   * How many messages it has heard, those too that it has published itself: where this stands still
+   * the instance is deaf, and takes nobody for gone. Undefined: it does not tell.
+   */
+  readonly heard?: number | undefined;
   /**
    * Relays to the one instance whose driver was made with this id. Without it,
    * every instance gets, and drops, what is meant for one.
@@ -316,9 +322,9 @@ class Router implements RoutingDriver {
     this.#timeout = timeout;
     this.#report = limited((context, error) => this.#host.report(error, context));
     this.#bus = new Bus(driver, maxPayload, timeout);
-    this.#presence = new Presence(instance, {
-      addresses: driver.join !== undefined,
-      tellAll: (head) => void this.#tell(ALL, head),
+    this.#presence = new Presence(instance, timeout, {
+      ...{ addresses: driver.join !== undefined, heard: () => driver.heard },
+      deaf: () => this.#report({ stage: "subscribe" }, new Error(DEAF)),
       tell: (to, head) => void this.#tell(to, head),
     });
     this.#searches = new Searches(timeout, (key, id, session) => {
@@ -509,7 +515,7 @@ class Router implements RoutingDriver {
     const heard = this.#host.movable && this.#searches.begin(() => id, session, key);
     this.#relays.set(id, relay);
     this.#startTimer();
-    if (!this.#subscription.await(id, body.length, go)) relay.end();
+    if (this.#presence.isDeaf || !this.#subscription.await(id, body.length, go)) relay.end();
     return await relay.response.finally(() => {
       clearTimeout(late);
       if (heard) heard(relay.owner === owner);
@@ -704,7 +710,7 @@ class Router implements RoutingDriver {
     this.#bus.tick(period);
     this.#replays.forget();
     const holding = this.#host.size > 0;
-    if (!this.#bus.stuck) this.#presence.tick(period, holding); // else nobody could be heard
+    this.#presence.tick(period, holding, this.#bus.stuck);
     this.#migration.tick(period);
     const busy = holding || this.#presence.waits || this.#relays.size || this.#served.size ||
       this.#replays.size;
@@ -1234,6 +1240,7 @@ class Migration implements Mover<SyncMessage> {
 
   /** Resolves when the session is here, or stays where it is. */
   async bring(token: string, claim: Claim, take: Take): Promise<void> {
+    if (this.#presence.isDeaf) return; // the session would leave, and never arrive
     const session = await nameOf(token);
     if (this.parking && !this.hintOf(token, session)) { // nobody needs to be asked first
       await this.#adopt(token, session, STORE, claim, take);
@@ -1295,8 +1302,12 @@ class Migration implements Mover<SyncMessage> {
     return !!(this.moves.moving(session) ?? this.parking?.moving(token));
   }
 
-  /** "An uplink takes nothing out of the store", and one that fails says nothing of what it has. */
+  /**
+   * "An uplink takes nothing out of the store", and one that fails says nothing of what it has; nor
+   * does who is deaf know that nobody has the session.
+   */
   hides({ headers }: Request, session: string): boolean {
+    if (this.#presence.doubts) return true;
     return !!this.parking && (this.parking.mayBring(session) || !headers.has("x-duplex-attempt"));
   }
 
@@ -1491,6 +1502,8 @@ class Migration implements Mover<SyncMessage> {
 
   /** Whoever is asked for the session says nothing: it may have parked it, and be frozen. */
   look(session: string): void {
+    this.#presence.said(); // all were asked, and so is this instance
+    this.#wake();
     const namespace = this.moves.claimOf(session)?.namespace;
     if (namespace !== undefined) this.parking?.look({ session, namespace }, this.#tokenOf(session));
   }
@@ -1709,7 +1722,10 @@ interface Other {
 interface Voice {
   /** The backplane takes an instance's words to those alone whom they concern. */
   readonly addresses: boolean;
-  tellAll(head: Head): void;
+  /** How much has been heard, its own words too; undefined: nobody knows. */
+  heard(): number | undefined;
+  /** Nothing is heard any more. */
+  deaf(): void;
   tell(to: string, head: Head): void;
 }
 
@@ -1730,10 +1746,38 @@ class Presence {
   #silence = PRESENCE_PERIOD;
   /** Told of the next sign. */
   #signed = () => {};
+  /** What had been heard when something was said that comes back, and when that was. */
+  #before: number | undefined;
+  #since = 0;
+  readonly #patience: number;
+  /** How long it has not come back, nor anything else, in ms, by ticks. */
+  #deaf = 0;
 
-  constructor(instance: string, voice: Voice) {
+  constructor(instance: string, timeout: number, voice: Voice) {
     this.#instance = instance;
     this.#voice = voice;
+    this.#patience = Math.min(DOUBT, timeout) / 2;
+  }
+
+  /** Something is said that comes back to this instance too, if it hears. */
+  said(): void {
+    if (this.#isUnheard) return;
+    this.#before = this.#voice.heard();
+    this.#since = clock();
+  }
+
+  get #isUnheard(): boolean {
+    return this.#before !== undefined && this.#before === this.#voice.heard();
+  }
+
+  /** This instance may be deaf: then the silence of others says nothing. */
+  get doubts(): boolean {
+    return this.#isUnheard && clock() - this.#since >= this.#patience;
+  }
+
+  /** It has been so for longer. */
+  get isDeaf(): boolean {
+    return this.#deaf > DOUBT;
   }
 
   /** Whether the instance has left, or is silent for so long that it must have died. */
@@ -1741,7 +1785,7 @@ class Presence {
     if (instance === this.#instance) return false;
     if (instance === STORE) return true;
     const other = this.#others.get(instance);
-    if (other) return other.left || other.age >= GONE;
+    if (other) return other.left || other.age >= GONE && !this.doubts;
     return !this.#voice.addresses && this.#age >= GONE;
   }
 
@@ -1759,7 +1803,7 @@ class Presence {
 
   /** Whether somebody is asked, and has not answered. */
   get waits(): boolean {
-    return [...this.#others.values()].some(({ asked }) => asked);
+    return this.#isUnheard || [...this.#others.values()].some(({ asked }) => asked);
   }
 
   /** Anything that is authentic shows that its instance is there. */
@@ -1810,22 +1854,38 @@ class Presence {
     if (other?.commitment === commitment) other.left = true;
   }
 
-  /** `holding`: this instance has sessions. */
-  tick(period: number, holding: boolean): void {
+  /** `holding`: this instance has sessions; `stuck`: its backplane takes nothing. */
+  tick(period: number, holding: boolean, stuck: boolean): void {
+    if (stuck) return void (this.#deaf = 0); // nobody could be heard, nor this instance
     this.#age += period;
     this.#silence += period;
+    this.#listen(period);
     for (const [instance, other] of this.#others) {
       if (this.#voice.addresses && !other.asked) continue;
       const periods = Math.floor(other.age / PRESENCE_PERIOD);
-      other.age += period;
+      other.age = this.isDeaf ? 0 : other.age + period;
       if (!this.#voice.addresses) continue;
       // "Whoever is gone is asked anew after a minute."
       if (other.age > GONE + PRUNE_PERIOD) this.#others.delete(instance);
       else if (Math.floor(other.age / PRESENCE_PERIOD) > periods) {
         this.#voice.tell(instance, { kind: "hello", from: this.#instance });
+        if (!this.#isUnheard) this.#sayToItself(); // is it the other one that is silent?
       }
     }
     if (!this.#voice.addresses && holding && this.#silence >= PRESENCE_PERIOD) this.#tell();
+  }
+
+  #listen(period: number): void {
+    const wasDeaf = this.isDeaf;
+    this.#deaf = this.doubts ? this.#deaf + period : 0;
+    if (this.#deaf) this.#sayToItself(); // until it is heard again
+    if (this.isDeaf && !wasDeaf) this.#voice.deaf();
+  }
+
+  #sayToItself(): void {
+    if (this.#voice.heard() === undefined) return;
+    this.said();
+    this.#voice.tell(this.#instance, { kind: "hello", from: this.#instance });
   }
 
   /** "A sign", to who has asked for it; or to all who may have, once a tick. */
@@ -1839,7 +1899,7 @@ class Presence {
   async isAlone(timeout: number): Promise<boolean> {
     if (this.size) return false;
     const sign = new Promise<void>((resolve) => this.#signed = resolve);
-    this.#voice.tellAll({ kind: "hello", from: this.#instance });
+    this.#voice.tell(ALL, { kind: "hello", from: this.#instance });
     return !await within(sign, Math.min(WHERE_AFTER, timeout));
   }
 
@@ -1852,7 +1912,7 @@ class Presence {
 
   #tell(): void {
     this.#silence = 0;
-    this.#present().then((head) => this.#voice.tellAll(head));
+    this.#present().then((head) => this.#voice.tell(ALL, head));
   }
 
   async #present(): Promise<Head> {
@@ -1863,7 +1923,7 @@ class Presence {
   /** To those who know this instance; who never heard of it need no farewell. */
   leave(): void {
     const head: Head = { kind: "bye", instance: this.#instance, secret: this.#secret };
-    if (!this.#voice.addresses) return this.#voice.tellAll(head);
+    if (!this.#voice.addresses) return this.#voice.tell(ALL, head);
     for (const to of this.#told) this.#voice.tell(to, head);
   }
 }

@@ -47,6 +47,11 @@ const POSTGRES_CHANNEL = 63 - 12;
 export interface TopicDriver extends SyncDriver {
   /** The most that the backplane carries at once, in bytes, if that is less than 1 MiB. */
   readonly maxPayload?: number | undefined;
+  /**
+   * How many messages it has heard, those that it has published itself too: `cluster` then knows
+   * when nothing is heard any more, and takes nobody for gone. Undefined: it does not tell.
+   */
+  readonly heard?: number | undefined;
   /** Sends to the instances that have joined the place, or to all. */
   publish(message: SyncMessage, place?: SyncPlace): Promise<void>;
   /** Resolves when what is published to the place from now on is heard. */
@@ -116,6 +121,8 @@ export interface DriverOptions<Client> {
 
 /** What a client does, in terms of channels. */
 interface Line {
+  /** What is told comes back to who listens, though by another connection, which may be lost alone. */
+  readonly echoes: boolean;
   /** Calls `take` for what comes on the channel, once the promise has resolved. */
   listen(channel: string, take: (payload: string) => void): Promise<unknown>;
   unlisten(channel: string): Promise<unknown>;
@@ -194,6 +201,7 @@ class Channels implements TopicDriver {
   readonly #prefix: string;
   readonly #line: Line;
   readonly #channels: Map<string, Channel> = new Map();
+  #heard = 0;
   #deliver: (message: SyncMessage) => void = () => {};
   #closed = false;
 
@@ -202,6 +210,10 @@ class Channels implements TopicDriver {
     this.#prefix = prefix;
     this.#line = line;
     this.maxPayload = maxPayload;
+  }
+
+  get heard(): number | undefined {
+    return this.#line.echoes ? this.#heard : undefined;
   }
 
   subscribe(deliver: (message: SyncMessage) => void): void {
@@ -285,6 +297,7 @@ class Channels implements TopicDriver {
   }
 
   #take(payload: string): void {
+    this.#heard++;
     const envelope = decodeEnvelope(payload);
     if (envelope && envelope.id !== this.#id && !this.#closed) this.#deliver(envelope.message);
   }
@@ -293,6 +306,7 @@ class Channels implements TopicDriver {
 // --- Clients ---
 
 class RedisLine implements Line {
+  readonly echoes = true;
   readonly #client: RedisClient;
   #subscriber: RedisSubscriber | undefined;
   readonly #takes: Map<string, (payload: string) => void> = new Map();
@@ -336,6 +350,8 @@ class RedisLine implements Line {
 }
 
 class NatsLine implements Line {
+  /** It has one connection, and a client that is told `noEcho` never hears itself. */
+  readonly echoes = false;
   readonly #client: NatsClient;
   readonly #subscriptions: Map<string, { unsubscribe(): void }> = new Map();
   #flush: Promise<void> | undefined;
@@ -384,6 +400,7 @@ const NOTIFY = "select pg_notify(m ->> 0, n || ' ' || (m ->> 1)) " +
   "from json_array_elements($1::text::json) with ordinality t(m, n)";
 
 class PostgresLine implements Line {
+  readonly echoes = true;
   readonly #client: PostgresClient;
   readonly #listening: Map<string, { unlisten(): Promise<unknown> }> = new Map();
   /** The client keeps each listener that it could not begin with, and begins later: the last one counts. */

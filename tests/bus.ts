@@ -13,6 +13,7 @@ import { dirname, join } from "node:path";
 import process from "node:process";
 import { decodeEnvelope, encodeEnvelope } from "crossws/sync";
 import type { ClusterAdapter } from "../cluster.ts";
+import type { RedisClient, RedisSubscriber } from "../drivers.ts";
 import type { SyncMessage } from "../server.ts";
 import { command, freePort, sleep, type TestContext, type TestServer, within } from "./harness.ts";
 
@@ -94,6 +95,57 @@ export class MemoryBus {
       }
     }
   }
+}
+
+/** A Redis in memory, with a client for each instance, whose hearing alone can be lost. */
+export function memoryRedis(count: number): MemoryRedis[] {
+  const all: MemoryRedis[] = [];
+  for (let n = 0; n < count; n++) all.push(new MemoryRedis(all));
+  return all;
+}
+
+export class MemoryRedis implements RedisClient, RedisSubscriber {
+  readonly status = "end"; // it is never waited for
+  isDeaf = false;
+  isDown = false;
+  /** How many messages it has published. */
+  said = 0;
+  readonly #all: MemoryRedis[];
+  readonly #channels: Set<string> = new Set();
+  #take: (channel: string, payload: string) => void = () => {};
+
+  constructor(all: MemoryRedis[]) {
+    this.#all = all;
+  }
+
+  duplicate(): this {
+    return this;
+  }
+
+  on(event: string, listener: (channel: string, payload: string) => void): void {
+    if (event === "smessage") this.#take = listener;
+  }
+
+  async ssubscribe(channel: string): Promise<void> {
+    await undefined;
+    this.#channels.add(channel);
+  }
+
+  async sunsubscribe(channel: string): Promise<void> {
+    await undefined;
+    this.#channels.delete(channel);
+  }
+
+  async spublish(channel: string, payload: string): Promise<void> {
+    this.said++;
+    await undefined;
+    if (this.isDown) throw new Error("it is down");
+    for (const one of this.#all) {
+      if (one.#channels.has(channel) && !one.isDeaf) one.#take(channel, payload);
+    }
+  }
+
+  disconnect(): void {}
 }
 
 /** What a message says, where bytes are text. */

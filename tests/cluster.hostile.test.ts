@@ -12,8 +12,9 @@ import { join } from "node:path";
 import process from "node:process";
 import { pathToFileURL } from "node:url";
 import { cluster, type ClusterAdapter, type ClusterOptions } from "../cluster.ts";
+import { redis as sharded } from "../drivers.ts";
 import type { RoutingDriver, SSEOptions, SyncAdapter, SyncMessage } from "../server.ts";
-import { MemoryBus, RedisServer } from "./bus.ts";
+import { MemoryBus, memoryRedis, RedisServer } from "./bus.ts";
 import {
   assert,
   assertEquals,
@@ -676,6 +677,67 @@ test("who is too busy to ask for a session does not say that it is over", async 
   gate.resolve();
   settled = Promise.resolve();
   await until(async () => await post(one, STRANGER, 1, "TEXT 2\r\nhi\r\n") === 404);
+});
+
+const DEAF = "subscribe: Nothing is heard from the backplane, though it takes what is published";
+
+test("who is deaf takes nobody for gone, says so once, and hears again by itself", async (t) => {
+  const wires = memoryRedis(2);
+  const made = await changed(t, SOON);
+  const [one, other] = await Promise.all(
+    wires.map((client) =>
+      start(t, sharded({ client, channel: "x" }), { timeout: 400, cluster: made })
+    ),
+  ) as Instance[];
+  const wire = wires[1]!;
+  const { token } = await wireClient(t, one!.url);
+  for (let n = 1; n <= 2; n++) {
+    assertEquals(await post(other!, token, n, "TEXT 2\r\nhi\r\n"), 204);
+    const isQuiet = () => wire.said === (wire.said = 0);
+    await until(isQuiet, { interval: 500 }); // nothing more is said while all is well
+    wire.isDeaf = true;
+    const said = () => other!.errors.filter((error) => error === DEAF).length;
+    await until(async () => {
+      assertEquals(await post(other!, STRANGER, 1, "TEXT 2\r\nhi\r\n"), 503);
+      return said() === n;
+    });
+    await sleep(2_600, t.signal); // all would be gone
+    assertEquals(await post(other!, token, n + 1, "TEXT 2\r\nhi\r\n"), 503);
+    assertEquals(said(), n);
+    if (n === 2) { // nor does it stay deaf where it could not even speak for a while
+      wire.isDown = true;
+      other!.ws.publish("none", "");
+      await until(() => other!.errors.some((error) => error.startsWith("publish: it is down")));
+      wire.isDown = false;
+    }
+    wire.isDeaf = false;
+    await until(async () => await post(other!, token, n + 1, "TEXT 2\r\nhi\r\n") === 204);
+  }
+  assertEquals(one!.errors, []);
+  assert(
+    other!.errors.every((error) =>
+      /^(subscribe|publish: it is down|delivery: No answer)/.test(error)
+    ),
+  );
+  // Who hears knows who is gone.
+  await until(async () => await post(other!, STRANGER, 1, "TEXT 2\r\nhi\r\n") === 404);
+}, { timeout: 40_000 });
+
+test("who is deaf does not know that a session of who has left is nowhere", async (t) => {
+  const wires = memoryRedis(2);
+  const [one, other] = await Promise.all(
+    wires.map((client) => start(t, sharded({ client, channel: "x" }))),
+  ) as Instance[];
+  const { token } = await wireClient(t, one!.url);
+  const ask = () => post(other!, token, 1, "TEXT 2\r\nhi\r\n");
+  assertEquals(await ask(), 204); // and now it would be told a farewell
+  for (const peers of one!.ws.peers.values()) for (const peer of peers) peer.terminate();
+  await one!.ws.close(1012);
+  assertEquals(await ask(), 404);
+  wires[1]!.isDeaf = true;
+  await until(async () => await ask() === 503); // the first answer has stayed for a while
+  wires[1]!.isDeaf = false;
+  await until(async () => await ask() === 404);
 });
 
 test("a farewell that its instance does not hear ends no session of it", async (t) => {

@@ -8,7 +8,7 @@ import { join } from "node:path";
 import process from "node:process";
 import { decodeEnvelope } from "crossws/sync";
 import { cluster, type ClusterAdapter } from "../cluster.ts";
-import { nats, type NatsClient, pgsql, type PostgresClient } from "../drivers.ts";
+import { nats, type NatsClient, pgsql, type PostgresClient, redis } from "../drivers.ts";
 import type { SSEAdapter, SyncMessage } from "../server.ts";
 import {
   assert,
@@ -24,7 +24,7 @@ import {
   until,
 } from "./harness.ts";
 import { connect, listen, type Pair, shutDown } from "./pair.ts";
-import { MemoryBus } from "./bus.ts";
+import { MemoryBus, memoryRedis } from "./bus.ts";
 import { drivers } from "./topical.ts";
 import { wireClient } from "./wire.ts";
 
@@ -425,6 +425,36 @@ test("NATS: what could not be joined, and is wanted no more, is not heard for ev
   state.isDown = false;
   await driver.leave(place);
   assertEquals(state.subjects, []);
+});
+
+test("Redis and PostgreSQL tell how much they have heard, their own words too", async (t) => {
+  const [client, deaf] = [...memoryRedis(1), ...memoryRedis(1)];
+  deaf!.isDeaf = true;
+  const takes: ((payload: string) => void)[] = [];
+  const sql: PostgresClient = {
+    listen(_, take) {
+      takes.push(take);
+      return Promise.resolve({ unlisten: () => Promise.resolve() });
+    },
+    unsafe: () => Promise.resolve(takes.forEach((take) => take("1 {}"))),
+  };
+  const { driver: third } = lonelyNats(); // its client may never give it its own
+  const place = { namespace: "\0room", topic: "t" };
+  const all = [
+    redis({ client: client!, channel: "x" })({ id: "a" }),
+    redis({ client: deaf!, channel: "x" })({ id: "b" }),
+    pgsql({ client: sql, channel: "x" })({ id: "a" }),
+    third,
+  ];
+  const heard: (number | undefined)[] = [];
+  for (const driver of all) {
+    t.defer(() => driver.close());
+    driver.subscribe(() => assert(false, "it is its own"));
+    await driver.join(place);
+    await driver.publish({ ...place, data: "own" });
+    heard.push(driver.heard);
+  }
+  assertEquals(heard, [1, 0, 1, undefined]);
 });
 
 test("PostgreSQL: what could be joined only later is heard once", async (t) => {
