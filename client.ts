@@ -4019,14 +4019,28 @@ async function isSlow(reading: Promise<unknown>): Promise<boolean> {
 function nextTask(task: () => void): void {
   const { setImmediate } = globalThis as { setImmediate?: (task: () => void) => void };
   if (setImmediate) setImmediate(task);
-  else {
-    const { port1, port2 } = new MessageChannel();
-    port1.onmessage = () => {
-      port1.close();
+  else if ("document" in globalThis) {
+    pageTasks.push(task);
+    pagePort ??= portOf(() => pageTasks.shift()!());
+    pagePort.postMessage(0);
+  } else {
+    const port = portOf(() => {
+      port.close();
       task();
-    };
-    port2.postMessage(0);
+    });
+    port.postMessage(0);
   }
+}
+
+/** A page's tasks share a port, which costs half of one for each. Elsewhere it might outlive its request. */
+const pageTasks: (() => void)[] = [];
+let pagePort: MessagePort | undefined;
+
+/** Calls for each message that is posted to the port. */
+function portOf(call: () => void): MessagePort {
+  const { port1, port2 } = new MessageChannel();
+  port1.onmessage = call;
+  return port2;
 }
 
 function concat(parts: Bytes[]): Bytes {
