@@ -1752,6 +1752,9 @@ class Presence {
   readonly #patience: number;
   /** How long it has not come back, nor anything else, in ms, by ticks. */
   #deaf = 0;
+  /** What had been heard at the last tick, and for how long that has been all, in ms. */
+  #heard: number | undefined;
+  #quiet = 0;
 
   constructor(instance: string, timeout: number, voice: Voice) {
     this.#instance = instance;
@@ -1859,7 +1862,7 @@ class Presence {
     if (stuck) return void (this.#deaf = 0); // nobody could be heard, nor this instance
     this.#age += period;
     this.#silence += period;
-    this.#listen(period);
+    this.#listen(period, holding);
     for (const [instance, other] of this.#others) {
       if (this.#voice.addresses && !other.asked) continue;
       const periods = Math.floor(other.age / PRESENCE_PERIOD);
@@ -1875,11 +1878,19 @@ class Presence {
     if (!this.#voice.addresses && holding && this.#silence >= PRESENCE_PERIOD) this.#tell();
   }
 
-  #listen(period: number): void {
+  #listen(period: number, holding: boolean): void {
     const wasDeaf = this.isDeaf;
+    const heard = this.#voice.heard();
     this.#deaf = this.doubts ? this.#deaf + period : 0;
-    if (this.#deaf) this.#sayToItself(); // until it is heard again
-    if (this.isDeaf && !wasDeaf) this.#voice.deaf();
+    this.#quiet = heard === this.#heard ? this.#quiet + period : 0;
+    this.#heard = heard;
+    // Who has asked nobody misses what is published all the same.
+    const isQuiet = holding && this.#quiet >= PRESENCE_PERIOD && !this.#isUnheard;
+    if (this.#deaf || isQuiet) this.#sayToItself(); // while it is deaf, until it hears again
+    if (!this.isDeaf) return;
+    if (!wasDeaf) this.#voice.deaf();
+    // Whoever asks it in vain would take it for gone.
+    if (this.#silence >= PRESENCE_PERIOD) this.#tell();
   }
 
   #sayToItself(): void {

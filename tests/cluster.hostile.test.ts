@@ -723,6 +723,30 @@ test("who is deaf takes nobody for gone, says so once, and hears again by itself
   await until(async () => await post(other!, STRANGER, 1, "TEXT 2\r\nhi\r\n") === 404);
 }, { timeout: 40_000 });
 
+test(
+  "who is deaf knows it though nobody asks, and is not taken for gone by who asks it",
+  async (t) => {
+    const wires = memoryRedis(2);
+    const made = await changed(t, SOON);
+    const [one, other] = await Promise.all(
+      wires.map((client) =>
+        start(t, sharded({ client, channel: "x" }), { timeout: 400, cluster: made })
+      ),
+    ) as Instance[];
+    const wire = wires[0]!;
+    const { token } = await wireClient(t, one!.url);
+    const ask = () => post(other!, token, 1, "TEXT 2\r\nhi\r\n");
+    wire.isDeaf = true;
+    await until(() => one!.errors.includes(DEAF));
+    const gone = performance.now() + 4_000;
+    while (performance.now() < gone) assertEquals(await ask(), 503);
+    wire.isDeaf = false;
+    await until(async () => await ask() === 204);
+    assertEquals(one!.errors.filter((error) => error === DEAF).length, 1);
+  },
+  { timeout: 40_000 },
+);
+
 test("who is deaf does not know that a session of who has left is nowhere", async (t) => {
   const wires = memoryRedis(2);
   const [one, other] = await Promise.all(
