@@ -3730,9 +3730,9 @@ class Connection {
   }
 
   /**
-   * Only when asked. Who has taken this at once is given the next one unasked: that a runtime asks
-   * for each costs a twentieth of a delivery. So a chunk may come to wait where nobody counts it,
-   * which is none to follow a large one.
+   * Only when asked. A runtime that takes this at once is given the next chunk unasked: a question
+   * for each costs a twentieth of a delivery. Once it reads no more, one chunk waits there, where
+   * nobody counts it; what follows a large one is asked for.
    */
   write(chunk: Bytes): void {
     this.#controller.enqueue(chunk);

@@ -759,10 +759,11 @@ test("who is deaf does not know that a session of who has left is nowhere", asyn
   await one!.ws.close(1012);
   assertEquals(await ask(), 404);
   wires[1]!.isDeaf = true;
-  await until(async () => await ask() === 503); // the first answer has stayed for a while
+  // The first answer has stayed for a while.
+  await until(async () => await ask() === 503, { timeout: 15_000 });
   wires[1]!.isDeaf = false;
-  await until(async () => await ask() === 404);
-});
+  await until(async () => await ask() === 404, { timeout: 15_000 });
+}, { timeout: 40_000 });
 
 test("a farewell that its instance does not hear ends no session of it", async (t) => {
   const bus = new MemoryBus(t, { fault: ({ topic }) => topic === "*" && !isAsking ? [] : [0] });
