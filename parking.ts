@@ -290,9 +290,9 @@ export class Parking implements SessionParking {
     return hex(crypto.getRandomValues(new Uint8Array(4)));
   }
 
-  /** Whether the session of this name is in this instance's hands, on its way out of the store. */
+  /** Whether the session of this name is in this instance's hands, out of the store or on its way back. */
   isLanding(session: string): boolean {
-    return this.#landing.has(session);
+    return this.#landing.has(session) || this.#waits.isFor(session);
   }
 
   /** The end of the session's stay, if it is parked: then it is here, or is known not to be. */
