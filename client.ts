@@ -1088,7 +1088,6 @@ class Course implements LinkHost {
     this.#session.enter("ended");
     clearTimeout(this.#deadline);
     this.link.end();
-    this.#uplink.end();
     this.#pauses.end();
     this.#keeper.end();
     this.#requests.end();
@@ -1852,10 +1851,6 @@ class Uplink {
   onDrop(): void {
     this.#transports.onDrop(this.#outbox.hasBegun);
     if (this.#session.phase === "leaving") this.pump();
-  }
-
-  end(): void {
-    this.hangUp();
   }
 
   get isTakingLeave(): boolean {

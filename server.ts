@@ -135,7 +135,8 @@ const MAX_PENDING_PINGS = 16;
 /** Room for one read of a body, in bytes: while little comes, and once that was too little. */
 const SMALL_READ = 2 * 1024;
 const LARGE_READ = 64 * 1024;
-const MAX_SMALL_READS = 8;
+/** In a row, after which the large one is given up: short reads stand between those of large messages. */
+const MAX_SMALL_READS = 2;
 /** How long sessions have to go to other instances before a shutdown, and how they are spread, in ms. */
 const HANDOVER_TIMEOUT = 5_000;
 const HANDOVER_LOOK = 20;
@@ -4449,7 +4450,7 @@ function frameTaker(receiver: Receiver): (type: string, payload: Bytes, size: nu
 /**
  * Reads into a buffer of ours where the runtime can: with its own, Deno holds 64 KiB
  * for as long as a read is pending, which is all the time that a session is open. A large one is
- * kept for as long as it is of use now and then.
+ * kept over a few short reads.
  */
 function readerOf(body: ReadableStream<Uint8Array>): Reader {
   let reader: ReadableStreamBYOBReader;

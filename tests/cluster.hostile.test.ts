@@ -681,68 +681,68 @@ test("who is too busy to ask for a session does not say that it is over", async 
 
 const DEAF = "subscribe: Nothing is heard from the backplane, though it takes what is published";
 
-test("who is deaf takes nobody for gone, says so once, and hears again by itself", async (t) => {
+/** Two instances that take each other for gone soon, and the ends of Redis that they have. */
+async function quickToLose(t: TestContext) {
   const wires = memoryRedis(2);
   const made = await changed(t, SOON);
   const [one, other] = await Promise.all(
     wires.map((client) =>
       start(t, sharded({ client, channel: "x" }), { timeout: 400, cluster: made })
     ),
-  ) as Instance[];
+  ) as [Instance, Instance];
+  return { one, other, wires };
+}
+
+test("who is deaf takes nobody for gone, says so once, and hears again by itself", async (t) => {
+  const { one, other, wires } = await quickToLose(t);
   const wire = wires[1]!;
-  const { token } = await wireClient(t, one!.url);
+  const { token } = await wireClient(t, one.url);
   for (let n = 1; n <= 2; n++) {
-    assertEquals(await post(other!, token, n, "TEXT 2\r\nhi\r\n"), 204);
+    assertEquals(await post(other, token, n, "TEXT 2\r\nhi\r\n"), 204);
     const isQuiet = () => wire.said === (wire.said = 0);
     await until(isQuiet, { interval: 500 }); // nothing more is said while all is well
     wire.isDeaf = true;
-    const said = () => other!.errors.filter((error) => error === DEAF).length;
+    const said = () => other.errors.filter((error) => error === DEAF).length;
     await until(async () => {
-      assertEquals(await post(other!, STRANGER, 1, "TEXT 2\r\nhi\r\n"), 503);
+      assertEquals(await post(other, STRANGER, 1, "TEXT 2\r\nhi\r\n"), 503);
       return said() === n;
     });
     await sleep(2_600, t.signal); // all would be gone
-    assertEquals(await post(other!, token, n + 1, "TEXT 2\r\nhi\r\n"), 503);
+    assertEquals(await post(other, token, n + 1, "TEXT 2\r\nhi\r\n"), 503);
     assertEquals(said(), n);
     if (n === 2) { // nor does it stay deaf where it could not even speak for a while
       wire.isDown = true;
-      other!.ws.publish("none", "");
-      await until(() => other!.errors.some((error) => error.startsWith("publish: it is down")));
+      other.ws.publish("none", "");
+      await until(() => other.errors.some((error) => error.startsWith("publish: it is down")));
       wire.isDown = false;
     }
     wire.isDeaf = false;
-    await until(async () => await post(other!, token, n + 1, "TEXT 2\r\nhi\r\n") === 204);
+    await until(async () => await post(other, token, n + 1, "TEXT 2\r\nhi\r\n") === 204);
   }
-  assertEquals(one!.errors, []);
+  assertEquals(one.errors, []);
   assert(
-    other!.errors.every((error) =>
+    other.errors.every((error) =>
       /^(subscribe|publish: it is down|delivery: No answer)/.test(error)
     ),
   );
   // Who hears knows who is gone.
-  await until(async () => await post(other!, STRANGER, 1, "TEXT 2\r\nhi\r\n") === 404);
+  await until(async () => await post(other, STRANGER, 1, "TEXT 2\r\nhi\r\n") === 404);
 }, { timeout: 40_000 });
 
 test(
-  "who is deaf knows it though nobody asks, and is not taken for gone by who asks it",
+  "who is deaf knows it though nobody asks, and nobody takes it for gone",
   async (t) => {
-    const wires = memoryRedis(2);
-    const made = await changed(t, SOON);
-    const [one, other] = await Promise.all(
-      wires.map((client) =>
-        start(t, sharded({ client, channel: "x" }), { timeout: 400, cluster: made })
-      ),
-    ) as Instance[];
+    const { one, other, wires } = await quickToLose(t);
     const wire = wires[0]!;
-    const { token } = await wireClient(t, one!.url);
-    const ask = () => post(other!, token, 1, "TEXT 2\r\nhi\r\n");
+    const { token } = await wireClient(t, one.url);
+    const ask = () => post(other, token, 1, "TEXT 2\r\nhi\r\n");
     wire.isDeaf = true;
-    await until(() => one!.errors.includes(DEAF));
+    await until(() => one.errors.includes(DEAF));
     const gone = performance.now() + 4_000;
     while (performance.now() < gone) assertEquals(await ask(), 503);
     wire.isDeaf = false;
     await until(async () => await ask() === 204);
-    assertEquals(one!.errors.filter((error) => error === DEAF).length, 1);
+    assertEquals(one.errors.filter((error) => error === DEAF).length, 1);
   },
   { timeout: 40_000 },
 );

@@ -288,6 +288,44 @@ test("a large message ends its chunk, since copying it again costs more than a c
   assertEquals(chunks, [42_000, 40_000, 2_000]);
 });
 
+test("a body is read with a buffer that grows with large messages, stays over a few short reads, and shrinks", async (t) => {
+  const ws = adapter(t, { hooks: {} });
+  const sizes: number[] = []; // of the buffers that the reader brings
+  const message = `TEXT ${(20_000).toString(16)}\r\n${"x".repeat(20_000)}\r\n`;
+  const ping = "PING 0\r\n\r\n";
+  const pieces = [
+    "SEQ 1\r\n1\r\n",
+    message.slice(0, 2_048),
+    message.slice(2_048, 10_000),
+    message.slice(10_000, 11_000),
+    message.slice(11_000, 12_000),
+    message.slice(12_000),
+    ...[ping, ping, ping, ping],
+  ];
+  const body = new ReadableStream({
+    type: "bytes",
+    pull(controller) {
+      const view = controller.byobRequest?.view as Uint8Array | null | undefined;
+      const piece = pieces.shift();
+      if (!view || piece === undefined) return controller.close();
+      sizes.push(view.byteLength);
+      controller.byobRequest!.respond(new TextEncoder().encodeInto(piece, view).written);
+    },
+  });
+  const headers = {
+    accept: "text/event-stream",
+    "x-duplex-version": "1",
+    "content-type": "application/websocket-events",
+  };
+  const init = { method: "POST", headers, body, duplex: "half" } as RequestInit;
+  const response = await ws.fetch(new Request(HOME, init));
+  assertEquals(response.status, 200);
+  await until(() => !pieces.length);
+  const [small, large] = [2_048, 65_536];
+  assertEquals(sizes, [small, small, ...Array(7).fill(large), small]);
+  await response.body!.cancel();
+});
+
 test("a runtime that takes no more has one chunk that nobody counts, whatever it took before", async (t) => {
   const { peer, reader } = t.use(await open({}));
   await reader.read();
