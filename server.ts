@@ -90,6 +90,8 @@ const CREDIT_SPAN = 200;
 const MAX_CHUNK = 256 * 1024;
 /** A message of this size ends its chunk: to copy it again would cost more than a chunk of its own. */
 const LARGE_MESSAGE = 32 * 1024;
+/** Of a binary message, so much is encoded at a time: whole groups of three bytes. */
+const BASE64_PART = 90 * 1024;
 /** What a message that waits costs beside its bytes, roughly: small ones must not hold a hundred times the limit. */
 const MESSAGE_COST = 200;
 /** And what each further session costs that waits for it. */
@@ -4061,14 +4063,22 @@ function encodeOpen(
 }
 
 function encodeFull(data: string | Bytes): Bytes {
-  if (typeof data !== "string") {
-    return encoder.encode(`event: ${BINARY_EVENT}\ndata: ${toBase64(data)}\n\n`);
-  }
+  if (typeof data !== "string") return encodeBinary(data);
   if (data.includes("\r")) {
     const wellFormed = decoder.decode(encoder.encode(data)); // as everywhere, lone surrogates become U+FFFD
     return encoder.encode(`event: ${JSON_EVENT}\ndata: ${JSON.stringify(wellFormed)}\n\n`);
   }
   return encoder.encode(dataLines(data) + "\n");
+}
+
+/** In parts, since a string of more than 128 KiB costs V8 four times as much as they do. */
+function encodeBinary(data: Bytes): Bytes {
+  const parts = [`event: ${BINARY_EVENT}\ndata: `];
+  for (let at = 0; at < data.length; at += BASE64_PART) {
+    parts.push(toBase64(data.subarray(at, at + BASE64_PART)));
+  }
+  parts.push("\n\n");
+  return concat(parts);
 }
 
 /** crossws's own wire: "CR and CRLF become line breaks; binary becomes a data: URL." */

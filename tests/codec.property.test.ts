@@ -448,6 +448,24 @@ test(
   { timeout },
 );
 
+test("binary of any size is one line of base64 on its way down", async (t) => {
+  const opened = deferred<Peer>();
+  const window = 4 * 1024 * 1024; // nothing is acknowledged
+  const ws = sseAdapter({ bidir: true, resumeTimeout: 0, window, hooks: { open: opened.resolve } });
+  t.defer(() => ws.close());
+  await using client = await WireClient.open(ws.fetch, URL_);
+  const peer = await opened.promise;
+  const part = 90 * 1024; // it is encoded in parts
+  for (const around of [2, part, 2 * part]) {
+    for (const size of [-2, -1, 0, 1, 2].map((more) => around + more)) {
+      const data = Uint8Array.from({ length: size }, (_, at) => at * 7 + (at >> 8));
+      peer.send(data);
+      const event = (await client.next("duplex-binary"))!;
+      assert(event.data === Buffer.from(data).toString("base64"), `${size} bytes`);
+    }
+  }
+});
+
 test("of a body without end, what is behind its first fault is dropped, and no more of it read than a bound", async (t) => {
   const server = new Taker();
   t.defer(() => server.ws.close());
