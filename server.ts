@@ -4078,7 +4078,7 @@ function encodeBinary(data: Bytes): Bytes {
     parts.push(toBase64(data.subarray(at, at + BASE64_PART)));
   }
   parts.push("\n\n");
-  return concat(parts);
+  return parts.length > 3 ? concat(parts) : encoder.encode(parts.join(""));
 }
 
 /** crossws's own wire: "CR and CRLF become line breaks; binary becomes a data: URL." */
