@@ -218,7 +218,7 @@ test("Vite's proxy, and a module that it replaces", async (t) => {
     (await readFile(join(folder, "hot.ts"), "utf8")) + "// new\n",
   );
   await until(() => seen.opened === 3 && seen.codes.length === 1, { timeout: 20_000 });
-  assertEquals(seen.codes, [1000]);
+  assertEquals(seen.codes, [1000], printed);
 }, { timeout: 90_000, skip });
 
 /** Either recipe's `send`, to a URL. */
