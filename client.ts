@@ -988,8 +988,11 @@ class Course implements LinkHost {
 
   /** The page was kept, in the back/forward cache. Another may have its session by now. */
   async comeBack(): Promise<void> {
-    if (!this.#keeper.isAsleep) return;
-    if (await this.#keeper.claimAgain()) this.#keeper.wake();
+    const sleep = this.#keeper.untilAwake();
+    if (!sleep) return;
+    const isOurs = await this.#keeper.claimAgain();
+    if (sleep !== this.#keeper.untilAwake()) return; // the page was left again meanwhile
+    if (isOurs) this.#keeper.wake();
     else this.#end([1001, "", false]);
   }
 
@@ -2626,7 +2629,8 @@ class Keeper {
       return false;
     }
     this.end();
-    this.#awake = new Promise((resolve) => this.#wake = resolve);
+    const wake = this.#wake; // of a sleep that has not ended
+    this.#awake = new Promise<void>((resolve) => this.#wake = resolve).then(wake);
     return true;
   }
 

@@ -240,6 +240,24 @@ export function persistTests(name: string, { skip, open, openTwo, back }: Persis
     assertEquals(events.slice(0, 2), ["drop", "resume"]);
   }, !!back);
 
+  check("a page that is left again before it has its session back keeps it", async (t) => {
+    const { url, peers, closes, received } = await conversation(t, false);
+    const tab = await open(t);
+    await tab.goto(`${url}/program`);
+    await tab.wait(isOpen);
+    await tab.run(() => {
+      for (const type of ["pagehide", "pageshow", "pagehide", "pageshow"]) {
+        dispatchEvent(new PageTransitionEvent(type, { persisted: true }));
+      }
+    });
+    await tab.wait(() => globalThis.state?.events.includes("resume"));
+    await tab.run(() => globalThis.socket.close());
+    assertEquals((await closes.next()).code, 1005);
+    const { seen, sent, events } = await state(tab);
+    assertEquals([seen, received], [numbers(seen.length), numbers(sent)]);
+    assertEquals([events.slice(0, 2), peers.all.length], [["drop", "resume"], 1]);
+  });
+
   check("a page back from the cache whose session another page has is told 1001", async (t) => {
     const { url } = await conversation(t, false);
     const tab = await open(t);
