@@ -182,8 +182,8 @@ export class Moves<Message> {
   /** Adoptions by which a session came here, and sessions that went from here to which instance. */
   readonly #taken: Memory<string> = new Memory(MEMORY);
   readonly #moved: Memory<string>;
-  /** Adoptions that their asker has given up: their `adopt` may still be to come, or come again. */
-  readonly #givenUp: Memory<true> = new Memory(MAX_AGE);
+  /** Adoptions that were refused, by either side: their `adopt` may still be to come, or come again. */
+  readonly #over: Memory<true> = new Memory(MAX_AGE);
   #isOver = false;
 
   /**
@@ -209,7 +209,7 @@ export class Moves<Message> {
 
   /** Something is kept that a tick will forget. */
   get remembers(): boolean {
-    return this.size + this.#taken.size + this.#moved.size + this.#givenUp.size > 0;
+    return this.size + this.#taken.size + this.#moved.size + this.#over.size > 0;
   }
 
   /** Whether the session is in this instance's hands, though not in service. */
@@ -339,8 +339,8 @@ export class Moves<Message> {
     // It may have come here, and left again.
     const next = to === this.#instance ? this.#moved.get(session) : to;
     if (status === "moved" && next && adoption.hops++ < MAX_HOPS) return this.#ask(adoption, next);
-    // Where it is refused, its giver asks, and takes it back.
-    if (status !== "here" || !this.#mover.takes) return this.#end(adoption);
+    if (status !== "here") return this.#end(adoption);
+    if (!this.#mover.takes) return this.#refuse(adoption);
     const hearing = this.#mover.hear(state);
     const phase = hearing ? "joining" : "catching up";
     adoption.arrived = { from, state, counts, quiet, hearing, phase };
@@ -355,7 +355,7 @@ export class Moves<Message> {
   #claim(adoption: Adoption, joined: boolean): void {
     const { id, session, arrived } = adoption;
     if (this.#adoptions.get(session) !== adoption) return; // it has been refused meanwhile
-    if (!joined || !this.#mover.takes) return this.#end(adoption);
+    if (!joined || !this.#mover.takes) return this.#refuse(adoption);
     if (!arrived!.from) return this.#take(adoption); // of what was parked nobody keeps any
     arrived!.phase = "ours";
     adoption.age = 0;
@@ -417,6 +417,14 @@ export class Moves<Message> {
     adoption.end.resolve();
   }
 
+  /** "Whoever waits no longer says no by itself": who is deaf would never hear its giver ask. */
+  #refuse(adoption: Adoption): void {
+    const { id, session, owner, arrived } = adoption;
+    this.#end(adoption);
+    const head = { kind: "taken", id, session, from: this.#instance, yes: false } as const;
+    this.#mover.send(arrived?.from ?? owner, head);
+  }
+
   /** And what was kept for it alone, many at a time. */
   #forget(adoption: Adoption): void {
     this.#adoptions.delete(adoption.session);
@@ -434,25 +442,23 @@ export class Moves<Message> {
 
   #onAdopt(head: MoveHead & { kind: "adopt" }): void {
     const { id, from, session, attempt, received, namespace } = head;
-    if (this.#isOld(head.time) || this.#givenUp.get(id)) return;
+    if (this.#isOld(head.time) || this.#over.get(id)) return;
     const limbo = this.#limbos.get(session);
     if (limbo?.id === id) return this.#mover.send(from, limbo.answer.head, limbo.answer.state);
     const time = this.#mover.now();
     const answer = { kind: "state", id, session, from: this.#instance, time } as const;
     // "On its way it stays": the request itself is brought here, and waits.
-    if (this.moving(session)) return this.#mover.send(from, { ...answer, status: "stays" });
-    if (this.#mover.owns(session)) {
-      const state = this.#mover.pack(session, { attempt, received, namespace });
-      if (!state) return this.#mover.send(from, { ...answer, status: "stays" });
+    const moving = this.moving(session);
+    const state = !moving && this.#mover.owns(session) &&
+      this.#mover.pack(session, { attempt, received, namespace });
+    if (state) {
       const counts = this.#mover.counts();
       const quiet = this.#mover.quiet(CATCH_UP);
       return this.#giveAway({ ...answer, status: "here", counts, quiet }, from, state);
     }
-    const to = this.#moved.get(session);
-    this.#mover.send(
-      from,
-      to ? { ...answer, status: "moved", to } : { ...answer, status: "stays" },
-    );
+    this.#over.set(id, true, time); // who has this answer waits for no other
+    const to = !moving && this.#moved.get(session); // nothing where it is here
+    this.#mover.send(from, { ...answer, status: to ? "moved" : "stays", ...to && { to } });
   }
 
   /** "Whoever gives a session away keeps it in limbo until the taker confirms." */
@@ -484,7 +490,7 @@ export class Moves<Message> {
   #onTaken(
     { id, session, yes, owed }: Pick<Head<"taken">, "id" | "session"> & Owed & { yes: boolean },
   ): void {
-    if (!yes) this.#givenUp.set(id, true, this.#mover.now());
+    if (!yes) this.#over.set(id, true, this.#mover.now());
     const limbo = this.#limbos.get(session);
     if (limbo?.id !== id) return;
     if (!yes && limbo.overdue) return; // its taker may have forgotten
@@ -539,7 +545,7 @@ export class Moves<Message> {
       // was parked cannot stay.
       const isLate = arrived?.phase === "catching up" && this.#caughtUp(arrived, true);
       if (isLate || arrived?.phase === "ours" || arrived?.from === "") this.#take(adoption);
-      else this.#end(adoption);
+      else this.#refuse(adoption);
     }
     for (const limbo of [...this.#limbos.values()]) {
       this.#inquire(limbo);
@@ -553,7 +559,7 @@ export class Moves<Message> {
     }
     this.#taken.forget(this.#mover.now());
     this.#moved.forget(this.#mover.now());
-    this.#givenUp.forget(this.#mover.now());
+    this.#over.forget(this.#mover.now());
   }
 
   /**
@@ -566,14 +572,8 @@ export class Moves<Message> {
     for (const { end } of this.#limbos.values()) end.resolve();
     this.#limbos.clear();
     for (const adoption of [...this.#adoptions.values()]) {
-      const { id, session, owner, arrived } = adoption;
-      if (arrived?.phase === "ours") {
-        this.#take(adoption);
-        continue;
-      }
-      this.#end(adoption);
-      const head = { kind: "taken", id, session, from: this.#instance, yes: false } as const;
-      this.#mover.send(arrived?.from ?? owner, head);
+      if (adoption.arrived?.phase === "ours") this.#take(adoption);
+      else this.#refuse(adoption);
     }
   }
 }

@@ -1,7 +1,8 @@
 /**
  * The handover protocol, walked at random: three instances with the real `Moves`, a backplane that
  * loses, repeats and reorders, instances that freeze and thaw, timeouts at any moment; in each
- * fourth walk one that is killed at any step.
+ * fourth walk one that is killed at any step, and in another fourth one that is deaf from any step
+ * on, and can still speak.
  *
  * By topics, an instance hears publications only while it has joined their topic, as it does for a
  * session that is here, in limbo or coming.
@@ -12,7 +13,8 @@
  * Checked at every step: at most one instance has the session; each message up reaches the hook
  * once and in order; each publication reaches the session once and in order (at most once with
  * parking, and by topics where the giver's rest was lost). At the end, when nothing is lost any
- * more, the client reaches it wherever it resumes, unless one was killed, or the store has failed.
+ * more, the client reaches it wherever it resumes, unless one was killed, or the store has failed,
+ * or who is deaf has it, or has given it away and does not hear what has become of it.
  *
  * @module
  */
@@ -117,6 +119,8 @@ class Instance implements Mover<number> {
   session: State | undefined;
   /** The session in limbo, and publications that have come meanwhile. */
   #limbo: { state: State; missed: number[] } | undefined;
+  /** Nobody has told who took the session. */
+  #hasLost = false;
   /** The token of the last request, and its attempt where the session came out of the store. */
   #asked = "";
   #attempt = 0;
@@ -124,6 +128,7 @@ class Instance implements Mover<number> {
   #parkedAs = "";
   frozen = false;
   killed = false;
+  deaf = false;
   readonly takes = true;
   /** Publications read from the channel. */
   read = 0;
@@ -191,6 +196,11 @@ class Instance implements Mover<number> {
     return this.#world.now;
   }
 
+  /** It has the session, or has not heard who took it. */
+  get hides(): boolean {
+    return !!this.session || !!this.#limbo || this.#hasLost;
+  }
+
   /** It does nothing more, and what it had is lost. */
   kill(): void {
     this.killed = this.frozen = true;
@@ -226,8 +236,9 @@ class Instance implements Mover<number> {
     this.#limbo = undefined;
   }
 
-  release(): void {
+  release(_session?: string, end?: "moved" | "lost"): void {
     this.#limbo = undefined;
+    this.#hasLost ||= end === "lost";
     this.#settle();
   }
 
@@ -295,7 +306,7 @@ class Instance implements Mover<number> {
 
   /** The next publication of the channel comes here. */
   next(): void {
-    if (this.read >= this.#world.published) return;
+    if (this.read >= this.#world.published || this.deaf) return;
     const n = ++this.read;
     if (this.#world.topical && !(n > (this.joined ?? Infinity))) return;
     this.#heard = n;
@@ -332,7 +343,9 @@ class Instance implements Mover<number> {
 
   /** Who says so when all are asked. */
   #holder(): Instance | undefined {
-    return this.#world.instances.find((one) => one !== this && !one.frozen && one.session);
+    return this.#world.instances.find((one) =>
+      one !== this && !one.frozen && !one.deaf && one.session
+    );
   }
 
   /** It has parked the session under this name, and has not been told what has become of it. */
@@ -351,7 +364,7 @@ class Instance implements Mover<number> {
     if (id === undefined) return;
     const holder = this.#holder();
     if (holder) this.moves.redirect(id, holder.name);
-    this.#look();
+    if (this.parking) this.#look();
   }
 
   async #look(): Promise<boolean> {
@@ -416,15 +429,17 @@ class World {
   readonly hook: number[] = [];
   readonly got: number[] = [];
   readonly instances: Instance[];
-  /** The step at which an instance is killed. */
+  /** The step at which something happens to an instance for good. */
   readonly #fatal: number;
+  readonly #fate: "killed" | "deaf";
   #steps = 0;
   readonly #random: () => number;
 
   constructor(seed: number, make: Make, { park, topical = false }: Variant) {
     this.topical = topical;
     this.#unsound = seed % 2 === 1;
-    this.#fatal = seed % 4 ? Infinity : Math.floor(seed / 4 % STEPS);
+    this.#fate = seed % 4 ? "deaf" : "killed";
+    this.#fatal = seed % 2 ? Infinity : Math.floor(seed / 4 % STEPS);
     this.#random = numbers(seed);
     this.instances = NAMES.map((name) => new Instance(name, this, make, park));
     this.instances[0]!.session = { received: 0, attempt: 0, tokens: [this.token] };
@@ -538,7 +553,10 @@ class World {
 
   step(): void | Promise<void> {
     const instance = this.#instance;
-    if (this.#steps++ === this.#fatal) instance.kill();
+    if (this.#steps++ === this.#fatal) {
+      if (this.#fate === "deaf") instance.deaf = true;
+      else instance.kill();
+    }
     if (this.joins.length && this.#random() < 0.2) return this.#join();
     const kinds = instance.parking ? 13 : 7;
     switch (Math.floor(this.#random() * kinds)) {
@@ -577,7 +595,9 @@ class World {
     const { to, from, head, state, before } = this.bus[at]!;
     const instance = this.#of(to);
     if (instance.frozen) return;
-    const lost = this.lossy && this.#random() < 0.1;
+    // Who is deaf says "no" once, to whoever asks in vain.
+    const isSafe = this.#fate === "deaf" && head.kind === "taken" && !head.yes;
+    const lost = instance.deaf || this.lossy && !isSafe && this.#random() < 0.1;
     if (lost || !this.lossy || this.#random() > 0.1) this.bus.splice(at, 1);
     if (lost) return;
     // One channel carries all in one order: publications that the asker had come before its question.
@@ -601,7 +621,8 @@ class World {
     const to = instance.session
       ? instance
       : this.#of((instance.moves.whereabouts(SESSION) ?? this.hint) as Name);
-    if (!to.frozen) to.uplink(this.acknowledged + 1);
+    const hears = to === instance || !to.deaf && !instance.deaf;
+    if (!to.frozen && hears) to.uplink(this.acknowledged + 1);
   }
 
   #tick(instance: Instance): void {
@@ -609,7 +630,9 @@ class World {
     if (instance.frozen) return;
     const period = Math.floor(this.#random() * TIMEOUT);
     // What was parked is taken a second later at most: publications are faster than that.
-    if (instance.parking && instance.moves.holds(SESSION)) this.#hearAll(instance, this.published);
+    if (instance.parking && !instance.deaf && instance.moves.holds(SESSION)) {
+      this.#hearAll(instance, this.published);
+    }
     instance.moves.tick(period);
     instance.parking?.tick(period);
   }
@@ -634,12 +657,13 @@ class World {
     // With the one that had it, or in a store that has failed, maybe.
     const parks = !!this.instances[0]!.parking;
     const isLost = alive.length < this.instances.length || parks && this.#unsound;
-    for (const instance of alive) {
+    for (const instance of alive.filter(({ deaf }) => !deaf)) {
       const [turns, period] = isLost ? [10, 5_000] : [100, 500];
       for (let turn = 0; turn < turns && !instance.session; turn++) {
         await this.#turn(instance, period);
       }
-      if (!instance.session && !isLost) {
+      const isHidden = alive.some(({ deaf, hides }) => deaf && hides);
+      if (!instance.session && !isLost && !isHidden) {
         throw new Violation(`the client does not reach it by ${instance.name}`);
       }
     }
@@ -647,7 +671,8 @@ class World {
 
   async #turn(instance: Instance, period: number): Promise<void> {
     instance.resume(++this.attempt);
-    for (let round = instance.parking ? 4 : 1; round > 0 && !instance.session; round--) {
+    const looks = instance.parking || this.instances.some(({ deaf }) => deaf);
+    for (let round = looks ? 4 : 1; round > 0 && !instance.session; round--) {
       if (instance.parking) { for (let n = 0; n < 20; n++) await undefined; }
       if (round === 2) instance.look();
       for (let n = 0; this.bus.length && n < 200; n++) {
@@ -660,7 +685,7 @@ class World {
     }
     this.now += period;
     for (const one of this.instances.filter(({ killed }) => !killed)) {
-      this.#hearAll(one, this.published);
+      if (!one.deaf) this.#hearAll(one, this.published);
       one.moves.tick(period);
       one.parking?.tick(period);
     }

@@ -3,8 +3,9 @@
  * shutdown or by the age of a connection, over a backplane that may lose and repeat.
  */
 import { cluster, type ClusterAdapter } from "../cluster.ts";
+import { redis } from "../drivers.ts";
 import type { Peer, SSEOptions, SyncMessage, SyncPlace } from "../server.ts";
-import { MemoryBus, type RoundRobin, roundRobin, textOf, unknown } from "./bus.ts";
+import { MemoryBus, memoryRedis, type RoundRobin, roundRobin, textOf, unknown } from "./bus.ts";
 import { chaos, type ChaosProxy, mulberry32, pickSeed } from "./chaos.ts";
 import {
   assert,
@@ -470,6 +471,55 @@ test("an instance that ends answers who waits for a session that does not come",
   assertEquals(await within(Promise.all(refusals), 1_000, "answers"), [503, 503]);
 }, { timeout: 15_000 });
 
+/** Two instances whose sessions move, the second of which can be made deaf: it does not know it at once. */
+const DEAFENED: Record<string, (t: TestContext) => { adapter: ClusterAdapter; deafen(): void }> = {
+  "a driver that tells what it hears": () => {
+    const wires = memoryRedis(2);
+    let made = 0;
+    return {
+      adapter: (context) => redis({ client: wires[made++]!, channel: "x" })(context),
+      deafen: () => void (wires[1]!.isDeaf = true),
+    };
+  },
+  "a driver that tells nothing": (t) => {
+    const bus = new MemoryBus(t);
+    let made = 0;
+    let isDeaf = false;
+    return {
+      adapter: (context) => {
+        const at = made++;
+        const driver = bus.adapter(context);
+        const hears = () => at === 0 || !isDeaf;
+        const subscribe: typeof driver.subscribe = (deliver) =>
+          driver.subscribe((message) => hears() ? deliver(message) : undefined);
+        return { ...driver, subscribe };
+      },
+      deafen: () => void (isDeaf = true),
+    };
+  },
+};
+
+for (const [over, make] of Object.entries(DEAFENED)) {
+  test(`a session that was sent to who is deaf comes back, over ${over}`, async (t) => {
+    const { adapter, deafen } = make(t);
+    const { told, proxy } = await start(t, adapter, { timeout: 400 });
+    const client = await wireClient(t, `${proxy.url}/room`);
+    await client.send("a");
+    assertEquals(await client.message(), "a 1 at 0");
+    deafen();
+    proxy.choose = () => 1;
+    const failed = await client.resume(1, 1).then(() => 200, ({ status }) => status);
+    assertEquals([failed, ...told.slice(0, 2)], [503, "open 0", "suspend 0"]);
+    proxy.choose = () => 0;
+    let attempt = 1;
+    const resumed = () => client.resume(++attempt, 1).catch(() => undefined);
+    const back = t.use((await until(resumed, { timeout: 10_000, interval: 100 }))!);
+    await back.send("b");
+    assertEquals(await back.message(), "b 2 at 0");
+    assertEquals(told, ["open 0", "suspend 0", "revive 0"]);
+  }, { timeout: 30_000 });
+}
+
 test("who was said not to know a session, and says that it has it, is asked again", async (t) => {
   let asked = 0;
   const bus: MemoryBus = new MemoryBus(t, {
@@ -494,12 +544,13 @@ test("who was said not to know a session, and says that it has it, is asked agai
 });
 
 test("a session that got lost on its way comes back, and goes on", async (t) => {
-  const lost = { state: 0, have: 0 };
+  const lost = { state: 0, have: 0, taken: 0 };
   const bus = new MemoryBus(t, {
     fault: (message) => {
       const text = textOf(message);
       if (/"kind":"state"/.test(text) && lost.state++ === 0) return [];
-      // Nor is the other instance asked before it has given up waiting.
+      // Nor is heard that nobody waits for it any longer, nor is the other instance asked before that.
+      if (/"kind":"taken"/.test(text) && lost.taken++ === 0) return [];
       return /"kind":"have"/.test(text) && lost.have++ < 5 ? [] : [0];
     },
   });
