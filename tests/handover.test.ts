@@ -448,6 +448,111 @@ for (
   }, { timeout: 40_000 });
 }
 
+/** What is said of sessions comes as often, after so many ms each time; publications come once. */
+function repeating(
+  t: TestContext,
+  adapter: ClusterAdapter,
+  delays: () => number[],
+): ClusterAdapter {
+  const timers = new Set<ReturnType<typeof setTimeout>>();
+  t.defer(() => timers.forEach(clearTimeout));
+  return (context) => {
+    const driver = adapter(context);
+    const subscribe = driver.subscribe.bind(driver);
+    driver.subscribe = (deliver) =>
+      subscribe((message) => {
+        if (textOf(message).includes('"kind":"publication"')) return deliver(message);
+        for (const delay of delays()) {
+          if (delay) timers.add(setTimeout(() => deliver(message), delay));
+          else deliver(message);
+        }
+      });
+    return driver;
+  };
+}
+
+const overTopics = (): ClusterAdapter => {
+  const wires = memoryRedis(3);
+  let made = 0;
+  return (context) => redis({ client: wires[made++]!, channel: "x" })(context);
+};
+
+for (
+  const [how, delays] of [
+    ["twice", () => [0, 0]],
+    ["in any order, and again", () => [Math.random() * 20, Math.random() * 20, 1_000]],
+  ] as const
+) {
+  for (
+    const [over, adapterOf] of [
+      ["all", (t: TestContext) => new MemoryBus(t).adapter],
+      ["topics", overTopics],
+    ] as const
+  ) {
+    test(
+      `what is said of moves comes ${how}, over ${over}, and no message does`,
+      async (t) => {
+        const fleet = await start(t, repeating(t, adapterOf(t), delays), { count: 3 });
+        const front = await network(t, fleet);
+        const { socket, messages, events, opened } = connect(t, front.url);
+        await opened;
+        let most = 0;
+        const counting = setInterval(() => {
+          const owners = fleet.instances.filter((instance) => peersOf(instance).length > 0);
+          most = Math.max(most, owners.length);
+        }, 1);
+        t.defer(() => clearInterval(counting));
+        let sent = 0;
+        for (let step = 0; step < 200; step++) { // 20 moves
+          socket.send(`${sent}`);
+          fleet.instances[sent % 3]!.ws.publish("all", `p${sent % 3} ${sent++}`);
+          await sleep(10, t.signal);
+          if (step % 10) continue;
+          const at = Math.floor(Math.random() * 3);
+          fleet.proxy.choose = () => at;
+          front.cutAll("rst");
+        }
+        const all = (await messages.take(2 * sent, { timeout: 10_000 })).map(String);
+        await sleep(200, t.signal);
+        assertEquals(messages.left, 0);
+        assertEquals(
+          all.filter((text) => !text.startsWith("p")).map((text) => text.split(" at ")[0]),
+          Array.from({ length: sent }, (_, n) => `${n} ${n + 1}`),
+        );
+        for (const from of [0, 1, 2]) {
+          const got = all.filter((text) => text.startsWith(`p${from}`));
+          const each = Array.from({ length: sent }, (_, n) => `p${from} ${n}`);
+          assertEquals(got, each.filter((_, n) => n % 3 === from));
+        }
+        assertEquals(most, 1);
+        assertEquals(fleet.told.filter((call) => /open|close/.test(call)), ["open 0"]);
+        assertGreater(fleet.told.filter((call) => /revive/.test(call)).length, 2);
+        assertEquals(events.includes("error"), false);
+      },
+      { timeout: 60_000 },
+    );
+  }
+}
+
+test("a session that has left and come back does not leave for a question that comes again", async (t) => {
+  let asked = 0;
+  const bus = new MemoryBus(t, {
+    fault: (message) => textOf(message).includes('"kind":"adopt"') && !asked++ ? [0, 500] : [0],
+  });
+  const { told, proxy, instances: [first] } = await start(t, bus.adapter);
+  const client = await wireClient(t, `${proxy.url}/room`);
+  proxy.choose = () => 1;
+  t.use(await client.resume(1, 0));
+  proxy.choose = () => 0;
+  const back = t.use(await client.resume(2, 0));
+  const moves = ["open 0", "suspend 0", "revive 1", "suspend 1", "revive 0"];
+  assertEquals([told, asked], [moves, 2]);
+  await sleep(600, t.signal);
+  await back.send("a");
+  assertEquals(await back.message(), "a 1 at 0");
+  assertEquals([told, peersOf(first!).length], [moves, 1]);
+});
+
 test("an instance that ends answers who waits for a session that does not come", async (t) => {
   let asked = 0;
   const bus = new MemoryBus(t, {
