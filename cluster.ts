@@ -503,19 +503,18 @@ class Router implements RoutingDriver {
     } as const;
     const go = async () => {
       this.#presence.asked(relay.owner);
-      return await this.#send(relay.owner, key, head, body) || relay.end();
+      return await this.#send(relay.owner, key, head, body) || relay.fail();
     };
     const late = setTimeout(() => {
-      const { owner: instance } = relay;
-      const context = { stage: "delivery", instance, namespace } as const;
-      this.#report(context, new Error(`No answer from instance ${instance}`));
-      relay.owner = ""; // which has not answered
-      relay.end();
+      const instance = relay.owner;
+      const error = new Error(`No answer from instance ${instance}`);
+      this.#report({ stage: "delivery", instance, namespace }, error);
+      relay.fail();
     }, this.#timeout);
     const heard = this.#host.movable && this.#searches.begin(() => id, session, key);
     this.#relays.set(id, relay);
     this.#startTimer();
-    if (this.#presence.isDeaf || !this.#subscription.await(id, body.length, go)) relay.end();
+    if (this.#presence.isDeaf || !this.#subscription.await(id, body.length, go)) relay.fail();
     return await relay.response.finally(() => {
       clearTimeout(late);
       if (heard) heard(relay.owner === owner);
@@ -800,9 +799,7 @@ class Relay {
   doubt(): void {
     if (this.#phase !== "asking") return;
     this.#phase = "doubted";
-    this.#doubt = setTimeout(() => {
-      this.answer(noSession());
-    }, Math.min(DOUBT, this.#timeout));
+    this.#doubt = setTimeout(() => this.fail(noSession()), Math.min(DOUBT, this.#timeout));
   }
 
   /** The owner says that another instance has the session. */
@@ -818,6 +815,12 @@ class Relay {
     }
     this.owner = to;
     this.#line.again();
+  }
+
+  /** Who was asked has not answered, and that has taken no time that tells anything. */
+  fail(response: Response = unavailable()): void {
+    this.owner = "";
+    this.answer(response);
   }
 
   /** The answer did not come over the backplane. */

@@ -22,7 +22,7 @@ import {
 } from "./harness.ts";
 import { connect, listen, type Pair } from "./pair.ts";
 import { drivers } from "./topical.ts";
-import { wireClient } from "./wire.ts";
+import { type WireClient, wireClient } from "./wire.ts";
 
 interface Fleet {
   readonly instances: Pair<Record<string, unknown>>[];
@@ -891,6 +891,7 @@ test("all are asked for a session as often as it takes", async (t) => {
 
 test("where answers take long, all are asked later, until one is quick again", async (t) => {
   let delay = 300;
+  let isDown = false;
   let frozen = "";
   const ids: string[] = [];
   const asked: SyncMessage[] = [];
@@ -899,6 +900,7 @@ test("where answers take long, all are asked later, until one is quick again", a
       if (textOf(message).includes('"kind":"where"')) asked.push(message);
       return message.topic === frozen ? [] : [delay];
     },
+    settled: () => isDown ? Promise.reject(new Error("it is down")) : Promise.resolve(),
   });
   const { proxy, errors } = await start(t, (context) => {
     ids.push(context.id);
@@ -911,18 +913,68 @@ test("where answers take long, all are asked later, until one is quick again", a
   assertGreater(before, 0);
   assertEquals(await peer.send("e"), 204);
   assertEquals(asked.length, before, "they would be slower only");
+  isDown = true;
+  assertEquals(await peer.send("lost"), 503); // at once, and that is no answer
+  isDown = false;
+  await until(async () => await peer.send("f") === 204); // "lost" may have come nevertheless
+  assertEquals(asked.length, before, "nor is what could not be asked an answer");
   delay = 0;
-  assertEquals(await peer.send("f"), 204);
+  assertEquals(await peer.send("g"), 204);
   proxy.choose = () => 1;
-  const moved = t.use(await peer.resume(1, 6));
+  const moved = t.use(await peer.resume(1, 7));
   frozen = ids[0]!;
   proxy.choose = () => 2;
-  const sent = peer.send("g");
+  const sent = peer.send("h");
   await until(() => asked.length > before, { timeout: 1_200 }); // 300 ms, and not 1,800
   assertEquals(await sent, 204);
-  assertEquals(await moved.message(), "g 7 at 1");
-  assertEquals(errors, []);
+  assertEquals(await moved.message(), "h 8 at 1");
+  assertEquals(errors, ["Error: it is down"]);
 });
+
+for (
+  const [what, provoke] of [
+    ["A timeout", (client: WireClient) => client.send("nobody answers")],
+    ["That nobody knows a session", ({ url, token }: WireClient) => stranger(url, token)],
+  ] as const
+) {
+  test(`who has not answered does not tell how long answers take: ${what}`, async (t) => {
+    let frozen = "";
+    const ids: string[] = [];
+    const asked: SyncMessage[] = [];
+    const bus = new MemoryBus(t, {
+      fault(message) {
+        if (textOf(message).includes('"kind":"where"')) asked.push(message);
+        return message.topic === frozen ? [] : [0];
+      },
+    });
+    const { proxy } = await start(t, (context) => {
+      ids.push(context.id);
+      return bus.adapter(context);
+    }, { timeout: 1_600 });
+    const client = await wireClient(t, `${proxy.url}/room`);
+    proxy.choose = () => 1;
+    const freeze = () => frozen = ids[0]!;
+    if (what === "A timeout") freeze();
+    const statuses = await Promise.all([1, 2, 3, 4].map(() => provoke(client)));
+    assertEquals(new Set(statuses), new Set([what === "A timeout" ? 503 : 404]));
+    freeze();
+    asked.length = 0;
+    assertEquals(await client.send("a"), 503);
+    assertEquals(asked.length, 2, "after 300 ms and 900 ms, not after 800 ms alone");
+  }, { timeout: 15_000 });
+}
+
+/** An uplink of a session that the instance of this token has never had. */
+async function stranger(url: string, token: string): Promise<number> {
+  const made = `${token.slice(0, token.indexOf("."))}.${crypto.randomUUID().replaceAll("-", "")}`;
+  const response = await fetch(url, {
+    method: "POST",
+    headers: { "x-crossws-id": made, "content-type": "application/websocket-events" },
+    body: "SEQ 1\r\n1\r\nTEXT 2\r\nhi\r\n",
+  });
+  await response.body?.cancel();
+  return response.status;
+}
 
 test("an instance that ends brings back the answers that others are about to give", async (t) => {
   let isSlow = false;
