@@ -463,7 +463,8 @@ class Router implements RoutingDriver {
       if (this.#migration.isMoving(token, session)) return unavailable();
       // "Its owner is gone: 404", as from an instance that knows nothing of it, such as this one.
       if (!owner || owner === this.#instance) {
-        const isDoubtful = this.#bus.busy || this.#migration.hides(request, session);
+        const isDoubtful = this.#bus.busy || this.#host.has(token) || // by now
+          this.#migration.hides(request, session);
         return isDoubtful ? unavailable() : noSession(); // who is busy has asked nobody
       }
       const body = await this.#bodies.read(request, this.#host.maxMessageSize + MAX_BATCH);
@@ -526,8 +527,11 @@ class Router implements RoutingDriver {
     const { token } = relay;
     await this.#migration.settled(token, head.session);
     if (relay.isOver) return; // its client has been told otherwise
-    const to = this.#host.has(token) ? "" : this.#migration.whereabouts(token, head.session);
+    const isHere = this.#host.has(token);
+    const to = isHere ? undefined : this.#migration.whereabouts(token, head.session);
     if (to) relay.redirect(to);
+    // It has left for nobody knows where, or is about to.
+    else if (to === STORE || this.#migration.isMoving(token, head.session)) relay.fail();
     else relay.answer(await this.#serveHere(head, token, body));
   }
 
@@ -543,9 +547,11 @@ class Router implements RoutingDriver {
     if (this.#closed) return; // silence is 503 there
     // "A request for a session that is on its way waits" until it is known where it is.
     await this.#migration.settled(known.token, head.session);
+    const isNamed = await this.#names.find(head.session);
+    // From here on in one step: else it may leave after it was seen here, which would be 404.
     if (this.#migration.isMoving(known.token, head.session)) return; // silence is 503 there
     const to = this.#migration.whereabouts(known.token, head.session);
-    if (to === undefined && !await this.#names.find(head.session)) return; // it has not come
+    if (to === undefined && !isNamed) return; // it has not come
     if (to !== undefined && !this.#host.has(known.token)) {
       if (to !== STORE) await this.#send(head.from, key, { kind: "moved", id: head.id, to });
       return;

@@ -13,6 +13,7 @@ import {
   assertGreater,
   assertLess,
   assertLessOrEqual,
+  assertMatch,
   note,
   sleep,
   test,
@@ -551,6 +552,42 @@ test("a session that has left and come back does not leave for a question that c
   await back.send("a");
   assertEquals(await back.message(), "a 1 at 0");
   assertEquals([told, peersOf(first!).length], [moves, 1]);
+});
+
+test("a request that comes together with a question for its session is not told that there is none", async (t) => {
+  const { verify } = crypto.subtle;
+  t.defer(() => crypto.subtle.verify = verify);
+  const held = new Map<string, () => void>();
+  let holds = true;
+  crypto.subtle.verify = async (...args: Parameters<typeof verify>) => {
+    const isRight = await verify.apply(crypto.subtle, args);
+    const said = textOf({ data: args[3] as Uint8Array<ArrayBuffer> });
+    const [, kind] = /"kind":"(request|adopt)"/.exec(said) ?? [];
+    if (kind && holds) await new Promise<void>((resolve) => held.set(kind, resolve));
+    return isRight;
+  };
+  const { proxy } = await start(t, new MemoryBus(t).adapter, { count: 3 });
+  for (let turns = 0; turns < 16; turns++) { // microtasks of one after the other
+    proxy.choose = () => 0;
+    const client = await wireClient(t, `${proxy.url}/room`);
+    proxy.choose = ({ method }) => method === "GET" ? 2 : 1;
+    holds = true;
+    const posted = client.send("a");
+    const resumed = client.resume(1, 0);
+    resumed.catch(() => {}); // where the request fails
+    await until(() => held.size === 2);
+    holds = false;
+    held.get("request")!();
+    for (let turn = 0; turn < turns; turn++) await undefined;
+    held.get("adopt")!();
+    held.clear();
+    let status = await posted;
+    const back = t.use(await resumed);
+    while (status === 503) status = await client.send("a"); // it has just left
+    assertEquals([turns, status], [turns, 204]);
+    assertMatch(await back.message(), /^a 1 at [02]$/);
+    await Promise.all([client.drop(), back.drop()]);
+  }
 });
 
 test("an instance that ends answers who waits for a session that does not come", async (t) => {
