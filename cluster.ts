@@ -463,8 +463,7 @@ class Router implements RoutingDriver {
       if (this.#migration.isMoving(token, session)) return unavailable();
       // "Its owner is gone: 404", as from an instance that knows nothing of it, such as this one.
       if (!owner || owner === this.#instance) {
-        const isDoubtful = this.#bus.busy || this.#host.has(token) || // by now
-          this.#migration.hides(request, session);
+        const isDoubtful = this.#bus.busy || this.#migration.hides(request, token, session);
         return isDoubtful ? unavailable() : noSession(); // who is busy has asked nobody
       }
       const body = await this.#bodies.read(request, this.#host.maxMessageSize + MAX_BATCH);
@@ -527,12 +526,11 @@ class Router implements RoutingDriver {
     const { token } = relay;
     await this.#migration.settled(token, head.session);
     if (relay.isOver) return; // its client has been told otherwise
-    const isHere = this.#host.has(token);
-    const to = isHere ? undefined : this.#migration.whereabouts(token, head.session);
+    const left = !this.#host.has(token);
+    const to = left && this.#migration.whereabouts(token, head.session);
     if (to) relay.redirect(to);
-    // It has left for nobody knows where, or is about to.
     else if (to === STORE || this.#migration.isMoving(token, head.session)) relay.fail();
-    else relay.answer(await this.#serveHere(head, token, body));
+    else relay.answer(await this.#host.fetch(...routed(head, token, body)));
   }
 
   // --- As the instance that owns the session ---
@@ -558,15 +556,12 @@ class Router implements RoutingDriver {
     }
     this.#replays.check(head);
     this.#startTimer(); // to forget it, though nothing is relayed
-    await this.#answer(head, key, await this.#serveHere(head, known.token, message.body));
+    const response = await this.#host.fetch(...routed(head, known.token, message.body));
+    await this.#answer(head, key, response);
   }
 
   async #sayUnknown({ id, from }: { id: string; from: string }) {
     if (!this.#bus.busy) await this.#tell(from, { kind: "unknown", id }); // anybody can ask
-  }
-
-  async #serveHere(head: RequestHead, token: string, body: Bytes): Promise<Response> {
-    return await this.#host.fetch(routedRequest(head, token, body), head.namespace);
   }
 
   #answer(head: RequestHead, key: CryptoKey, response: Response): Promise<void> {
@@ -1313,10 +1308,10 @@ class Migration implements Mover<SyncMessage> {
 
   /**
    * "An uplink takes nothing out of the store", and one that fails says nothing of what it has; nor
-   * does who is deaf know that nobody has the session.
+   * does who is deaf know that nobody has the session. It may have come here meanwhile, too.
    */
-  hides({ headers }: Request, session: string): boolean {
-    if (this.#presence.doubts) return true;
+  hides({ headers }: Request, token: string, session: string): boolean {
+    if (this.#presence.doubts || this.#host.has(token)) return true;
     return !!this.parking && (this.parking.mayBring(session) || !headers.has("x-duplex-attempt"));
   }
 
@@ -2401,12 +2396,17 @@ function routedHeaders(given: Headers): Record<string, string> {
   return headers;
 }
 
-/** The request as its session's instance gets it. */
-function routedRequest({ method, headers: given }: RequestHead, token: string, body: Bytes) {
+/** The request as its session's instance gets it, and its namespace. */
+function routed(
+  { method, headers: given, namespace }: RequestHead,
+  token: string,
+  body: Bytes,
+): [Request, string] {
   const isPost = method === "POST";
   const length = isPost && { "content-length": `${body.length}` };
   const headers = { ...given, [TOKEN_HEADER]: token, ...length };
-  return new Request("http://relayed.invalid/", { method, headers, ...isPost && { body } });
+  const init = { method, headers, ...isPost && { body } };
+  return [new Request("http://relayed.invalid/", init), namespace];
 }
 
 /**
