@@ -1133,8 +1133,6 @@ class Link implements Carrier, EventTaker, Holder {
   #old: Exchange | undefined;
   /** Resumptions since something last came of a connection. */
   #retries = 0;
-  /** When the last connection was asked for. */
-  #askedAt = 0;
   /** How often the stream was damaged: once is resumed, twice is the end. */
   #damages = 0;
   /** Of the first events of a connection. */
@@ -1203,10 +1201,12 @@ class Link implements Carrier, EventTaker, Holder {
     else this.hangUp();
   }
 
-  /** "A duplex request is replaced as a whole"; `run` goes on with the other connection. */
-  renew(): void {
+  /** "A duplex request is replaced as a whole", if it is full; `run` goes on with the other connection. */
+  renew(isFull = false): void {
     const old = this.#connection;
     if (!old?.hasBegun || old.isPoll || this.#old) return; // a poll's next turn is another connection
+    // The next one may be to be renewed as soon as it has begun, too.
+    if (isFull || !old.isYoung) this.#retries = 0;
     this.#host.onRenewal();
     this.#old = old;
     this.#receipts.most = this.#receipts.dispatched;
@@ -1319,7 +1319,6 @@ class Link implements Carrier, EventTaker, Holder {
     connection.slot = slot;
     connection.position = this.#receipts.confirmable;
     connection.endIn(patience);
-    this.#askedAt = clock();
     await this.#requests.ask(connection, {
       headers: { accept: STREAM_TYPE, ...headers, ...isPoll && { [POLL_HEADER]: "1" } },
       bytes: isPoll ? this.uplink.poll(isPatient) : undefined,
@@ -1456,9 +1455,10 @@ class Link implements Carrier, EventTaker, Holder {
     this.slots.onBegin();
   }
 
-  /** What ends each stream as soon as it has said something must not have the next one at once. */
-  onNews(): void {
-    if (clock() < this.#askedAt + SHORT_LIFE_MS && !this.#connection?.isPoll) this.onHeard();
+  /** What ends each stream as soon as it has spoken, or each poll by nothing new, is to wait. */
+  onNews(isNew = false): void {
+    const connection = this.#connection;
+    if (connection?.isYoung && !(isNew && connection.isPoll)) this.onHeard();
     else this.#retries = 0;
   }
 
@@ -1481,7 +1481,7 @@ class Link implements Carrier, EventTaker, Holder {
       this.#transports.tryStream();
     }
     // A poll without any news is not followed at once: something may repeat each request.
-    if (!this.#session.lostAt && why !== "turn") this.#retries = 0;
+    if (!this.#session.lostAt && why !== "turn" && why !== "renewed") this.#retries = 0;
     if (why === "shared") this.#session.lostAt = clock();
     const isTrial = why === "turn" && !this.#transports.polls;
     const patience = Math.max(Math.min(resumeTimeout / 3, 2 * heartbeatInterval), 1000);
@@ -1559,8 +1559,8 @@ interface EventTaker {
   /** The connection whose words they are. */
   readonly current: Exchange | undefined;
   onTerms(terms: Terms): void;
-  /** A message, an acknowledgement, or a question. */
-  onNews(): void;
+  /** A message, an acknowledgement, or a question. `isNew`: it has not been said before. */
+  onNews(isNew?: boolean): void;
   /** A session of the other level is open. */
   openPlain(): void;
   /** Something does not fit. */
@@ -1579,6 +1579,7 @@ class Events {
   readonly #host: EventHost;
   /** When the server last heard of us that a message is coming. */
   #spokeAt = 0;
+  #lastAck = "";
   #ticker: ReturnType<typeof setInterval> | undefined;
   #ticks = 0;
   #tickedAt = 0;
@@ -1629,7 +1630,8 @@ class Events {
         const counts = data.split(" ", 3).map(countOf); // what is behind them is not ours to know
         if (counts.includes(undefined)) return this.#taker.distrust();
         const [received, handled, window] = counts;
-        this.#taker.onNews();
+        this.#taker.onNews(data !== this.#lastAck);
+        this.#lastAck = data;
         return this.#uplink.confirm(received!, handled, window);
       }
       case PING_EVENT: {
@@ -1669,7 +1671,7 @@ class Events {
 
   /** "The client's count advances when the event's blank line is parsed, whatever becomes of the event then." */
   #receive(data: string | Bytes): void {
-    this.#taker.onNews();
+    this.#taker.onNews(true);
     // While this connection was asked for, the one before it may have brought the message.
     if (++this.#taker.current!.position <= this.#receipts.received) return;
     this.#receipts.received++;
@@ -1746,7 +1748,7 @@ interface Carrier {
   /** Something is the matter with any request: a resumption will tell what. */
   hangUp(): void;
   /** The body of the connection has taken all that it may. */
-  renew(): void;
+  renew(isFull: true): void;
   /** The server has been heard: the network is well. */
   onHeard(): void;
 }
@@ -2034,7 +2036,7 @@ class Uplink {
     this.#stream = undefined;
     if (!reader || !this.#session.terms!.resumeTimeout) return;
     this.isLinked = false;
-    this.#carrier.renew();
+    this.#carrier.renew(true);
   }
 
   #endStream(): void {
@@ -3246,6 +3248,7 @@ class Exchange {
   /** The number of the last message that the server has, as its answer tells: it took what went up. */
   received: number | undefined;
   #timer: ReturnType<typeof setTimeout> | undefined;
+  readonly #askedAt: number = clock();
 
   constructor(body?: Body, isPoll = false) {
     this.body = body;
@@ -3254,6 +3257,11 @@ class Exchange {
 
   get isEnded(): boolean {
     return this.abort.signal.aborted;
+  }
+
+  /** It has not lasted for long. */
+  get isYoung(): boolean {
+    return clock() < this.#askedAt + SHORT_LIFE_MS;
   }
 
   /** We have given up waiting for its answer. */

@@ -8,6 +8,7 @@ import {
   assertEquals,
   assertGreater,
   assertGreaterOrEqual,
+  assertLess,
   assertLessOrEqual,
   deferred,
   sleep,
@@ -325,6 +326,59 @@ test("a renewal that is refused for good ends the socket", async (t) => {
   (await server.next()).respond(403);
   (await server.next()).respond(403);
   assertEquals((await closed).code, 1006);
+});
+
+for (
+  const [what, said] of [
+    ["nothing else", ""],
+    ["a message besides", "data: news\n\n"],
+  ] as const
+) {
+  test(`a server that has each stream renewed at once, and says ${what}, brings no storm of requests`, async (t) => {
+    const server = new ScriptedServer();
+    const { events, opened } = connect(t, "http://scripted.test/", {
+      transport: "post",
+      fetch: server.fetch,
+    });
+    let streams = 0;
+    const answering = (async () => {
+      for (; streams < 1_000; streams++) {
+        const asked = await server.next();
+        if (asked.method === "POST") asked.respond(204, { "x-duplex-received": "0" });
+        else asked.stream().write(said + RENEW);
+      }
+    })();
+    await opened;
+    await Promise.race([answering, sleep(1_000, t.signal)]);
+    assertGreater(streams, 2);
+    assertLess(streams, 40, "without a pause it would be thousands");
+    assertEquals(events, ["open"]);
+  });
+}
+
+test("the first renewal is not kept waiting, nor is one because a body is full", async (t) => {
+  const pauses: number[] = [];
+  const { setTimeout } = globalThis;
+  t.defer(() => globalThis.setTimeout = setTimeout);
+  Object.assign(globalThis, {
+    setTimeout(task: () => void, ms = 0) {
+      if (!Number.isInteger(ms) && ms < 1_000) pauses.push(ms); // no other is drawn by lot
+      return setTimeout(task, ms);
+    },
+  });
+  const all = await talk(t);
+  await exchange(all);
+  assertGreaterOrEqual(all.requests.length, LEAST);
+  assertEquals(pauses, []);
+  const server = new ScriptedServer();
+  const { opened } = connect(t, "http://scripted.test/", {
+    transport: "post",
+    fetch: server.fetch,
+  });
+  (await server.next()).stream().write(RENEW);
+  await opened;
+  (await server.next()).stream();
+  assertEquals(pauses, []);
 });
 
 /** Reads a body to its end, and counts. */
