@@ -172,8 +172,9 @@ export class WebSocketStreamSSE {
   }
 
   /**
-   * Starts the closing handshake: what was written before goes out before. Messages that come
-   * meanwhile are not read any more.
+   * Starts the closing handshake: what was handed over before goes out before. A write that still
+   * waits for another is rejected; to close {@link WebSocketOpenInfo.writable} sends them all.
+   * Messages that come meanwhile are not read any more.
    *
    * @throws {TypeError} if it is given something else than an object.
    * @throws {DOMException} InvalidAccessError for another code, SyntaxError for a longer reason.
