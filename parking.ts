@@ -236,7 +236,7 @@ export class Parking implements SessionParking {
   /** By the half of the token that stays. */
   readonly #parked: Map<string, Parked> = new Map();
   /** Where those went that were taken elsewhere: "" where that is not known. */
-  readonly #gone: Map<string, { to: string; since: number }> = new Map();
+  readonly #gone: Map<string, { id: string; to: string; since: number }> = new Map();
   /** Sessions that are being taken out of the store here, by name. */
   readonly #landing: Map<string, Promise<boolean>> = new Map();
   readonly #waits: Waits = new Waits();
@@ -366,9 +366,8 @@ export class Parking implements SessionParking {
     const parked = begun(token, packed.tokens, leaves, this.#now);
     this.#parked.set(secret, parked);
     this.#quay.wake();
-    const isTooLarge = size > this.#options.maxSize;
-    if (isTooLarge) this.#report(tooLarge(size));
-    if (isTooLarge) {
+    if (size > this.#options.maxSize) {
+      this.#report(tooLarge(size));
       this.#back(parked);
       return false;
     }
@@ -499,6 +498,8 @@ export class Parking implements SessionParking {
   taken(token: string, id: string, by: string): void {
     const parked = this.#parked.get(secretOf(token));
     if (parked?.id === id && parked.phase !== "storing") this.#leave(parked, by);
+    const gone = this.#gone.get(secretOf(token));
+    if (gone?.id === id) gone.to = by; // that it was taken may have been known sooner than by whom
   }
 
   #back(parked: Parked): void {
@@ -511,7 +512,7 @@ export class Parking implements SessionParking {
     const wasHere = parked.phase !== "left";
     this.#forget(parked);
     if (this.#gone.size >= MAX_REMEMBERED) this.#gone.delete(this.#gone.keys().next().value!);
-    this.#gone.set(secretOf(parked.token), { to, since: this.#now });
+    this.#gone.set(secretOf(parked.token), { id: parked.id, to, since: this.#now });
     if (wasHere) this.#quay.host.release(parked.token, end);
     parked.end.resolve();
   }

@@ -956,6 +956,21 @@ function crowd(put: (key: string) => Promise<void>, changes: Partial<Quay> = {})
   return { told, parked, tokens, packed };
 }
 
+test("who knows that a session was taken, and hears later by whom, knows where it is", async () => {
+  const names: string[] = [];
+  const { parked, tokens: [token] } = crowd((name) => {
+    names.push(name);
+    return Promise.resolve();
+  });
+  await parked.park(token!, false);
+  assertEquals(await parked.want(token!, "another"), false);
+  assertEquals(parked.whereabouts(token!), "");
+  parked.taken(token!, names[0]!, "there");
+  assertEquals(parked.whereabouts(token!), "there", "else nobody is asked but all, who have 1 s");
+  parked.taken(token!, "of an older parking", "elsewhere");
+  assertEquals(parked.whereabouts(token!), "there");
+});
+
 test("of sessions that are more than may be on their way at once, all are parked, in turn", async (t) => {
   let most = 0;
   let underWay = 0;
