@@ -622,8 +622,7 @@ export class Parking implements SessionParking {
   }
 
   #report(error: unknown): void {
-    if (this.#limit.isPassed(this.#now)) return;
-    this.#quay.host.report(error, { stage: "delivery" });
+    if (!this.#limit.isPassed(this.#now)) this.#quay.host.report(error, { stage: "delivery" });
   }
 
   get #now(): number {
