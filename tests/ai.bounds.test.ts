@@ -3,7 +3,7 @@
  * and a stop reaches its run.
  */
 import type { ChatChunk } from "../ai.ts";
-import { chaos, mulberry32, pickSeed } from "./chaos.ts";
+import { chaos, pickSeed } from "./chaos.ts";
 import {
   aborted,
   chats,
@@ -29,6 +29,7 @@ import {
   until,
 } from "./harness.ts";
 import { listen } from "./pair.ts";
+import { mulberry32 } from "./random.ts";
 
 const now = () => Promise.resolve();
 

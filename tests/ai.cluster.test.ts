@@ -5,7 +5,7 @@
 import { cluster } from "../cluster.ts";
 import type { Message, Peer, SyncMessage } from "../server.ts";
 import { type BusOptions, MemoryBus, roundRobin } from "./bus.ts";
-import { chaos, mulberry32, pickSeed } from "./chaos.ts";
+import { chaos, pickSeed } from "./chaos.ts";
 import {
   aborted,
   chats,
@@ -32,6 +32,7 @@ import {
   until,
 } from "./harness.ts";
 import { listen, shutDown } from "./pair.ts";
+import { mulberry32 } from "./random.ts";
 
 const isChat = ({ namespace }: SyncMessage) => namespace === "\0duplex-chat";
 

@@ -1,5 +1,5 @@
 /** The chaos proxy itself: what it promises to do to connections, it does. */
-import { chaos, mulberry32 } from "./chaos.ts";
+import { chaos } from "./chaos.ts";
 import {
   assert,
   assertEquals,
@@ -16,6 +16,7 @@ import {
   until,
   within,
 } from "./harness.ts";
+import { mulberry32 } from "./random.ts";
 
 const encoder = new TextEncoder();
 const get = "GET / HTTP/1.1\r\nhost: x";

@@ -8,6 +8,7 @@
 import net from "node:net";
 import process from "node:process";
 import { note } from "./harness.ts";
+import { mulberry32 } from "./random.ts";
 import { rawRequest, type RawResponse } from "./raw.ts";
 import { concat, RequestSplitter } from "./split.ts";
 
@@ -73,17 +74,6 @@ export interface ChaosProxy extends AsyncDisposable {
   /** Sends a recorded request again, straight to the server. */
   replay(recording: Recording): Promise<RawResponse>;
   close(): Promise<void>;
-}
-
-/** The well-known small generator: same seed, same numbers from 0 to 1. */
-export function mulberry32(seed: number): () => number {
-  let state = seed | 0;
-  return () => {
-    state = (state + 0x6d2b79f5) | 0;
-    let t = Math.imul(state ^ (state >>> 15), 1 | state);
-    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
-  };
 }
 
 /** The environment's DUPLEX_SEED, to repeat a failure, else a random seed. */

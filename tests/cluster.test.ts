@@ -18,7 +18,7 @@ import {
   roundRobin,
   unknown,
 } from "./bus.ts";
-import { chaos, type ChaosProxy, mulberry32, pickSeed } from "./chaos.ts";
+import { chaos, type ChaosProxy, pickSeed } from "./chaos.ts";
 import {
   assert,
   assertEquals,
@@ -36,6 +36,7 @@ import {
   until,
 } from "./harness.ts";
 import { connect, listen, type Pair } from "./pair.ts";
+import { mulberry32 } from "./random.ts";
 import { drivers as topical } from "./topical.ts";
 import { wireClient } from "./wire.ts";
 

@@ -7,7 +7,7 @@
  */
 import process from "node:process";
 import { type Transport, WebSocketSSE } from "../client.ts";
-import { mulberry32 } from "./chaos.ts";
+import { mulberry32 } from "./random.ts";
 import { type Instance, launch, launchAll } from "./fleet.ts";
 import {
   assert,

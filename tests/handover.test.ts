@@ -6,7 +6,7 @@ import { cluster, type ClusterAdapter } from "../cluster.ts";
 import { redis } from "../drivers.ts";
 import type { Peer, SSEOptions, SyncMessage, SyncPlace } from "../server.ts";
 import { MemoryBus, memoryRedis, type RoundRobin, roundRobin, textOf, unknown } from "./bus.ts";
-import { chaos, type ChaosProxy, mulberry32, pickSeed } from "./chaos.ts";
+import { chaos, type ChaosProxy, pickSeed } from "./chaos.ts";
 import {
   assert,
   assertEquals,
@@ -22,6 +22,7 @@ import {
   within,
 } from "./harness.ts";
 import { connect, listen, type Pair } from "./pair.ts";
+import { mulberry32 } from "./random.ts";
 import { drivers } from "./topical.ts";
 import { type WireClient, wireClient } from "./wire.ts";
 
