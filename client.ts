@@ -1625,6 +1625,8 @@ class Events {
       case BINARY_EVENT:
         return this.#receive(fromBase64(data));
       case OPEN_EVENT:
+        // "Another duplex-open, whatever its data, ends the stream."
+        if (this.#taker.current!.hasBegun) return this.#taker.hangUp();
         return this.#taker.onTerms(JSON.parse(data));
       case ACK_EVENT: {
         const counts = data.split(" ", 3).map(countOf); // what is behind them is not ours to know
@@ -3318,11 +3320,9 @@ class Exchange {
   /** Ends both directions; a read in progress ends, too. */
   end(): void {
     clearTimeout(this.#timer);
-    // Deno reports the error of a body that it has not begun to read as uncaught; a page, of any.
-    if (!this.body?.total || !isRuntime()) this.abort.abort();
+    this.abort.abort(); // first: an error of a body that is still read goes uncaught on some hosts
     this.body?.abandon();
     this.reader?.cancel().catch(() => {});
-    this.abort.abort();
     this.slot?.free();
   }
 }
@@ -3386,7 +3386,7 @@ class Body extends Load {
     this.isFinished = true;
   }
 
-  /** By an error: an abort looks like the body's end to some, and would deliver a part. */
+  /** By an error: where its reader knows of no abort, an end would deliver a part. */
   abandon(): void {
     if (this.isOpen) this.#controller.error(new Error("Abandoned"));
     this.isOpen = false;
@@ -3915,7 +3915,7 @@ function isReason(reason: unknown): boolean {
 
 /** "Numbers are … without sign …, at most 2^53 - 1." */
 function isCount(value: unknown): boolean {
-  return Number.isSafeInteger(value) && value as number >= 0;
+  return Number.isSafeInteger(value) && (value as number) >= 0;
 }
 
 /** "Numbers are decimal, without sign or leading zeros": any other text is none. */
@@ -3926,7 +3926,7 @@ function countOf(text: string): number | undefined {
 
 /** What RFC 6455 lets a CLOSE carry, and 1005 for none. */
 function isCloseCode(code: unknown): boolean {
-  return Number.isInteger(code) && code as number >= 1000 && code as number <= 4999 &&
+  return Number.isInteger(code) && (code as number) >= 1000 && (code as number) <= 4999 &&
     ![1004, 1006, 1015].includes(code as number);
 }
 

@@ -4059,7 +4059,8 @@ function encodeOpen(
     maxMessageSize,
     window,
   });
-  return `event: ${OPEN_EVENT}\ndata: ${terms}\n\n`;
+  // "A stream begins with an empty comment": it ends the line at which the one before was cut.
+  return `:\nevent: ${OPEN_EVENT}\ndata: ${terms}\n\n`;
 }
 
 function encodeFull(data: string | Bytes): Bytes {

@@ -15,7 +15,7 @@ import {
   type TestServer,
   within,
 } from "./harness.ts";
-import { type Asked, ScriptedServer } from "./scripted.ts";
+import { type Asked, preface, ScriptedServer } from "./scripted.ts";
 import { ack, seq, text, type WireClient, wireClient } from "./wire.ts";
 
 interface Scene {
@@ -97,6 +97,20 @@ test("CLOSE and control frames are taken at a full window, and do not count in i
   assertEquals(await client.frames(`${seq(2)}CLOSE\r\n`), [204, 2]);
   assertEquals(await client.closed(), 1005);
   assertEquals(await closed, { code: 1005, reason: "" });
+});
+
+test("a stream begins with an empty comment and duplex-open, whatever it goes on with", async (t) => {
+  const { client } = await scene(t);
+  const headers = { accept: "text/event-stream", "x-duplex-version": "1" };
+  const resuming = { "x-crossws-id": client.token, "x-duplex-attempt": "1", "last-event-id": "0" };
+  const openings: Record<string, string>[] = [{}, { "x-duplex-poll": "1" }, resuming];
+  for (const more of openings) {
+    const { body } = await fetch(client.url, { headers: { ...headers, ...more } });
+    const reader = body!.pipeThrough(new TextDecoderStream()).getReader();
+    const { value } = await reader.read();
+    assert(value?.startsWith(":\nevent: duplex-open\ndata: {"), value);
+    await reader.cancel();
+  }
 });
 
 test("terms without a limit are null", async (t) => {
@@ -193,6 +207,37 @@ test("a client takes the token that the latest answer names", async (t) => {
   socket.send("x");
   assertEquals((await server.next()).headers.get("x-crossws-id"), token);
 });
+
+for (
+  const [what, cut] of [
+    ["nothing", ""],
+    ["half a name", "dat"],
+    ["half a line", "data: hal"],
+    ["a line", "data: a\n"],
+    ["a type", "event: duplex-json\n"],
+    ["half of some bytes", "event: duplex-binary\ndata: Y"],
+  ] as const
+) {
+  test(`a repeated answer ends the stream, and is in no message (behind ${what})`, async (t) => {
+    const { socket, opening, server } = await scripted(t);
+    const first = opening.stream();
+    await once(socket, "open");
+    const messages: unknown[] = [];
+    socket.onmessage = ({ data }) => messages.push(data);
+    first.write(`data: 1\n\n${cut}${preface({ next: 1, attempt: 0 })}data: 1\n\n`);
+    const resumption = await server.next();
+    assertEquals(resumption.headers.get("last-event-id"), "1");
+    const second = resumption.stream();
+    second.write("data: 2\n\n");
+    while (messages.length < 2) await once(socket, "message");
+    // It is no damage, of which there may be one.
+    second.write(cut + preface({ next: 2, attempt: 1 }));
+    const third = (await server.next()).stream();
+    third.write("data: 3\n\n");
+    while (messages.length < 3) await once(socket, "message");
+    assertEquals([messages, socket.readyState], [["1", "2", "3"], 1]);
+  });
+}
 
 test("a client takes damage for one resumption in the life of a session, however long it is", async (t) => {
   const { socket, opening, server } = await scripted(t);

@@ -7,14 +7,24 @@
  */
 import process from "node:process";
 import { WebSocketSSE } from "../client.ts";
-import { chaos, type ChaosProxy, mulberry32, pickSeed } from "./chaos.ts";
-import { Checker, CLOSE_CODE, type Exchange, Messages, type Report } from "./fixtures/exchange.ts";
+import { chaos, type ChaosProxy, pickSeed } from "./chaos.ts";
+import type { ClientReport } from "./fixtures/exchange-client.ts";
+import {
+  Checker,
+  CLOSE_CODE,
+  type Exchange,
+  exchangeServer,
+  Messages,
+  type Report,
+} from "./fixtures/exchange.ts";
 import {
   assert,
   assertEquals,
   type Child,
   needs,
   note,
+  older,
+  type Runtime,
   runtime,
   sleep,
   test,
@@ -22,19 +32,53 @@ import {
   until,
   within,
 } from "./harness.ts";
+import { shutDown } from "./pair.ts";
 import { type Configuration, proxy as startProxy } from "./proxies.ts";
+import { mulberry32 } from "./random.ts";
 
 const SOAK = !!process.env.DUPLEX_SOAK;
 const COUNT = SOAK ? 20_000 : 2_000;
 const TIMEOUT = SOAK ? 900_000 : 60_000;
 const MAX_QUEUED = 256 * 1024;
 
-for (const server of ["deno", "bun"] as const) {
+for (const server of ["deno", "bun", ...older] as const) {
   for (const transport of ["duplex", "stream", "post"] as const) {
     test(
       `over ${transport} to ${server}, ${COUNT} messages each way arrive exactly once and in order`,
       (t) => exchange(t, server, transport),
       { timeout: TIMEOUT, skip: needs(server) },
+    );
+  }
+}
+
+for (const client of older) {
+  for (const transport of ["auto", "stream", "post"] as const) {
+    test(
+      `over ${transport} from ${client}, ${COUNT} messages each way arrive exactly once and in order`,
+      async (t) => {
+        const seed = pickSeed();
+        const terms: Exchange = { seed, count: COUNT, closer: "client" };
+        const server = exchangeServer(terms);
+        t.defer(() => shutDown(server.ws));
+        t.expect("This host keeps the connection"); // Deno's, of those that are cut
+        const { port } = await t.serve(server.ws.fetch);
+        const proxy = t.use(await chaos(port, { seed, cutEvery: [5, 100] }));
+        const child = await t.spawn(client, "tests/fixtures/exchange-client.ts", {
+          args: [proxy.url, transport],
+          env: { DUPLEX_EXCHANGE: JSON.stringify(terms) },
+        });
+        const report = await child.json<ClientReport>({ timeout: TIMEOUT - 5_000 });
+        const { name, resumes, ...seen } = report;
+        const close = "4000 all is said true";
+        assertEquals(seen, { sent: COUNT, received: COUNT, failures: [], close });
+        assert(resumes > 0, "the connection was never lost");
+        // Others may be left of openings whose answers were cut.
+        const { closes, peers: _, ...known } = (await until(() => server.report(name)))!;
+        assertEquals(known, { opened: 1, received: COUNT, sent: COUNT, failures: [] });
+        assertEquals(closes, [{ code: 4000, reason: "all is said" }]);
+        assertEquals((await child.exited).code, 0);
+      },
+      { timeout: TIMEOUT, skip: needs(client) },
     );
   }
 }
@@ -55,7 +99,7 @@ for (
 
 async function exchange(
   t: TestContext,
-  server: typeof runtime,
+  server: Runtime,
   transport: "duplex" | "stream" | "post",
   nginx?: Configuration,
 ): Promise<void> {

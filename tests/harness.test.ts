@@ -10,6 +10,7 @@ import {
   needs,
   nodes,
   note,
+  older,
   once,
   rawRequest,
   run,
@@ -209,7 +210,7 @@ test("a paused raw reader is felt by the server, a destroyed one cancels", async
   await until(() => cancelled);
 });
 
-for (const child of ["deno", "bun", "node", ...nodes, "deno-2.9.5"] satisfies Runtime[]) {
+for (const child of ["deno", "bun", "node", ...nodes, ...older, "deno-2.9.5"] satisfies Runtime[]) {
   test(`spawn runs a script on ${child}, and kills it`, async (t) => {
     const running = await t.spawn(child, "tests/fixtures/echo.ts", {
       args: ["argument"],

@@ -41,7 +41,7 @@ export {
   fallback,
   jsr,
 } from "./assert.ts";
-export { binary, nodes, root, spawn, strip } from "./spawn.ts";
+export { binary, nodes, older, root, spawn, strip } from "./spawn.ts";
 export type { Child, Runtime, SpawnOptions, Stripped } from "./spawn.ts";
 export { certificate };
 export type { BodyChunks, Data, RawResponse } from "./raw.ts";

@@ -1091,7 +1091,10 @@ test("terminate in the open hook lets go of the request's body, too", async (t) 
   const response = await ws.fetch(post("http://localhost/", headers, body));
   // Also what was terminated at once begins as every stream does, and then is at its end.
   const answer = await response.text();
-  assertEquals([response.status, /^event: duplex-open\ndata: .*\n\n$/.test(answer)], [200, true]);
+  assertEquals([response.status, /^:\nevent: duplex-open\ndata: .*\n\n$/.test(answer)], [
+    200,
+    true,
+  ]);
   await until(() => calls.length > 1);
   assertEquals(calls, ["open", "close"]);
 });

@@ -451,7 +451,7 @@ for (
     let all = 0;
     const listen = async ({ body }: Response) => {
       for await (const chunk of body!.pipeThrough(new TextDecoderStream())) {
-        if (!chunk.startsWith(word)) continue;
+        if (!chunk.startsWith(word) || chunk.includes("duplex-open")) continue;
         inTask.set(task, (inTask.get(task) ?? 0) + 1);
         if (++all === 500) heard.resolve();
       }

@@ -203,7 +203,7 @@ test("a resume that is repeated after its client has acknowledged more harms nob
   peer.send("4");
   const again = await resume(2, 4);
   // The preface, which says that it was taken, and no message.
-  assertMatch(await repeated.text(), /^event: duplex-open\ndata: .*\n\n$/);
+  assertMatch(await repeated.text(), /^:\nevent: duplex-open\ndata: .*\n\n$/);
   assertEquals(await again.events.messages(1), ["4"]);
   assertEquals(await client.frames(text("alive"), 1), [204, 1]);
   assertEquals(log, ["open", "alive"]);

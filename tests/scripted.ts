@@ -109,6 +109,24 @@ export class ScriptedServer {
   }
 }
 
+/** How a stream begins. */
+export function preface(terms: Partial<Terms>): string {
+  const all = {
+    protocol: "",
+    heartbeatInterval: 15_000,
+    idleTimeout: 60_000,
+    resumeTimeout: 5_000,
+    maxMessageSize: 1_000_000,
+    window: 262_144,
+    received: 0,
+    handled: 0,
+    next: 1,
+    attempt: 0,
+    ...terms,
+  };
+  return `:\nevent: duplex-open\ndata: ${JSON.stringify(all)}\n\n`;
+}
+
 function scripted(
   attempt: number,
   terms: Partial<Terms>,
@@ -130,20 +148,7 @@ function scripted(
     end: () => stop(() => controller.close()),
     fail: () => stop(() => controller.error(new TypeError("network error"))),
   };
-  const state = {
-    protocol: "",
-    heartbeatInterval: 15_000,
-    idleTimeout: 60_000,
-    resumeTimeout: 5_000,
-    maxMessageSize: 1_000_000,
-    window: 262_144,
-    received: 0,
-    handled: 0,
-    next: 1,
-    attempt,
-    ...terms,
-  };
-  stream.write(`event: duplex-open\ndata: ${JSON.stringify(state)}\n\n`);
+  stream.write(preface({ attempt, ...terms }));
   const response = new Response(body, {
     headers: { ...STREAM_HEADERS, "x-crossws-id": token },
   });

@@ -17,12 +17,16 @@ import process from "node:process";
 export const runtimes = [
   ...["deno", "bun", "node"] as const,
   ...["node-20", "node-22", "node-24", "node-26", "deno-2.9.5"] as const,
+  ...["deno-2.0", "bun-1.3"] as const,
 ];
 
 export type Runtime = typeof runtimes[number];
 
 /** Every Node that is supported. */
 export const nodes = ["node-20", "node-22", "node-24", "node-26"] as const satisfies Runtime[];
+
+/** The oldest versions that are supported, and the last before today's. */
+export const older = ["deno-2.0", "bun-1.3"] as const satisfies Runtime[];
 
 /** The root of the repository. */
 export const root: string = resolve(import.meta.dirname!, "..");
@@ -39,8 +43,11 @@ export function binary(runtime: Runtime): string | undefined {
         .map((file) => join(modules, file)).find(existsSync) ?? onPath("bun");
     case "node":
       return onPath("node");
+    case "deno-2.0":
     case "deno-2.9.5":
       return [join(modules, runtime, "deno")].find(existsSync);
+    case "bun-1.3":
+      return [join(modules, runtime, "bin", "bun")].find(existsSync);
     default:
       return [join(modules, runtime, "bin", "node")].find(existsSync);
   }

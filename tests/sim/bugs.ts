@@ -103,8 +103,8 @@ export const BUGS: readonly Bug[] = [
   client(
     "a request that is ended goes on",
     1,
-    "    this.reader?.cancel().catch(() => {});\n    this.abort.abort();",
-    "    this.reader?.cancel().catch(() => {});",
+    "    this.abort.abort(); // first: an error of a body that is still read goes uncaught on some hosts\n",
+    "",
   ),
   client(
     "any answer of 2xx confirms",
