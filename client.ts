@@ -3386,9 +3386,9 @@ class Body extends Load {
     this.isFinished = true;
   }
 
-  /** By an error: where its reader knows of no abort, an end would deliver a part. */
+  /** Behind an abort, for readers that know of none: an error would go uncaught on some hosts. */
   abandon(): void {
-    if (this.isOpen) this.#controller.error(new Error("Abandoned"));
+    if (this.isOpen) this.#controller.close();
     this.isOpen = false;
   }
 
