@@ -210,7 +210,9 @@ for (const transport of ["duplex", "stream", "post"] as const) {
     `our client gets ${COUNT} echoes of a server in Python through cuts, exactly once, by ${transport}`,
     async (t) => {
       const proxy = await foreign(t);
-      const socket = new WebSocketSSE(`${proxy.url}/chat?room=1`, { transport });
+      // Its farewell may outlive it, if the first is cut.
+      const { signal } = t;
+      const socket = new WebSocketSSE(`${proxy.url}/chat?room=1`, { transport, signal });
       socket.binaryType = "arraybuffer";
       const closed = new Promise<CloseEvent>((resolve) => socket.onclose = resolve);
       const events: string[] = [];
