@@ -62,7 +62,7 @@ for (const client of older) {
         t.defer(() => shutDown(server.ws));
         t.expect("This host keeps the connection"); // Deno's, of those that are cut
         const { port } = await t.serve(server.ws.fetch);
-        const proxy = t.use(await chaos(port, { seed, cutEvery: [20, 60] }));
+        const proxy = t.use(await chaos(port, { seed, cutEvery: [5, 30] }));
         const child = await t.spawn(client, "tests/fixtures/exchange-client.ts", {
           args: [proxy.url, transport],
           env: { DUPLEX_EXCHANGE: JSON.stringify(terms) },
