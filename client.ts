@@ -3320,7 +3320,7 @@ class Exchange {
   /** Ends both directions; a read in progress ends, too. */
   end(): void {
     clearTimeout(this.#timer);
-    this.abort.abort(); // first: an error of a body that is still read goes uncaught on some hosts
+    this.abort.abort(); // first: else the body's end would be a clean one
     this.body?.abandon();
     this.reader?.cancel().catch(() => {});
     this.slot?.free();
@@ -3386,7 +3386,10 @@ class Body extends Load {
     this.isFinished = true;
   }
 
-  /** Behind an abort, for readers that know of none: an error would go uncaught on some hosts. */
+  /**
+   * Behind an abort, for readers that know of none; an error would go uncaught on Deno 2.0 and on
+   * Bun 1.3. "An incomplete last frame is dropped."
+   */
   abandon(): void {
     if (this.isOpen) this.#controller.close();
     this.isOpen = false;

@@ -428,12 +428,7 @@ for (
     const fleet = await start(t, bus.adapter, { count: 3, ...lossy && { timeout: 1_000 } });
     const front = await network(t, fleet);
     const { socket, events, stop } = talk(t, front.url);
-    let most = 0;
-    const counting = setInterval(() => {
-      const owners = fleet.instances.filter((instance) => peersOf(instance).length > 0);
-      most = Math.max(most, owners.length);
-    }, 1);
-    t.defer(() => clearInterval(counting));
+    const most = mostOwners(t, fleet);
     await until(() => socket.readyState === 1);
     for (let move = 0; move < 20; move++) {
       const at = Math.floor(random() * 3);
@@ -443,11 +438,25 @@ for (
       await sleep((40 + random() * 60) * (lossy ? 3 : 1));
     }
     await stop();
-    assertEquals(most, 1);
+    assertEquals(most(), 1);
     assertEquals(fleet.told.filter((call) => /open|close/.test(call)), ["open 0"]);
     assertGreater(fleet.told.filter((call) => /revive/.test(call)).length, lossy ? 0 : 2);
     assertEquals(events.includes("error"), false);
   }, { timeout: 40_000 });
+}
+
+/** How many instances had the session at once, at most, from now on. */
+function mostOwners(
+  t: TestContext,
+  { instances }: Awaited<ReturnType<typeof start>>,
+): () => number {
+  let most = 0;
+  const counting = setInterval(() => {
+    const owners = instances.filter((instance) => peersOf(instance).length > 0);
+    most = Math.max(most, owners.length);
+  }, 1);
+  t.defer(() => clearInterval(counting));
+  return () => most;
 }
 
 /** What is said of sessions comes as often, after so many ms each time; publications come once. */
@@ -498,12 +507,7 @@ for (
         const front = await network(t, fleet);
         const { socket, messages, events, opened } = connect(t, front.url);
         await opened;
-        let most = 0;
-        const counting = setInterval(() => {
-          const owners = fleet.instances.filter((instance) => peersOf(instance).length > 0);
-          most = Math.max(most, owners.length);
-        }, 1);
-        t.defer(() => clearInterval(counting));
+        const most = mostOwners(t, fleet);
         let sent = 0;
         for (let step = 0; step < 200; step++) { // 20 moves
           socket.send(`${sent}`);
@@ -526,7 +530,7 @@ for (
           const each = Array.from({ length: sent }, (_, n) => `p${from} ${n}`);
           assertEquals(got, each.filter((_, n) => n % 3 === from));
         }
-        assertEquals(most, 1);
+        assertEquals(most(), 1);
         assertEquals(fleet.told.filter((call) => /open|close/.test(call)), ["open 0"]);
         assertGreater(fleet.told.filter((call) => /revive/.test(call)).length, 2);
         assertEquals(events.includes("error"), false);

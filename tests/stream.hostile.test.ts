@@ -1,7 +1,6 @@
 /** `WebSocketStreamSSE` against servers that are hostile, broken or gone, and against who uses it so. */
 import type { Transport } from "../client.ts";
 import {
-  type IncomingMessage,
   WebSocketError,
   type WebSocketOpenInfo,
   WebSocketStreamSSE,
@@ -20,6 +19,7 @@ import {
   until,
   within,
 } from "./harness.ts";
+import { failureOf, isPending, readAll } from "./outcome.ts";
 import { type Asked, SCRIPTED_TOKEN, ScriptedServer, type ScriptedStream } from "./scripted.ts";
 import { ack, seq, text } from "./wire.ts";
 
@@ -62,35 +62,6 @@ async function scripted(
   const stream = (await server.next()).stream(terms);
   t.defer(() => stream.end());
   return { server, wss, stream, ...await within(wss.opened, 5_000, "opening") };
-}
-
-async function failureOf(promise: Promise<unknown>): Promise<unknown> {
-  try {
-    await within(promise, 9_000, "a rejection");
-  } catch (error) {
-    return error;
-  }
-  throw new Error("It has not rejected");
-}
-
-async function isPending(promise: Promise<unknown>): Promise<boolean> {
-  const pending = Symbol();
-  return await Promise.race([promise.catch(() => {}), sleep(100).then(() => pending)]) === pending;
-}
-
-async function readAll(
-  reader: ReadableStreamDefaultReader<IncomingMessage>,
-): Promise<{ all: IncomingMessage[]; error: unknown }> {
-  const all: IncomingMessage[] = [];
-  try {
-    for (;;) {
-      const { done, value } = await within(reader.read(), 5_000, "a read");
-      if (done) return { all, error: undefined };
-      all.push(value);
-    }
-  } catch (error) {
-    return { all, error };
-  }
 }
 
 const CLOSE = (code: number, sent: number) =>

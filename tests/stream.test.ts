@@ -28,6 +28,7 @@ import {
   until,
   within,
 } from "./harness.ts";
+import { failureOf, isPending, readAll } from "./outcome.ts";
 import { listen, Queue } from "./pair.ts";
 import { ScriptedServer } from "./scripted.ts";
 
@@ -105,38 +106,6 @@ async function serve(
 const echo = {
   message: (peer: Peer, { rawData }: { rawData: unknown }) => void peer.send(rawData),
 };
-
-/** Reads to the end: what came, and the error there, if there is one. */
-async function readAll(
-  reader: ReadableStreamDefaultReader<IncomingMessage>,
-): Promise<{ all: IncomingMessage[]; error: unknown }> {
-  const all: IncomingMessage[] = [];
-  try {
-    for (;;) {
-      const { done, value } = await reader.read();
-      if (done) return { all, error: undefined };
-      all.push(value);
-    }
-  } catch (error) {
-    return { all, error };
-  }
-}
-
-/** What a promise rejects with. */
-async function failureOf(promise: Promise<unknown>): Promise<unknown> {
-  try {
-    await within(promise, 10_000, "a rejection");
-  } catch (error) {
-    return error;
-  }
-  throw new Error("It has not rejected");
-}
-
-async function isPending(promise: Promise<unknown>): Promise<boolean> {
-  const pending = Symbol();
-  const settled = promise.catch(() => {});
-  return await Promise.race([settled, sleep(100).then(() => pending)]) === pending;
-}
 
 /** Waits until a count gets no further. */
 async function stalled(count: () => number): Promise<number> {

@@ -103,7 +103,7 @@ export const BUGS: readonly Bug[] = [
   client(
     "a request that is ended goes on",
     1,
-    "    this.abort.abort(); // first: an error of a body that is still read goes uncaught on some hosts\n",
+    "    this.abort.abort(); // first: else the body's end would be a clean one\n",
     "",
   ),
   client(
