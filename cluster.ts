@@ -25,6 +25,7 @@
 import {
   type Claim,
   type Counts,
+  type Given,
   type Hearing,
   type MoveHead,
   type Mover,
@@ -440,8 +441,8 @@ class Router implements RoutingDriver {
     }
   }
 
-  async settled(token: string, resumes: boolean): Promise<void> {
-    await this.#migration.settled(token, await nameOf(token), resumes);
+  async settled(token: string, attempt: number | undefined): Promise<void> {
+    await this.#migration.settled(token, await nameOf(token), attempt);
   }
 
   tokenHere(token: string): string {
@@ -1204,8 +1205,8 @@ class Migration implements Mover<SyncMessage> {
   readonly #timeout: number;
   readonly #wake: () => void;
   readonly #places: Surroundings["places"];
-  /** Sessions that were asked for, by name, and what takes them into service. */
-  readonly #wanted: Map<string, { token: string; take: Take }> = new Map();
+  /** Who asks for sessions, and what takes them into service. */
+  readonly #wanted: WeakMap<Claim, { token: string; take: Take }> = new WeakMap();
   /** Their tokens, and since when: their givers may ask whether they have come. */
   readonly #asked: Map<string, { token: string; since: number }> = new Map();
   /** How many publications of each instance have been delivered here. */
@@ -1263,9 +1264,12 @@ class Migration implements Mover<SyncMessage> {
    * "A session belongs where its stream is": an uplink waits until a resumption has told that, unless
    * its token tells that the client has heard of another instance.
    */
-  async settled(token: string, session: string, resumes = false): Promise<void> {
-    const wants = resumes || !token.startsWith(this.#instance);
-    const parked = wants ? this.parking?.want(token) : this.parking?.moving(token);
+  async settled(token: string, session: string, attempt?: number): Promise<void> {
+    if (this.parking && attempt !== undefined) {
+      this.moves.comes(session, { attempt, mark: markOf(token) });
+    }
+    const wants = attempt !== undefined || !token.startsWith(this.#instance);
+    const parked = wants ? this.parking?.want(token, attempt) : this.parking?.moving(token);
     if (parked) await within(parked, this.#timeout);
     const moving = this.moves.moving(session);
     if (moving) await within(moving, this.#timeout);
@@ -1317,11 +1321,11 @@ class Migration implements Mover<SyncMessage> {
 
   async #adopt(token: string, session: string, owner: string, claim: Claim, take: Take) {
     this.#remember(session, token);
-    const wanted = { token, take };
-    this.#wanted.set(session, wanted);
-    const mark = token.slice(0, token.indexOf("."));
-    await this.moves.adopt(session, owner, this.parking ? { ...claim, mark } : claim);
-    if (this.#wanted.get(session) === wanted) this.#wanted.delete(session);
+    const mine = this.parking ? { ...claim, mark: markOf(token) } : { ...claim };
+    this.#wanted.set(mine, { token, take });
+    await this.moves.adopt(session, owner, mine);
+    // If that was a connection that its client has given up, nobody else would park it again.
+    if (this.#host.owns(token)) this.parking?.away(token);
   }
 
   /** Sessions can move, here or elsewhere: then each publication is counted. */
@@ -1358,7 +1362,11 @@ class Migration implements Mover<SyncMessage> {
     this.#wake();
     if (head.kind === "adopted") this.parking?.taken(token, head.id, head.from);
     // Silence: then all are asked, and the store.
-    if (head.kind === "adopt" && this.parking && !await this.parking.want(token, head.mark)) return;
+    if (
+      head.kind === "adopt" && await this.parking?.want(token, head.attempt, head.mark) === false
+    ) {
+      return;
+    }
     const isSealed = head.kind === "rest" || head.kind === "state" && head.status === "here";
     this.moves.receive(head, isSealed ? await unseal(token, message.body) : EMPTY);
   }
@@ -1430,7 +1438,7 @@ class Migration implements Mover<SyncMessage> {
     if (to === STORE) {
       if (head.kind === "adopt") {
         // Who was asked for as well had its answer by that.
-        this.parking!.look(head, token).then(() => this.moves.unknown(head.id));
+        this.#look(head.session).then(() => this.moves.unknown(head.id));
       }
       return; // it needs no confirmation
     }
@@ -1453,9 +1461,10 @@ class Migration implements Mover<SyncMessage> {
     return token !== undefined && this.#host.owns(token);
   }
 
-  pack(session: string, claim: Claim): Bytes | undefined {
+  pack(session: string, claim: Claim): Given | undefined {
     const packed = this.#host.pack(this.#tokenOf(session), claim);
-    return packed && packed !== "busy" ? encodePacked(packed) : undefined;
+    if (!packed || packed === "busy") return;
+    return { state: encodePacked(packed), marks: packed.marks };
   }
 
   restore(session: string): void {
@@ -1470,10 +1479,10 @@ class Migration implements Mover<SyncMessage> {
     return encodePacked({ frames: this.#host.rest(this.#tokenOf(session)) });
   }
 
-  take(session: string, state: Bytes, missed: SyncMessage[], rest?: Bytes): void {
+  take(claim: Claim, state: Bytes, missed: SyncMessage[], rest?: Bytes): void {
     const packed = decodePacked(state);
     const frames = rest ? [...packed.frames, ...decodePacked(rest).frames] : packed.frames;
-    this.#wanted.get(session)!.take({ ...packed, frames }, missed);
+    this.#wanted.get(claim)!.take({ ...packed, frames }, missed);
   }
 
   hear(state: Bytes): Hearing | undefined {
@@ -1508,8 +1517,15 @@ class Migration implements Mover<SyncMessage> {
   look(session: string): void {
     this.#presence.said(); // all were asked, and so is this instance
     this.#wake();
-    const namespace = this.moves.claimOf(session)?.namespace;
-    if (namespace !== undefined) this.parking?.look({ session, namespace }, this.#tokenOf(session));
+    this.#look(session);
+  }
+
+  /** By the token of who asks for the session, which names the pointer to it. */
+  async #look(session: string): Promise<void> {
+    const claim = this.moves.claimOf(session);
+    if (!claim) return;
+    const { token } = this.#wanted.get(claim)!;
+    await this.parking?.look({ session, namespace: claim.namespace }, token);
   }
 
   /** The store answers for who has parked the session: nothing is to come of whom we never heard. */
@@ -1998,6 +2014,11 @@ class Names {
 
 async function digest(text: string): Promise<Bytes> {
   return new Uint8Array(await crypto.subtle.digest("SHA-256", encoder.encode(text)));
+}
+
+/** The half of a token that each answer to a resumption renews, where there is a store. */
+function markOf(token: string): string {
+  return token.slice(0, token.indexOf("."));
 }
 
 /** The half of a token that stays the same wherever the session is. */

@@ -43,7 +43,7 @@ export interface Claim {
 
 /** What instances tell each other of a session: `from` says it, and `id` is the adoption's. */
 export type MoveHead =
-  | Head<"adopt"> & Claim & { readonly time: number }
+  | AdoptHead
   | StateHead
   | Head<"adopted"> & Owed
   | RestHead
@@ -55,6 +55,11 @@ interface Head<Kind extends string> {
   readonly id: string;
   readonly session: string;
   readonly from: string;
+}
+
+/** The question for a session. */
+export interface AdoptHead extends Head<"adopt">, Claim {
+  readonly time: number;
 }
 
 /** The answer to `adopt`: the session, where it has gone, or that it stays. */
@@ -95,6 +100,13 @@ export interface Hearing {
   end(): void;
 }
 
+/** A session as it is given away. */
+export interface Given {
+  readonly state: Bytes;
+  /** The first halves of the tokens that its client may have. */
+  readonly marks: readonly string[];
+}
+
 /** What a move needs of the instance. A session is named by its name on the backplane. */
 export interface Mover<Message> {
   /** By the clock of the day, in ms: it goes on while a process is frozen. */
@@ -105,7 +117,7 @@ export interface Mover<Message> {
   /** Whether the session is here, and no other instance has it. */
   owns(session: string): boolean;
   /** Takes the session out of service and returns it, packed; undefined: it cannot move now. */
-  pack(session: string, claim: Claim): Bytes | undefined;
+  pack(session: string, claim: Claim): Given | undefined;
   /** Puts a packed session back in service. */
   restore(session: string): void;
   /** Forgets a packed session: another instance has it, or it is lost. */
@@ -114,8 +126,8 @@ export interface Mover<Message> {
   rest(session: string): Bytes;
   /** Begins to hear the topics of a session that comes; undefined: every publication comes here. */
   hear(state: Bytes): Hearing | undefined;
-  /** Takes a session into service, with the rest that its giver kept, and then what it has missed. */
-  take(session: string, state: Bytes, missed: Message[], rest?: Bytes): void;
+  /** Takes a session into service for who claims it, with the rest that its giver kept, and what it has missed. */
+  take(claim: Claim, state: Bytes, missed: Message[], rest?: Bytes): void;
   /** How many publications of each instance have been delivered here, or to a session before it came. */
   counts(): Counts;
   /** A session comes that has had so many: who takes it next must not give it those again. */
@@ -159,6 +171,9 @@ interface Limbo {
   readonly to: string;
   readonly since: number;
   readonly answer: { readonly head: StateHead; readonly state: Bytes };
+  /** For which of its client's connections, and the marks that any of them could have had by then. */
+  readonly attempt: number;
+  readonly marks: readonly string[];
   readonly end: Deferred;
   /** Since it became too old to be taken back, by ticks. */
   overdue: number;
@@ -175,6 +190,8 @@ export class Moves<Message> {
   readonly #adoptions: Map<string, Adoption> = new Map();
   readonly #asked: Map<string, Adoption> = new Map();
   readonly #arrived: Set<Adoption> = new Set();
+  /** Who is to ask for the session next, once it is not on its way. */
+  readonly #next: Map<string, Claim> = new Map();
   /** Publications since the oldest was asked for, kept once for all, and how many went before them. */
   #published: Publication<Message>[] = [];
   #passed = 0;
@@ -231,7 +248,13 @@ export class Moves<Message> {
 
   /** Asks `owner` for the session. Resolves when it is here, or stays where it is. */
   async adopt(session: string, owner: string, claim: Claim): Promise<void> {
+    const latest = this.#next.get(session) ?? this.#adoptions.get(session)?.claim;
+    if (latest && latest.attempt > claim.attempt) return;
+    this.#next.set(session, claim);
     for (let end; (end = this.moving(session));) await end;
+    // "The client's latest connection is the next": behind those that it has given up is too late.
+    if (this.#next.get(session) !== claim) return;
+    this.#next.delete(session);
     if (this.#isOver || owner === this.#instance || this.#mover.owns(session)) return;
     const end = deferred();
     const adoption = {
@@ -384,17 +407,17 @@ export class Moves<Message> {
   }
 
   #take(adoption: Adoption, rest?: Bytes): void {
-    const { id, session, since, claim: { namespace }, arrived } = adoption;
+    const { id, session, since, claim, arrived } = adoption;
     const { from, state, counts, phase } = arrived!;
     // "It is given the publications that are beyond the counts."
     const missed = this.#published.slice(since - this.#passed)
       .filter((one) => one.n > (counts[one.from] ?? 0))
-      .filter((one) => !one.namespace || one.namespace === namespace);
+      .filter((one) => !one.namespace || one.namespace === claim.namespace);
     this.#moved.delete(session);
     this.#taken.set(id, session, this.#mover.now());
     this.#forget(adoption); // before the hook "revive", which may publish: that counts on
     this.#mover.had(counts);
-    this.#mover.take(session, state, missed.map(({ message }) => message), rest);
+    this.#mover.take(claim, state, missed.map(({ message }) => message), rest);
     if (phase !== "ours") this.#confirm(from, id, session);
     this.#end(adoption);
   }
@@ -440,21 +463,22 @@ export class Moves<Message> {
 
   // --- The instance that has the session ---
 
-  #onAdopt(head: MoveHead & { kind: "adopt" }): void {
+  #onAdopt(head: AdoptHead): void {
     const { id, from, session, attempt, received, namespace } = head;
     if (this.#isOld(head.time) || this.#over.get(id)) return;
+    this.comes(session, head);
     const limbo = this.#limbos.get(session);
     if (limbo?.id === id) return this.#mover.send(from, limbo.answer.head, limbo.answer.state);
     const time = this.#mover.now();
     const answer = { kind: "state", id, session, from: this.#instance, time } as const;
     // "On its way it stays": the request itself is brought here, and waits.
     const moving = this.moving(session);
-    const state = !moving && this.#mover.owns(session) &&
+    const given = !moving && this.#mover.owns(session) &&
       this.#mover.pack(session, { attempt, received, namespace });
-    if (state) {
+    if (given) {
       const counts = this.#mover.counts();
       const quiet = this.#mover.quiet(CATCH_UP);
-      return this.#giveAway({ ...answer, status: "here", counts, quiet }, from, state);
+      return this.#giveAway({ ...answer, status: "here", counts, quiet }, head, given);
     }
     this.#over.set(id, true, time); // who has this answer waits for no other
     const to = !moving && this.#moved.get(session); // nothing where it is here
@@ -462,12 +486,18 @@ export class Moves<Message> {
   }
 
   /** "Whoever gives a session away keeps it in limbo until the taker confirms." */
-  #giveAway(head: StateHead, to: string, state: Bytes): void {
-    const { id, session } = head;
-    const end = deferred();
-    const answer = { head, state };
-    this.#limbos.set(session, { id, session, to, since: head.time, answer, end, overdue: 0 });
+  #giveAway(head: StateHead, { from: to, attempt }: AdoptHead, { state, marks }: Given): void {
+    const { id, session, time: since } = head;
+    const limbo = { id, session, to, since, attempt, marks, end: deferred(), overdue: 0 };
+    this.#limbos.set(session, { ...limbo, answer: { head, state } });
     this.#mover.send(to, head, state);
+  }
+
+  /** "A client that comes later, and with another token", was told it by who has taken the session. */
+  comes(session: string, { attempt, mark }: Pick<Claim, "attempt" | "mark">): void {
+    const limbo = this.#limbos.get(session);
+    if (mark === undefined || !limbo || attempt <= limbo.attempt) return;
+    if (!limbo.marks.includes(mark)) this.#onTaken({ ...limbo, yes: true });
   }
 
   /** "It asks whether the taker has it", and only a "no" brings the session back. */

@@ -163,8 +163,9 @@ type Phase = "storing" | "pointing" | "parked" | "reclaiming" | "left" | "over";
 interface Parked {
   readonly id: string;
   readonly token: string;
-  /** The first halves of those that its client may come with. */
+  /** The first halves of those that its client may come with, and the latest of its connections. */
   readonly marks: readonly string[];
+  readonly attempt: number;
   readonly since: number;
   phase: Phase;
   /** Of the phase, by ticks. */
@@ -363,7 +364,7 @@ export class Parking implements SessionParking {
     if (!packed || packed === "busy") return packed === "busy";
     const state = this.#quay.encodePacked(packed);
     const size = state.length;
-    const parked = begun(token, packed.tokens, leaves, this.#now);
+    const parked = begun(token, packed, leaves, this.#now);
     this.#parked.set(secret, parked);
     this.#quay.wake();
     if (size > this.#options.maxSize) {
@@ -382,7 +383,7 @@ export class Parking implements SessionParking {
    * "First the session, under a name that nobody else knows; then the pointer to it." So what fails
    * before the pointer has failed for good, and what fails afterwards is decided by who takes it.
    */
-  async #put(parked: Parked, { namespace, tokens }: Packed, state: Bytes): Promise<void> {
+  async #put(parked: Parked, { namespace, marks }: Packed, state: Bytes): Promise<void> {
     const { id, token, since } = parked;
     const { instance: from, host } = this.#quay;
     const ttl = host.resumeTimeout + SLACK;
@@ -392,6 +393,7 @@ export class Parking implements SessionParking {
       return this.#quay.seal(token, encode(label, rest));
     };
     try {
+      const tokens = marks.map((mark) => `${mark}.${secretOf(token)}`);
       const keys = await Promise.all(tokens.map((one) => keyOf(this.#quay, one)));
       if (this.#pointing.isFull(keys)) return this.#giveUp(parked);
       await this.#store.put(id, await seal("session", keys, state), ttl);
@@ -432,21 +434,20 @@ export class Parking implements SessionParking {
   }
 
   /**
-   * Somebody wants the session here, whose client has come with a token of this first half. Resolves
-   * when it is here, or elsewhere; false: elsewhere.
+   * Somebody wants the session here, whose client has come with a token of this first half; without
+   * `attempt`, by an uplink. Resolves when it is here, or elsewhere; false: elsewhere.
    */
-  async want(token: string, mark: string = markOf(token)): Promise<boolean> {
+  async want(token: string, attempt?: number, mark: string = markOf(token)): Promise<boolean> {
     const parked = this.#parked.get(secretOf(token));
     const phase = parked?.phase ?? "over";
-    const canBeElsewhere = phase === "parked" || phase === "pointing";
     if (phase === "storing") this.#back(parked!); // nobody can have taken it
-    // "A client that comes with another token" was told it by who has taken the session.
-    else if (canBeElsewhere && !parked!.marks.includes(mark)) this.#leave(parked!, "");
+    else if (parked && isTaken(parked, mark, attempt)) this.#leave(parked, "");
     else if (phase !== "left" && phase !== "over") {
       parked!.wanted = true;
       if (phase === "parked") this.#waits.hold(this.#reclaim(parked!));
       await parked!.end.promise;
     }
+    if (phase !== "over") this.away(token); // if that was an uplink, nobody else would park it again
     return this.whereabouts(token) === undefined;
   }
 
@@ -924,10 +925,15 @@ class Limit {
   }
 }
 
-function begun(token: string, tokens: readonly string[], leaves: boolean, since: number): Parked {
+function begun(
+  token: string,
+  { marks, attempt }: Packed,
+  leaves: boolean,
+  since: number,
+): Parked {
   return {
     ...{ id: hex(crypto.getRandomValues(new Uint8Array(16))), token, leaves },
-    marks: tokens.map(markOf),
+    ...{ marks, attempt },
     ...{ since, phase: "storing", age: 0, wanted: false, takes: 0 },
     ...{ stored: deferred(), end: deferred() },
   };
@@ -945,6 +951,11 @@ function tooLarge(size: number): RangeError {
 /** Its client is waited for no longer. */
 function isLate({ since }: Parked, quay: Quay): boolean {
   return quay.now() - since > quay.host.resumeTimeout;
+}
+
+/** "A client that comes later, and with another token", was told it by who has taken the session. */
+function isTaken({ phase, attempt: last, marks }: Parked, mark: string, attempt = last): boolean {
+  return (phase === "parked" || phase === "pointing") && attempt > last && !marks.includes(mark);
 }
 
 /** Meanwhile it may have gone on. */

@@ -134,6 +134,8 @@ const MAX_HEADER = 20;
 const MAX_CONTROL = 125;
 /** Pings that may wait for a connection, beyond which the oldest is dropped; and hooks of PING and PONG at once. */
 const MAX_PENDING_PINGS = 16;
+/** Of tokens that a client may come with. */
+const MAX_MARKS = 4;
 /** Room for one read of a body, in bytes: while little comes, and once that was too little. */
 const SMALL_READ = 2 * 1024;
 const LARGE_READ = 64 * 1024;
@@ -517,8 +519,8 @@ export interface RoutingDriver extends SyncDriver {
   attach(host: RoutingHost): void;
   /** A session has begun here. */
   own(token: string): void;
-  /** Resolves when it is known where a session on its way is; soon for any other. Who resumes wants it. */
-  settled(token: string, resumes: boolean): Promise<void>;
+  /** Resolves when it is known where the session is, if it is on its way. Who resumes tells its attempt, and wants it. */
+  settled(token: string, attempt: number | undefined): Promise<void>;
   /** Where sessions wait that no instance has, if there is such a place. */
   readonly parking?: SessionParking | undefined;
   /** Whether no other instance is there. */
@@ -571,8 +573,9 @@ export interface Packed {
   id: string;
   /** The session's. */
   namespace: string;
-  /** Those that its client may come with; none go along where it has just come. */
-  tokens: string[];
+  /** First halves of the tokens that its client may come with, and the latest of its connections. */
+  marks: string[];
+  attempt: number;
   /** As `upgrade` and the hooks left it. */
   context: PeerContext;
   /** The subprotocol chosen, or "". */
@@ -994,7 +997,7 @@ class Requests {
     const admission = await this.#admissions.admit(request);
     const { namespace } = admission;
     const resumes = attempt !== undefined && lastEventId !== undefined;
-    await router.settled(token, resumes);
+    await router.settled(token, resumes ? attempt : undefined);
     const movable = isMovable(admission.hooks);
     if (movable) this.#registry.movable = true; // what is published meanwhile must not be lost
     if (resumes && movable && this.#registry.adopts(token)) {
@@ -1006,7 +1009,7 @@ class Requests {
     const found = this.#registry.find(token);
     const mayWait = !!router.parking && resumes && movable && this.#registry.places.areTaken;
     if (!found) return unlessFull(mayWait, await router.route(request, token, namespace));
-    if (resumes) this.#rename(found, token);
+    if (resumes) this.#rename(found, asked.wire);
     return await this.#route(request, runtime, namespace);
   }
 
@@ -1112,7 +1115,7 @@ class Requests {
     }
     session.heard();
     session.isKnown = true;
-    if (asked.admitted === undefined) this.#rename(session, wire.token!);
+    if (asked.admitted === undefined) this.#rename(session, wire);
     if (!wire.isPoll) this.#registry.tally.resumptions++;
     const stream = session.attach(wire.attempt, wire.lastEventId, wire.isPoll ? "news" : "lost");
     if (request.method === "POST" && request.body) session.readDuplex(request);
@@ -1222,14 +1225,17 @@ class Requests {
   }
 
   /** Its client has come with this token, and is told the next one. */
-  #rename(session: Found, token: string): void {
-    const next = this.#topics.backplane?.router?.tokenHere(token);
-    if (next && session instanceof FullSession) session.tokens = [token, next];
+  #rename(session: Found, { token, attempt }: Wire): void {
+    const next = this.#topics.backplane?.router?.tokenHere(token!);
+    if (!next || !(session instanceof FullSession) || attempt! < session.attempt) return;
+    // A try that was repeated, as proxies do, has two answers, and the client may have either.
+    const known = attempt === session.attempt ? session.marks : [markOf(token!)];
+    session.marks = [...known, markOf(next)].slice(-MAX_MARKS);
   }
 
   #headersOf(session: Session): Headers {
     const full = session instanceof FullSession;
-    if (full) return streamHeaders(true, session.tokens.at(-1));
+    if (full) return streamHeaders(true, `${session.marks.at(-1)}.${secretOf(session.token)}`);
     return streamHeaders(false, this.#settings.bidir ? session.token : undefined);
   }
 
@@ -2108,11 +2114,6 @@ function unlessFull(mayWait: boolean, response: Response): Response {
   return response;
 }
 
-/** The half of a token that names a session, wherever it is; the key of a plain one's tombstone as it is. */
-function secretOf(token: string): string {
-  return token.slice(token.indexOf(".") + 1);
-}
-
 // --- Topics: publishing, here and on other instances ---
 
 /** Whoever can be published to. */
@@ -2883,8 +2884,8 @@ class FullSession extends Session implements Receiver {
   readonly opening: string;
   /** Its client has shown that it has the token. */
   isKnown = false;
-  /** The token that its client has come with, and the next, which it may not have heard of. */
-  tokens: string[];
+  /** Of the token that its client has come with, and of the next, which it may not have heard of. */
+  marks: string[];
   #wasHeard = false;
   #ackDue = false;
   #renewDue = false;
@@ -2906,7 +2907,7 @@ class FullSession extends Session implements Receiver {
   constructor(host: Host, opening: Opening) {
     super(host, opening);
     this.opening = opening.name;
-    this.tokens = [opening.token];
+    this.marks = [markOf(opening.token)];
   }
 
   get wasHeard(): boolean {
@@ -2952,7 +2953,7 @@ class FullSession extends Session implements Receiver {
     const { namespace, protocol, heartbeatInterval, uplink, outbox } = this;
     const { frames, firstUnacked, nextUngiven } = outbox.pack();
     const packed: Packed = {
-      ...{ id, namespace, tokens: claim ? [] : this.tokens },
+      ...{ id, namespace, marks: this.marks, attempt: this.attempt },
       ...{ context, protocol, topics: [...this.topics], heartbeatInterval },
       ...{ received: uplink.received, handled: uplink.handled, credit: uplink.credit?.size },
       ...{ firstUnacked, nextUngiven, frames },
@@ -2980,12 +2981,14 @@ class FullSession extends Session implements Receiver {
   }
 
   /** Begins as the session that was packed elsewhere. */
-  unpack({ received, handled, credit, firstUnacked, nextUngiven, frames }: Packed): void {
+  unpack({ marks, attempt, received, handled, credit, ...outbox }: Packed): void {
     this.#wasHeard = true;
+    this.marks = marks;
+    this.attempt = attempt;
     this.uplink.received = received;
     this.uplink.handled = handled;
     if (credit) this.#credit.goOn(credit, handled);
-    this.outbox.unpack({ firstUnacked, nextUngiven, frames: frames as Bytes[] });
+    this.outbox.unpack({ ...outbox, frames: outbox.frames as Bytes[] });
     this.deadline = clock() + this.patience;
   }
 
@@ -4891,6 +4894,16 @@ function addHeaders(target: Headers, source: Headers): void {
     if (name === "set-cookie" || name === "vary") target.append(name, value);
     else target.set(name, value);
   });
+}
+
+/** The half of a token that tells the instance, and may be another one in each answer. */
+function markOf(token: string): string {
+  return token.slice(0, token.indexOf("."));
+}
+
+/** The half of a token that names a session, wherever it is; the key of a plain one's tombstone as it is. */
+function secretOf(token: string): string {
+  return token.slice(token.indexOf(".") + 1);
 }
 
 // --- Small things ---

@@ -186,6 +186,11 @@ export class RedisServer implements AsyncDisposable {
     this.port = port;
   }
 
+  /** How the fixtures are told of it. */
+  get env(): Record<string, string> {
+    return { REDIS_PORT: `${this.port}` };
+  }
+
   async start(): Promise<void> {
     const args = `--port ${this.port} --bind 127.0.0.1 --appendonly no --save`.split(" ");
     const child = this.#child = spawn(command("redis-server")!, [...args, ""]);
@@ -279,6 +284,11 @@ export class PostgresServer implements AsyncDisposable {
   private constructor(port: number, folder: string) {
     this.port = port;
     this.#folder = folder;
+  }
+
+  /** How the fixtures are told of it. */
+  get env(): Record<string, string> {
+    return { DATABASE_URL: `postgres://test@127.0.0.1:${this.port}/postgres` };
   }
 
   async #initialize(): Promise<void> {

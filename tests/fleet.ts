@@ -1,10 +1,10 @@
 /**
- * Instances of a cluster in processes of their own, Deno and Bun, over a real Redis, behind a
- * proxy that sends each request to the next one.
+ * Instances of a cluster in processes of their own, Deno and Bun, over a real Redis or PostgreSQL,
+ * behind a proxy that sends each request to the next one.
  *
  * @module
  */
-import { RedisServer, type RoundRobin, roundRobin } from "./bus.ts";
+import { type PostgresServer, RedisServer, type RoundRobin, roundRobin } from "./bus.ts";
 import type { Told } from "./fixtures/instance.ts";
 import { type Child, sleep, type TestContext } from "./harness.ts";
 
@@ -18,11 +18,11 @@ export interface Instance {
 export async function launch(
   t: TestContext,
   runtime: "deno" | "bun",
-  redis: RedisServer,
+  backplane: RedisServer | PostgresServer,
   env: Record<string, string> = {},
 ): Promise<Instance> {
   const child = await t.spawn(runtime, "tests/fixtures/cluster.ts", {
-    env: { REDIS_PORT: `${redis.port}`, ...env },
+    env: { ...backplane.env, ...env },
   });
   const { port } = await child.json<{ port: number }>({ timeout: 20_000 });
   return {
@@ -36,17 +36,26 @@ export async function launch(
 }
 
 /** Starts three of them. */
+export async function launchFleet(
+  t: TestContext,
+  backplane: RedisServer | PostgresServer,
+  env: Record<string, string> = {},
+): Promise<{ instances: Instance[]; proxy: RoundRobin }> {
+  const runtimes = ["deno", "bun", "deno"] as const;
+  const instances = await Promise.all(
+    runtimes.map((runtime) => launch(t, runtime, backplane, env)),
+  );
+  const proxy = await roundRobin(t, instances.map(({ port }) => port));
+  await sleep(200, t.signal); // their subscriptions
+  return { instances, proxy };
+}
+
+/** The same over a Redis of their own. */
 export async function launchAll(t: TestContext, env: Record<string, string> = {}): Promise<{
   redis: RedisServer;
   instances: Instance[];
   proxy: RoundRobin;
 }> {
   const redis = await RedisServer.start(t);
-  const runtimes = ["deno", "bun", "deno"] as const;
-  const instances = await Promise.all(
-    runtimes.map((runtime) => launch(t, runtime, redis, env)),
-  );
-  const proxy = await roundRobin(t, instances.map(({ port }) => port));
-  await sleep(200, t.signal); // their subscriptions
-  return { redis, instances, proxy };
+  return { redis, ...await launchFleet(t, redis, env) };
 }

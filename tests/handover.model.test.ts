@@ -41,17 +41,13 @@ const RULES: Record<string, [string, string]> = {
     "    this.#mover.send(arrived?.from ?? owner, head);\n",
     "",
   ],
-  "who has had an answer is given no other": [
-    "this.#over.set(id, true, time);",
-    "",
-  ],
   "what was taken is remembered": [
     "this.#moved.delete(session);\n    this.#taken.set(id, session, this.#mover.now());",
     "this.#moved.delete(session);",
   ],
   "a state that nobody waits for is dropped": [
     "if (adoption?.id !== id || adoption.arrived || this.#isOld(head.time)) return;",
-    "if (!adoption) { if (status === 'here') this.#mover.take(session, state, []); return; }",
+    "if (!adoption) { if (status === 'here') this.#mover.take({} as never, state, []); return; }",
   ],
   "the session waits for publications that it has had": [
     "else if (hearing || this.#caughtUp(adoption.arrived)) this.#take(adoption);",
@@ -208,7 +204,7 @@ test("of an instance that has long been quiet, and was never heard here, nothing
         takes: true,
       },
       ...{ rest: () => new Uint8Array(), hear: () => undefined },
-      take: (_session, _state, missed) => void taken.push(missed),
+      take: (_claim, _state, missed) => void taken.push(missed),
       counts: () => ({ heard: 3 }),
     });
     moves.adopt("session", "there", { attempt: 1, received: 0, namespace: "/" });
@@ -231,7 +227,7 @@ test("a session that came late is given a second like any for what is to come wi
   let heard = 1;
   const moves = new Moves<string>("here", 5_000, 30_000, {
     ...idle((_to, head) => void sent.push(head)),
-    take: (_session, _state, missed) => void taken.push(missed),
+    take: (_claim, _state, missed) => void taken.push(missed),
     counts: () => ({ there: heard }),
   });
   const adopting = moves.adopt("session", "there", { attempt: 1, received: 0, namespace: "/" });
@@ -257,7 +253,7 @@ test("who was frozen is told that its session was taken, however late it asks", 
       if (to !== "giver" || !isDeaf) queueMicrotask(() => moves[to]!.receive(head, state));
     },
     owns: () => (done.length > 0) === (name === "taker"),
-    pack: () => new Uint8Array(),
+    pack: () => ({ state: new Uint8Array(), marks: [] }),
     release: (_session, end) => void done.push(`release ${end}`),
     take: () => void done.push("take"),
   });
@@ -280,11 +276,31 @@ test("who was frozen is told that its session was taken, however late it asks", 
   assertEquals(done, ["take", "release moved"]);
 });
 
+test("who has been told that a session stays is not given it by the same question, should it come again", () => {
+  const sent: MoveHead[] = [];
+  let isBusy = true;
+  const moves = new Moves<string>("here", 5_000, 30_000, {
+    ...idle((_to, head) => void sent.push(head)),
+    ...{
+      owns: () => true,
+      pack: () => isBusy ? undefined : { state: new Uint8Array(), marks: [] },
+    },
+  });
+  const ids = { from: "there", session: "session" };
+  const claim = { time: 0, attempt: 1, received: 0, namespace: "/" };
+  for (const id of ["a", "a", "b"]) {
+    moves.receive({ ...ids, ...claim, kind: "adopt", id }, new Uint8Array());
+    isBusy = false;
+  }
+  const states = sent.map((head) => head.kind === "state" && `${head.id} ${head.status}`);
+  assertEquals(states, ["a stays", "b here"]);
+});
+
 test("who is told that a session is wanted no more gives it to nobody who asked for it before", () => {
   const sent: MoveHead[] = [];
   const moves = new Moves<string>("here", 5_000, 30_000, {
     ...idle((_to, head) => void sent.push(head)),
-    ...{ owns: () => true, pack: () => new Uint8Array() },
+    ...{ owns: () => true, pack: () => ({ state: new Uint8Array(), marks: [] }) },
   });
   const ids = { id: "a", from: "there", session: "session" };
   moves.receive({ ...ids, kind: "taken", yes: false }, new Uint8Array());
@@ -296,6 +312,47 @@ test("who is told that a session is wanted no more gives it to nobody who asked 
   moves.receive({ ...ids, ...claim, kind: "adopt", id: "b" }, new Uint8Array());
   assertEquals(sent.map(({ id }) => id), ["b"], "nor to who repeats what was said");
 });
+
+test("of the connections that wait for a session the latest is the next to ask for it, and the last", async () => {
+  const sent: MoveHead[] = [];
+  const moves = new Moves<string>("here", 5_000, 30_000, idle((_to, head) => void sent.push(head)));
+  const attempts = [3, 4, 6, 5, 6];
+  const asking = attempts.map((attempt) =>
+    moves.adopt("session", "there", { attempt, received: 0, namespace: "/" })
+  );
+  moves.unknown(sent[0]!.id);
+  await Promise.all(asking.slice(0, -1)); // those that were given up are kept no longer
+  moves.adopt("session", "there", { attempt: 2, received: 0, namespace: "/" });
+  moves.unknown(sent[1]!.id);
+  await Promise.all(asking);
+  assertEquals(sent.map((head) => head.kind === "adopt" && head.attempt), [3, 6]);
+  assertEquals(moves.remembers, false);
+});
+
+for (
+  const [who, claim, knows] of [
+    ["with another token", { attempt: 2, mark: "new" }, true],
+    ["with one that it had", { attempt: 2, mark: "old" }, false],
+    ["that is older", { attempt: 1, mark: "new" }, false],
+    ["where there is no store", { attempt: 2 }, false],
+  ] as const
+) {
+  test(`who has given a session away ${knows ? "knows" : "does not know"} by a client ${who} that it was taken`, () => {
+    const done: string[] = [];
+    const moves = new Moves<string>("here", 5_000, 30_000, {
+      ...idle(() => {}),
+      ...{ owns: () => !done.length, pack: () => ({ state: new Uint8Array(), marks: ["old"] }) },
+      release: (_session, end) => void done.push(end),
+    });
+    const ids = { id: "a", from: "there", session: "session" };
+    const first = { time: 0, attempt: 1, received: 0, namespace: "/", mark: "old" };
+    moves.receive({ ...ids, ...first, kind: "adopt" }, new Uint8Array());
+    assertEquals(moves.leaving, 1);
+    moves.receive({ ...ids, ...first, ...claim, kind: "adopt", id: "b" }, new Uint8Array());
+    assertEquals([moves.leaving, done], knows ? [0, ["moved"]] : [1, []]);
+    assertEquals(moves.whereabouts("session"), knows ? "there" : undefined);
+  });
+}
 
 for (
   const [what, joins, takes, kinds] of [
@@ -318,7 +375,7 @@ for (
         return takes || !done.includes("hear");
       },
       owns: () => name === "giver" && !done.length,
-      pack: () => new Uint8Array(),
+      pack: () => ({ state: new Uint8Array(), marks: [] }),
       restore: () => void done.push("restore"),
       release: () => void done.push("release"),
       rest: () => new Uint8Array([1]),
@@ -329,7 +386,7 @@ for (
         });
         return { begun, end: () => void done.push("end") };
       },
-      take: (_session, _state, _missed, rest) => void done.push(`take ${rest}`),
+      take: (_claim, _state, _missed, rest) => void done.push(`take ${rest}`),
     });
     for (const name of ["giver", "taker"]) {
       moves[name] = new Moves(name, 5_000, 30_000, mover(name));
@@ -365,7 +422,7 @@ test("a session that is ours is taken, though its instance closes before its res
   const moves = new Moves<string>("here", 5_000, 30_000, {
     ...idle((_to, head) => void sent.push(head)),
     hear: () => ({ begun: Promise.resolve(), end: () => void done.push("end") }),
-    take: (_session, _state, missed, rest) => void done.push(`take ${missed} ${rest}`),
+    take: (_claim, _state, missed, rest) => void done.push(`take ${missed} ${rest}`),
   });
   const adopting = moves.adopt("session", "there", { attempt: 1, received: 0, namespace: "/" });
   const [{ id }] = sent as [MoveHead];

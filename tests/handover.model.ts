@@ -4,6 +4,9 @@
  * fourth walk one that is killed at any step, and in another fourth one that is deaf from any step
  * on, and can still speak.
  *
+ * The client's resumptions are read at once, or late, when it has long made others, and may be
+ * read by two instances. It goes by the answer to the last one that it has made.
+ *
  * By topics, an instance hears publications only while it has joined their topic, as it does for a
  * session that is here, in limbo or coming.
  *
@@ -18,7 +21,7 @@
  *
  * @module
  */
-import type { Counts, Hearing, MoveHead, Mover, Moves, Publication } from "../handover.ts";
+import type { Counts, Given, Hearing, MoveHead, Mover, Moves, Publication } from "../handover.ts";
 import type { Parking, parking as makeParking, ParkingStore, Quay } from "../parking.ts";
 import type { Packed } from "../server.ts";
 
@@ -45,6 +48,12 @@ export function idle(send: (to: string, head: MoveHead) => void): Mover<string> 
     ...{ restore() {}, release() {}, take() {}, counts: () => ({}), had() {}, quiet: () => [] },
     ...{ rest: () => new Uint8Array(), hear: () => undefined },
   };
+}
+
+/** What the client resumes by. */
+interface Resumption {
+  readonly attempt: number;
+  readonly token: string;
 }
 
 interface State {
@@ -89,6 +98,8 @@ const encoder = new TextEncoder();
 const decoder = new TextDecoder();
 const encode = (value: unknown) => encoder.encode(JSON.stringify(value)) as Bytes;
 
+const markOf = (token: string) => token.split(".")[0]!;
+
 /** Spreads a text over 16 bytes. */
 function digest(text: string): Bytes {
   const bytes = new Uint8Array(16);
@@ -121,9 +132,8 @@ class Instance implements Mover<number> {
   #limbo: { state: State; missed: number[] } | undefined;
   /** Nobody has told who took the session. */
   #hasLost = false;
-  /** The token of the last request, and its attempt where the session came out of the store. */
+  /** The token of the last request. */
   #asked = "";
-  #attempt = 0;
   /** The name under which it has parked the session last. */
   #parkedAs = "";
   frozen = false;
@@ -153,8 +163,7 @@ class Instance implements Mover<number> {
         resumeTimeout: 30_000,
         pack: () => {
           const state = this.#unload();
-          const { tokens } = state ?? {};
-          return state && { namespace: "", tokens, state } as unknown as Packed;
+          return state && { ...state, namespace: "", state } as unknown as Packed;
         },
         restore: () => this.restore(),
         release: () => this.release(),
@@ -167,7 +176,6 @@ class Instance implements Mover<number> {
       take: async (session, state, counts) => {
         const head = { kind: "state", status: "here", session, from: STORE, counts } as const;
         const id = this.moves.askAnew(SESSION)!;
-        this.#attempt = this.moves.claimOf(SESSION)!.attempt; // its resumption follows
         this.moves.receive({ ...head, id, time: this.now(), quiet: Object.keys(counts) }, state);
         await this.moves.moving(SESSION);
         return this.moves.took(id);
@@ -221,9 +229,9 @@ class Instance implements Mover<number> {
     return !!this.session;
   }
 
-  pack(_session: string, { attempt }: { attempt: number }): Uint8Array<ArrayBuffer> | undefined {
+  pack(_session: string, { attempt }: { attempt: number }): Given | undefined {
     if (!this.session || attempt < this.session.attempt) return;
-    return encode({ ...this.#unload(), attempt });
+    return { state: encode(this.#unload()), marks: this.#limbo!.state.tokens.map(markOf) };
   }
 
   restore(): void {
@@ -273,23 +281,23 @@ class Instance implements Mover<number> {
     this.joined = wants ? this.joined ?? this.#world.published : undefined;
   }
 
-  take(_session: string, state: Uint8Array, missed: number[], rest?: Bytes): void {
-    const { attempt, ...others } = JSON.parse(decoder.decode(state)) as State;
-    this.session = { ...others, attempt: Math.max(attempt, this.#attempt) };
+  take(_claim: unknown, state: Uint8Array, missed: number[], rest?: Bytes): void {
+    this.session = JSON.parse(decoder.decode(state)) as State;
     if (this.#world.topical && !rest) this.#world.hasGaps = true;
     if (rest) this.#world.got.push(...JSON.parse(decoder.decode(rest)));
     this.#world.got.push(...missed);
     this.#settle();
     this.parking?.arrived(this.#world.token);
-    this.#answer();
   }
 
-  /** The answer to a resumption names the next token. */
-  #answer(): void {
-    const { token } = this.#world;
+  /** The answer to a resumption names the next token. One that is late is 409. */
+  #answer({ attempt, token }: Resumption): void {
+    const session = this.session!;
+    if (attempt < session.attempt) return;
     const next = `${this.name}${this.parking?.mark() ?? ""}.${SESSION}`;
-    this.session!.tokens = [token, next];
-    this.#world.tell(next);
+    const known = attempt === session.attempt ? session.tokens : [token];
+    Object.assign(session, { attempt, tokens: [...known, next].slice(-4) });
+    this.#world.tell(next, attempt);
   }
 
   counts(): { channel: number } {
@@ -316,28 +324,27 @@ class Instance implements Mover<number> {
   }
 
   /** The client's resumption comes here. */
-  resume(attempt: number): void {
-    if (this.session) {
-      this.session.attempt = Math.max(attempt, this.session.attempt);
-      return this.#answer();
-    }
-    if (this.parking) {
-      const { token } = this.#world;
-      return void this.#underWay(token, this.#bring(attempt, token, this.parking));
-    }
-    const owner = this.moves.whereabouts(SESSION) ?? this.#world.hint;
-    this.moves.adopt(SESSION, owner, { attempt, received: 0, namespace: "" });
+  resume(resumption: Resumption): void {
+    this.#asked = resumption.token;
+    this.#underWay(resumption.token, this.#bring(resumption));
   }
 
-  async #bring(attempt: number, token: string, parking: Parking): Promise<void> {
-    this.#asked = token;
-    await parking.want(token);
-    if (this.session) return this.#answer();
-    const claim = { attempt, received: 0, namespace: "", mark: token.split(".")[0]! };
-    const owner = this.moves.whereabouts(SESSION) ?? parking.whereabouts(token) ?? token[0]!;
-    if (!this.#world.isGone(owner)) return await this.moves.adopt(SESSION, owner, claim);
-    await this.moves.adopt(SESSION, STORE, claim);
-    const holder = this.#holder();
+  async #bring(resumption: Resumption): Promise<void> {
+    const { token, attempt } = resumption;
+    if (this.parking) this.moves.comes(SESSION, { attempt, mark: markOf(token) });
+    if (!this.session) await this.parking?.want(token, attempt);
+    if (!this.session) await this.#adopt(resumption);
+    if (this.session) this.#answer(resumption);
+  }
+
+  async #adopt({ token, attempt }: Resumption): Promise<void> {
+    const mark = this.parking && markOf(token);
+    const claim = { attempt, received: 0, namespace: "", ...mark && { mark } };
+    const left = this.moves.whereabouts(SESSION) ?? this.parking?.whereabouts(token);
+    const owner = left ?? token[0]!;
+    const inStore = this.parking && this.#world.isGone(owner);
+    await this.moves.adopt(SESSION, inStore ? STORE : owner, claim);
+    const holder = inStore && this.#holder();
     if (!this.session && holder) await this.moves.adopt(SESSION, holder.name, claim);
   }
 
@@ -382,7 +389,7 @@ class Instance implements Mover<number> {
     const { token } = this.#world;
     if (head.kind === "adopted") this.parking?.taken(token, head.id, head.from);
     if (head.kind === "adopt" && this.parking) {
-      const wanting = this.parking.want(token, head.mark);
+      const wanting = this.parking.want(token, head.attempt, head.mark);
       if (!await this.#underWay(`${head.mark}.s`, wanting)) return;
     }
     this.moves.receive(head, state);
@@ -419,6 +426,8 @@ class World {
   /** The store fails now and then, and somebody else writes there. */
   readonly #unsound: boolean;
   readonly bus: Sent[] = [];
+  /** Resumptions that will be read late. */
+  readonly #late: { by: Instance; resumption: Resumption }[] = [];
   /** Topics that are to be joined. */
   readonly joins: { by: Instance; execute: () => void }[] = [];
   /** Instances hear what they have joined alone. */
@@ -463,9 +472,27 @@ class World {
     return this.instances[NAMES.indexOf(name)]!;
   }
 
-  /** The answer tells the client where its session is, unless it gets lost. */
-  tell(token: string): void {
-    if (!this.lossy || this.#random() > 0.3) this.token = token;
+  /** The answer tells the client where its session is, unless it gets lost, or it has asked again. */
+  tell(token: string, attempt: number): void {
+    if (attempt === this.attempt && (!this.lossy || this.#random() > 0.3)) this.token = token;
+  }
+
+  /** The client resumes by an instance, which may be slow to read that. */
+  #resume(by: Instance): void {
+    const resumption = { attempt: ++this.attempt, token: this.token };
+    const isRepeated = this.#random() < 0.1;
+    if (by.frozen || isRepeated || this.#random() < 0.2) {
+      this.#late.push({ by: isRepeated ? this.#instance : by, resumption });
+    }
+    if (!by.frozen) by.resume(resumption);
+  }
+
+  #readLate(): void {
+    const at = Math.floor(this.#random() * this.#late.length);
+    const { by, resumption } = this.#late[at] ?? {};
+    if (!by || by.frozen) return;
+    this.#late.splice(at, 1);
+    by.resume(resumption!);
   }
 
   // --- The store ---
@@ -534,7 +561,8 @@ class World {
       this.token,
       ...marks,
       ...asked,
-      ...[...this.underWay].map(({ token }) => token),
+      ...[...this.underWay, ...this.#late.map(({ resumption }) => resumption)]
+        .map(({ token }) => token),
     ];
     const known = tokens.map(pointerOf);
     const isOld = (bytes: Bytes) => {
@@ -558,17 +586,17 @@ class World {
       else instance.kill();
     }
     if (this.joins.length && this.#random() < 0.2) return this.#join();
-    const kinds = instance.parking ? 13 : 7;
+    const kinds = instance.parking ? 14 : 8;
     switch (Math.floor(this.#random() * kinds)) {
-      case 7:
       case 8:
       case 9:
-        return this.#operate();
       case 10:
-        return instance.frozen ? undefined : this.#park(instance);
+        return this.#operate();
       case 11:
-        return instance.frozen ? undefined : instance.look();
+        return instance.frozen ? undefined : this.#park(instance);
       case 12:
+        return instance.frozen ? undefined : instance.look();
+      case 13:
         return this.#forge();
       case 0:
         return this.#deliver();
@@ -578,11 +606,13 @@ class World {
         if (this.published < MOST) this.published++;
         return;
       case 3:
-        return instance.frozen ? undefined : instance.resume(++this.attempt);
+        return this.#resume(instance);
       case 4:
         return this.#uplink(instance);
       case 5:
         return this.#tick(instance);
+      case 6:
+        return this.#readLate();
       default:
         instance.frozen = this.#random() < 0.3 || instance.killed;
     }
@@ -670,7 +700,7 @@ class World {
   }
 
   async #turn(instance: Instance, period: number): Promise<void> {
-    instance.resume(++this.attempt);
+    instance.resume({ attempt: ++this.attempt, token: this.token });
     const looks = instance.parking || this.instances.some(({ deaf }) => deaf);
     for (let round = looks ? 4 : 1; round > 0 && !instance.session; round--) {
       if (instance.parking) { for (let n = 0; n < 20; n++) await undefined; }

@@ -6,8 +6,8 @@
 import { join } from "node:path";
 import process from "node:process";
 import type { SSEAdapter } from "../server.ts";
-import { MemoryBus, PostgresServer, RedisServer, roundRobin } from "./bus.ts";
-import { type Instance, launch } from "./fleet.ts";
+import { MemoryBus, PostgresServer, RedisServer } from "./bus.ts";
+import { type Instance, launchFleet } from "./fleet.ts";
 import {
   assertEquals,
   assertGreater,
@@ -48,10 +48,7 @@ const kinds: Record<string, Kind> = {
   PostgreSQL: {
     file: "postgres-store.ts",
     skip: needs("postgres", "deno", "bun"),
-    start: async (t) => {
-      const { port } = await PostgresServer.start(t);
-      return { DATABASE_URL: `postgres://test@127.0.0.1:${port}/postgres` };
-    },
+    start: async (t) => (await PostgresServer.start(t)).env,
     runtimes: ["deno", "bun"],
   },
   "Deno KV": {
@@ -119,10 +116,7 @@ async function fleet(t: TestContext, { file, start }: Kind, whenAway: boolean) {
     ...{ STORE: await recipe(t, file), MOVES: "1", HEARTBEAT: "200" },
     ...whenAway && { WHEN_AWAY: "1" },
   };
-  const runtimes = ["deno", "bun", "deno"] as const;
-  const instances = await Promise.all(runtimes.map((one) => launch(t, one, redis, env)));
-  const proxy = await roundRobin(t, instances.map(({ port }) => port));
-  return { instances, proxy };
+  return await launchFleet(t, redis, env);
 }
 
 /** What all know of the sessions: each is somewhere once. */

@@ -469,6 +469,54 @@ test("an old state is taken by nobody, though it is put in the place of the newe
   assertEquals(await third.message(), "two 2 at 0");
 });
 
+for (const late of ["an older try", "the same try, repeated by a proxy,"] as const) {
+  test(`${late} that an instance reads late takes no session from its client`, async (t) => {
+    const fleet = await start(t, { count: 3, whenAway: true, patience: 800 });
+    const { instances: [a, b, c], proxy, deaf, told } = fleet;
+    const first = await wireClient(t, `${proxy.url}/room`);
+    await leave(a!, first);
+    await until(() => counts(a!).parked === 1);
+    deaf.add(0); // it is frozen
+    proxy.choose = () => 1;
+    const second = t.use(await first.resume(2, 0));
+    await second.send("one");
+    assertEquals(await second.message(), "one 1 at 1");
+    await leave(b!, second);
+    await until(() => counts(b!).parked === 1);
+    deaf.add(1); // this one, too
+    proxy.choose = () => 2; // where the client had been, and had no answer
+    const again = late === "an older try" ? 1 : 2;
+    const stale = await first.resume(again, 0).catch(({ status }) => status as number);
+    assertEquals(typeof stale === "number" ? stale : 200, again === 1 ? 409 : 200);
+    if (typeof stale !== "number") await leave(c!, stale);
+    await until(() => counts(c!).parked === 1);
+    deaf.clear();
+    const back = t.use(await second.resume(3, 1));
+    await back.send("two");
+    assertEquals(await back.message(), "two 2 at 2");
+    assertEquals(told.filter((call) => /open|close/.test(call)), ["open 0"]);
+  });
+}
+
+test("a session that an uplink has brought back is parked again, as its client is still away", async (t) => {
+  const { instances: [a, b], proxy, deaf, told } = await start(t, { count: 3, whenAway: true });
+  const first = await wireClient(t, `${proxy.url}/room`);
+  await leave(a!, first);
+  await until(() => counts(a!).parked === 1);
+  deaf.add(0);
+  proxy.choose = () => 1;
+  const second = t.use(await first.resume(1, 0));
+  await leave(b!, second);
+  await until(() => counts(b!).parked === 1);
+  assertEquals(await first.send("one"), 204, "the client may not have heard of its new token");
+  await until(() => counts(b!).parked === 1);
+  deaf.add(1); // it is frozen
+  proxy.choose = () => 2;
+  const third = t.use(await second.resume(2, 0));
+  assertEquals(await third.message(), "one 1 at 1");
+  assertEquals(told.filter((call) => /open|close/.test(call)), ["open 0"]);
+});
+
 test("of many that ask for a parked session at once one gets it", async (t) => {
   const fleet = await start(t, { count: 4 });
   const { instances, proxy, told, errors } = fleet;
@@ -922,7 +970,8 @@ function crowd(put: (key: string) => Promise<void>, changes: Partial<Quay> = {})
     ...{
       id: "",
       namespace: "/",
-      tokens: [] as string[],
+      marks: [] as string[],
+      attempt: 0,
       context: {},
       protocol: "",
       topics: [],
@@ -956,6 +1005,26 @@ function crowd(put: (key: string) => Promise<void>, changes: Partial<Quay> = {})
   return { told, parked, tokens, packed };
 }
 
+for (
+  const [who, attempt, mark, stays] of [
+    ["a later connection with another token", 2, "another", false],
+    ["an uplink with another token", undefined, "another", true],
+    ["an older connection with another token", 0, "another", true],
+    ["a later connection with its token", 2, "a".repeat(24), true],
+  ] as const
+) {
+  test(`a parked session is ${stays ? "taken back" : "known to have left"} for ${who}`, async () => {
+    const { parked, packed, told, tokens: [token] } = crowd(() => Promise.resolve(), {
+      seal: (_token, bytes) => Promise.resolve(bytes),
+      unseal: (_token, bytes) => Promise.resolve(bytes),
+    });
+    Object.assign(packed, { attempt: 1, marks: ["a".repeat(24)] });
+    await parked.park(token!, false);
+    assertEquals(await parked.want(token!, attempt, mark), stays);
+    assertEquals([told.restored, told.released], stays ? [1, 0] : [0, 1]);
+  });
+}
+
 test("who knows that a session was taken, and hears later by whom, knows where it is", async () => {
   const names: string[] = [];
   const { parked, tokens: [token] } = crowd((name) => {
@@ -963,7 +1032,7 @@ test("who knows that a session was taken, and hears later by whom, knows where i
     return Promise.resolve();
   });
   await parked.park(token!, false);
-  assertEquals(await parked.want(token!, "another"), false);
+  assertEquals(await parked.want(token!, 1, "another"), false);
   assertEquals(parked.whereabouts(token!), "");
   parked.taken(token!, names[0]!, "there");
   assertEquals(parked.whereabouts(token!), "there", "else nobody is asked but all, who have 1 s");
@@ -1044,7 +1113,9 @@ for (const late of [1, 4, 5]) {
     test(`late pointers, ${late} of them, lead to where those lead that they replace, by the ${by} token`, async () => {
       const settle: (() => void)[] = [];
       const keys = new Map<string, number>();
-      const { told, parked, packed, tokens: [older, newer] } = crowd(async (key) => {
+      const marks = ["a", "b"].map((digit) => digit.repeat(24));
+      const [older, newer] = marks.map((mark) => `${mark}.0`);
+      const { told, parked, packed } = crowd(async (key) => {
         const isPointer = keys.set(key, (keys.get(key) ?? 0) + 1).get(key)! > 1;
         if (settle.length < late && isPointer) {
           await new Promise<void>((resolve) => settle.push(resolve));
@@ -1062,7 +1133,7 @@ for (const late of [1, 4, 5]) {
           return key;
         },
       });
-      packed.tokens = [older!, newer!];
+      packed.marks = marks;
       for (let n = 1; n <= late; n++) {
         const parking = parked.park(older!, false);
         await until(() => settle.length === n);
@@ -1098,7 +1169,7 @@ test("a session that another clock has aged is not taken, and that is told", asy
     seal: (_token, bytes) => Promise.resolve(bytes),
     unseal: (_token, bytes) => Promise.resolve(bytes),
   });
-  packed.tokens = [token!];
+  packed.marks = ["a".repeat(24)];
   await parked.park(token!, true);
   told.ahead = 90_000; // as by the clock of whoever looks for it
   assertEquals(await parked.look({ session: "s", namespace: "/" }, token!), false);

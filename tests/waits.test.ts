@@ -150,8 +150,8 @@ function quayOf(pack: Quay["host"]["pack"]): Quay {
 }
 
 const PACKED = {
-  ...{ id: "", namespace: "/", tokens: [], context: {}, protocol: "", topics: [], frames: [] },
-  ...{ heartbeatInterval: 1, received: 0, handled: 0, firstUnacked: 1, nextUngiven: 1 },
+  ...{ id: "", namespace: "/", marks: [], context: {}, protocol: "", topics: [], frames: [] },
+  ...{ attempt: 0, heartbeatInterval: 1, received: 0, handled: 0, firstUnacked: 1, nextUngiven: 1 },
 };
 
 for (let turns = 0; turns < 8; turns++) {
@@ -176,7 +176,7 @@ for (let turns = 0; turns < 8; turns++) {
 test("what a store gives to an instance that ends goes back there", async () => {
   const store = new MemoryStore();
   const token = `${"a".repeat(24)}.b`;
-  const quay = quayOf(() => ({ ...PACKED, tokens: [token] }));
+  const quay = quayOf(() => ({ ...PACKED, marks: ["a".repeat(24)] }));
   await parking(store)(quay).park(token, true);
   const before = new Set(store.values.keys());
   const asked = parking(store)({ ...quay, take: () => Promise.resolve(false) });
