@@ -573,8 +573,9 @@ export interface Packed {
   id: string;
   /** The session's. */
   namespace: string;
-  /** First halves of the tokens that its client may come with, and the latest of its connections. */
+  /** First halves of the tokens that its client may come with. */
   marks: string[];
+  /** The latest of its connections. */
   attempt: number;
   /** As `upgrade` and the hooks left it. */
   context: PeerContext;

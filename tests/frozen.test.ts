@@ -17,6 +17,7 @@ import {
   sleep,
   type TestContext,
   testOnce,
+  until,
 } from "./harness.ts";
 import { soak } from "./measured.ts";
 import { project, recipeOf } from "./project.ts";
@@ -67,7 +68,11 @@ for (const [name, { tool, file, start }] of Object.entries(kinds)) {
       over = true;
       await talking;
       await Promise.all(all.map((one) => one.heard()));
-      const got = await gather(instances);
+      let got: Record<string, string[]> = {};
+      await until(async () => { // some are on their way still
+        got = await gather(instances);
+        return all.every(({ name }) => got[name]);
+      }, { timeout: 20_000, interval: 100 });
       for (const { name, sent, received, failures, closed, socket } of all) {
         assertEquals([closed?.code, failures, received], [undefined, [], sent], name);
         assertEquals(got[name], numbers(sent), name);
