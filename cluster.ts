@@ -1362,13 +1362,14 @@ class Migration implements Mover<SyncMessage> {
     this.#wake();
     if (head.kind === "adopted") this.parking?.taken(token, head.id, head.from);
     // Silence: then all are asked, and the store.
-    if (
-      head.kind === "adopt" && await this.parking?.want(token, head.attempt, head.mark) === false
-    ) {
-      return;
-    }
+    if (head.kind === "adopt" && await this.#wants(token, head) === false) return;
     const isSealed = head.kind === "rest" || head.kind === "state" && head.status === "here";
     this.moves.receive(head, isSealed ? await unseal(token, message.body) : EMPTY);
+  }
+
+  /** Without a mark, as of who has no store, it shows no more than an uplink. */
+  async #wants(token: string, { attempt, mark }: Claim): Promise<boolean | undefined> {
+    return await this.parking?.want(token, mark === undefined ? mark : attempt, mark);
   }
 
   /**

@@ -239,7 +239,7 @@ export class Parking implements SessionParking {
   /** Where those went that were taken elsewhere: "" where that is not known. */
   readonly #gone: Map<string, { id: string; to: string; since: number }> = new Map();
   /** Sessions that are being taken out of the store here, by name. */
-  readonly #landing: Map<string, Promise<boolean>> = new Map();
+  readonly #landing: Map<string, { token: string; end: Promise<boolean> }> = new Map();
   readonly #waits: Waits = new Waits();
   readonly #ticks: Ticks = new Ticks(() => this.#quay.wake());
   /** Those that are to be parked once their hooks have settled. */
@@ -313,10 +313,8 @@ export class Parking implements SessionParking {
   /** Its client is away: what is done about it in this task comes first. */
   away(token: string): void {
     if (!this.#options.whenAway) return;
-    const task = new Promise((resolve) => setTimeout(resolve));
-    // With hooks at work it cannot be packed: then it is parked once they have settled.
-    const tries = () => this.#busy.repeat(secretOf(token), () => this.#park(token, false));
-    const work = task.then(tries).catch((error) => this.#report(error));
+    const tries = () => this.#park(token, false);
+    const work = this.#busy.next(secretOf(token), tries).catch((error) => this.#report(error));
     try {
       this.#options.waitUntil?.(work);
     } catch (error) { // as a platform's own does that is not called as its method
@@ -324,9 +322,9 @@ export class Parking implements SessionParking {
     }
   }
 
-  /** Its hooks have settled, or its client is away no more. */
-  stir(token: string): void {
-    this.#busy.stir(secretOf(token));
+  /** Its hooks have settled, or its client is away no more: a poll may be over in the same task. */
+  stir(token: string, isBack = false): void {
+    this.#busy.stir(secretOf(token), isBack);
   }
 
   /** Parks the session, if it can be packed. Resolves when that is done, or has failed. */
@@ -556,12 +554,13 @@ export class Parking implements SessionParking {
   /** Looks for a session in the store, and takes it. False: it is not there. */
   async look(asking: Asking, token: string): Promise<boolean> {
     const { session } = asking;
-    let landing = this.#landing.get(session);
-    if (!landing) {
-      landing = this.#inTime(asking, token).finally(() => this.#landing.delete(session));
-      this.#landing.set(session, landing);
-    }
-    return await landing;
+    const before = this.#landing.get(session);
+    if (before && (await before.end || before.token === token)) return await before.end;
+    // Another token names another pointer. Not at once: either would find the other in its way.
+    if (this.#landing.has(session)) return await this.look(asking, token);
+    const end = this.#inTime(asking, token).finally(() => this.#landing.delete(session));
+    this.#landing.set(session, { token, end });
+    return await end;
   }
 
   /** Whatever the store says later is taken as well, by whoever waits then. */
@@ -664,6 +663,15 @@ export class Parking implements SessionParking {
 /** Sessions whose hooks are at work, and who waits for that. */
 class Busy {
   readonly #ends: Map<string, Deferred> = new Map();
+  /** Sessions that are to be parked in the next task, unless their clients are back by then. */
+  readonly #due: Set<string> = new Set();
+
+  async next(session: string, isAtWork: () => Promise<boolean>): Promise<void> {
+    this.#due.add(session);
+    await new Promise((resolve) => setTimeout(resolve));
+    // With hooks at work it cannot be packed: then it is parked once they have settled.
+    if (this.#due.delete(session)) await this.repeat(session, isAtWork);
+  }
 
   /** Tries until they are at work no more, each time that they have settled. */
   async repeat(session: string, isAtWork: () => Promise<boolean>): Promise<void> {
@@ -680,7 +688,8 @@ class Busy {
     return end.promise;
   }
 
-  stir(session: string): void {
+  stir(session: string, isBack = false): void {
+    if (isBack) this.#due.delete(session);
     this.#ends.get(session)?.resolve();
     this.#ends.delete(session);
   }

@@ -547,8 +547,8 @@ export interface SessionParking {
   readonly size: number;
   /** The session has lost its connection. */
   away(token: string): void;
-  /** Its hooks have settled, or its client is away no more. */
-  stir(token: string): void;
+  /** Its hooks have settled, or its client is away no more: `isBack`. */
+  stir(token: string, isBack?: boolean): void;
   /** Parks a session, since this instance ends. Resolves when that is done, or has failed. */
   park(token: string, leaves: boolean): Promise<void>;
   /** The store is waited for no longer: what nobody can have taken is in service again. */
@@ -1229,9 +1229,10 @@ class Requests {
   #rename(session: Found, { token, attempt }: Wire): void {
     const next = this.#topics.backplane?.router?.tokenHere(token!);
     if (!next || !(session instanceof FullSession) || attempt! < session.attempt) return;
-    // A try that was repeated, as proxies do, has two answers, and the client may have either.
-    const known = attempt === session.attempt ? session.marks : [markOf(token!)];
-    session.marks = [...known, markOf(next)].slice(-MAX_MARKS);
+    // A try that was repeated, as proxies do, has two answers: the client may have either, or none.
+    const own = markOf(token!);
+    const given = attempt === session.attempt ? session.marks.filter((mark) => mark !== own) : [];
+    session.marks = [own, ...given.slice(2 - MAX_MARKS), markOf(next)];
   }
 
   #headersOf(session: Session): Headers {
@@ -1662,7 +1663,7 @@ class Registry implements Host {
 
   moved(session: Session, phase: Phase): void {
     this.places.moved(session, phase);
-    if (phase !== "away") this.settled(session);
+    if (phase !== "away") this.#parking?.stir(session.token, true);
     if (phase.startsWith("closing")) this.#closing.add(session);
     else this.#closing.delete(session);
     if (phase === "lingering") {

@@ -40,7 +40,7 @@ interface Fleet {
 /** Instances that count a session's messages in its context, and echo them. */
 async function start(
   t: TestContext,
-  { count = 2, resumeTimeout = 30_000, patience = 5_000, server = {}, work, ...options }:
+  { count = 2, resumeTimeout = 30_000, patience = 5_000, server = {}, work, without, ...options }:
     & ParkingOptions
     & {
       count?: number;
@@ -49,6 +49,8 @@ async function start(
       server?: SSEOptions<Record<string, unknown>>;
       /** What message hooks wait for. */
       work?: () => Promise<void>;
+      /** The instance that has no store. */
+      without?: number;
     } = {},
 ): Promise<Fleet> {
   t.defer(() => sleep(50)); // last of all, what is being sealed
@@ -73,7 +75,10 @@ async function start(
           subscribe: (deliver) =>
             driver.subscribe((message) => deaf.has(at) ? undefined : deliver(message)),
         };
-      }, { timeout: patience, parking: parking(store, options) }),
+      }, {
+        timeout: patience,
+        ...at !== without && { parking: parking(store, options) },
+      }),
       onError: (error) => void errors.push((error as Error).message),
       hooks: {
         open(peer) {
@@ -515,6 +520,64 @@ test("a session that an uplink has brought back is parked again, as its client i
   const third = t.use(await second.resume(2, 0));
   assertEquals(await third.message(), "one 1 at 1");
   assertEquals(told.filter((call) => /open|close/.test(call)), ["open 0"]);
+});
+
+test("a try that a proxy repeats again and again leaves its client the token that it came with", async (t) => {
+  const { instances: [a], proxy, deaf } = await start(t, { whenAway: true });
+  const client = await wireClient(t, `${proxy.url}/room`);
+  let last = client;
+  for (let times = 0; times < 5; times++) {
+    const next = await client.resume(1, 0);
+    await last.drop();
+    last = next;
+  }
+  await leave(a!, last);
+  await until(() => counts(a!).parked === 1);
+  deaf.add(0); // it is frozen
+  proxy.choose = () => 1;
+  const back = t.use(await client.resume(2, 0)); // it has heard none of the answers
+  await back.send("one");
+  assertEquals(await back.message(), "one 1 at 1");
+});
+
+test("an instance without the store is given a session that another has parked", async (t) => {
+  const { instances: [a], proxy } = await start(t, { whenAway: true, without: 1 });
+  const client = await wireClient(t, `${proxy.url}/room`);
+  const first = t.use(await client.resume(1, 0));
+  const second = await first.resume(2, 0);
+  await client.drop();
+  await leave(a!, second);
+  await until(() => counts(a!).parked === 1);
+  proxy.choose = () => 1;
+  const back = t.use(await first.resume(3, 0));
+  await back.send("one");
+  assertEquals(await back.message(), "one 1 at 1");
+});
+
+test("a session whose client polls is not parked between two polls, though it has just come", async (t) => {
+  const { instances: [a, b], proxy, told, store } = await start(t, { whenAway: true });
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await leave(a!, client);
+  await until(() => counts(a!).parked === 1);
+  a!.ws.publish("all", "news 0");
+  proxy.choose = () => 1;
+  let { token } = client;
+  for (let n = 0; n < 4; n++) {
+    const headers = {
+      accept: "text/event-stream",
+      "x-duplex-version": "1",
+      "x-duplex-poll": "1",
+      "x-crossws-id": token,
+      "x-duplex-attempt": `${n + 1}`,
+      "last-event-id": `${n}`,
+    };
+    const response = await fetch(client.url, { headers });
+    token = response.headers.get("x-crossws-id")!;
+    assertMatch(await response.text(), new RegExp(`news ${n}`));
+    b!.ws.publish("all", `news ${n + 1}`); // the next poll is over at once
+  }
+  assertEquals(told, ["open 0", "suspend 0", "revive 0", "suspend 0", "revive 1"]);
+  assertEquals(store.history.length, 2);
 });
 
 test("of many that ask for a parked session at once one gets it", async (t) => {
@@ -1024,6 +1087,23 @@ for (
     assertEquals([told.restored, told.released], stays ? [1, 0] : [0, 1]);
   });
 }
+
+test("a client that comes while the store is asked by an older token of its session has it asked by its own", async () => {
+  const [older, newer] = ["a", "b"].map((digit) => `${digit.repeat(24)}.0`);
+  const { parked, packed } = crowd(() => Promise.resolve(), {
+    seal: (_token, bytes) => Promise.resolve(bytes),
+    unseal: (_token, bytes) => Promise.resolve(bytes),
+    asks: () => true,
+    digest: async (text) =>
+      new Uint8Array(await crypto.subtle.digest("SHA-256", new TextEncoder().encode(text))),
+  });
+  packed.marks = ["b".repeat(24)];
+  await parked.park(newer!, true);
+  const asking = { session: "s", namespace: "/" };
+  const looks = [older!, newer!, older!, newer!].map((token) => parked.look(asking, token));
+  // Whoever comes with the same one meanwhile has the same answer.
+  assertEquals(await Promise.all(looks), [false, true, false, true]);
+});
 
 test("who knows that a session was taken, and hears later by whom, knows where it is", async () => {
   const names: string[] = [];
