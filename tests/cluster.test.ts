@@ -9,7 +9,7 @@ import { Redis } from "ioredis";
 import postgres from "postgres";
 import { cluster, type ClusterAdapter, type ClusterOptions } from "../cluster.ts";
 
-import type { Hooks, SSEOptions, SyncMessage } from "../server.ts";
+import type { Hooks, RoutingDriver, SSEOptions, SyncMessage } from "../server.ts";
 import {
   MemoryBus,
   PostgresServer,
@@ -680,3 +680,42 @@ test("a backplane that never settles is given up beyond a bound", async (t) => {
   assertEquals(response.status, 503);
   assertLess(performance.now() - begin, 1000);
 });
+
+for (const when of ["is routed", "is answered where it was asked for"] as const) {
+  test(`a request whose session leaves or comes as it ${when} is 503, and not 404`, async (t) => {
+    let owned = false;
+    let there: string | undefined;
+    const fakes = {
+      ...{ remembers: false, size: 0, taking: [], moving: () => undefined, tick() {}, hurry() {} },
+      ...{ mayBring: () => false, isLanding: () => false, want: () => Promise.resolve(true) },
+      ...{ whereabouts: () => there, look: () => Promise.resolve(false), away() {} },
+    };
+    const parks = (() => fakes) as unknown as ClusterOptions["parking"];
+    const id = "a".repeat(16);
+    const bus = new MemoryBus(t);
+    const router = cluster(bus.adapter, { timeout: 2_000, parking: parks })({
+      id,
+    }) as RoutingDriver;
+    t.defer(() => router.close());
+    router.attach({
+      ...{ maxMessageSize: 1_000, resumeTimeout: 1_000, size: 1, movable: true, takes: true },
+      has: () => when === "is routed",
+      owns: () => owned,
+      ...{ pack: () => undefined, rest: () => [], restore() {}, release() {}, report() {} },
+      fetch: () => Promise.resolve(new Response(null, { status: 404 })),
+    });
+    await router.subscribe(() => {});
+    const named = when === "is routed" ? id : "b".repeat(16);
+    const token = `${named}.${"0".repeat(32)}`;
+    const headers = { "x-duplex-attempt": "1", "x-crossws-id": token };
+    const routed = router.route(new Request("http://a/", { headers }), token, "/");
+    if (when !== "is routed") {
+      await until(() => router.stats().relayed === 1);
+      owned = true; // it has come
+      const adopted = router.adopt(token, { attempt: 1, received: 0, namespace: "/" }, () => {});
+      there = ""; // and has left for the store
+      await adopted;
+    }
+    assertEquals((await routed).status, 503);
+  });
+}
