@@ -545,7 +545,7 @@ class Router implements RoutingDriver {
     checkTime(head.time);
     if (this.#closed) return; // silence is 503 there
     // "A request for a session that is on its way waits" until it is known where it is.
-    await this.#migration.settled(known.token, head.session);
+    await this.#migration.reached(known.token, head);
     const isNamed = await this.#names.find(head.session);
     // From here on in one step: else it may leave after it was seen here, which would be 404.
     if (this.#migration.isMoving(known.token, head.session)) return; // silence is 503 there
@@ -1273,6 +1273,11 @@ class Migration implements Mover<SyncMessage> {
     if (parked) await within(parked, this.#timeout);
     const moving = this.moves.moving(session);
     if (moving) await within(moving, this.#timeout);
+  }
+
+  /** A request was brought here: the token is the one that is known here, which tells nothing of its client's. */
+  async reached(token: string, { session, headers }: RequestHead): Promise<void> {
+    await this.settled(token, session, "x-duplex-attempt" in headers ? 0 : undefined);
   }
 
   tick(period: number): void {

@@ -580,6 +580,19 @@ test("a session whose client polls is not parked between two polls, though it ha
   assertEquals(store.history.length, 2);
 });
 
+test("a refusal of the session's instance reaches its client, though it has parked the session", async (t) => {
+  const { instances: [a], proxy, told } = await start(t, { whenAway: true, patience: 800 });
+  const client = await wireClient(t, `${proxy.url}/room`);
+  await leave(a!, client);
+  await until(() => counts(a!).parked === 1);
+  proxy.choose = () => 1;
+  const refused = await client.resume(1, 5).then(() => 200, ({ status }) => status);
+  assertEquals(refused, 409, "it has had no five messages");
+  await until(() => counts(a!).parked === 1);
+  t.use(await client.resume(2, 0));
+  assertEquals(told.filter((call) => /open|close/.test(call)), ["open 0"]);
+});
+
 test("of many that ask for a parked session at once one gets it", async (t) => {
   const fleet = await start(t, { count: 4 });
   const { instances, proxy, told, errors } = fleet;
