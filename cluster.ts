@@ -328,13 +328,13 @@ class Router implements RoutingDriver {
       deaf: () => this.#report({ stage: "subscribe" }, new Error(DEAF)),
       tell: (to, head) => void this.#tell(to, head),
     });
-    this.#searches = new Searches(timeout, (key, id, session) => {
+    this.#searches = new Searches(timeout, (key, id, session, isAgain) => {
       if (this.#bus.busy) return;
+      if (isAgain) this.#presence.ask();
       void this.#send(ALL, key, { kind: "where", id, session, from: instance });
       this.#migration.look(session);
     });
-    const receive = (message: SyncMessage) => this.#receive(message);
-    this.#subscription = new Subscription(driver, instance, this.#report, receive);
+    this.#subscription = new Subscription(driver, instance, this.#report, (m) => this.#receive(m));
   }
 
   // --- As a driver ---
@@ -1321,6 +1321,7 @@ class Migration implements Mover<SyncMessage> {
    */
   hides({ headers }: Request, token: string, session: string): boolean {
     if (this.#presence.doubts || this.#host.has(token)) return true;
+    if (this.#presence.isUnsure(this.#searches.begunAt(session))) return true;
     return !!this.parking && (this.parking.mayBring(session) || !headers.has("x-duplex-attempt"));
   }
 
@@ -1599,6 +1600,7 @@ class Lines {
 /** A search for a session whose instance is gone. */
 interface Search {
   readonly key: CryptoKey;
+  readonly begun: number;
   readonly where: Promise<string | undefined>;
   readonly settle: (owner?: string) => void;
 }
@@ -1608,7 +1610,7 @@ interface Search {
  * says so.
  */
 class Searches {
-  readonly #ask: (key: CryptoKey, id: string, session: string) => void;
+  readonly #ask: (key: CryptoKey, id: string, session: string, isAgain?: boolean) => void;
   /** How long an instance has to answer before all are asked, at least and most, and all have then; in ms. */
   readonly #soonest: number;
   readonly #latest: number;
@@ -1621,7 +1623,10 @@ class Searches {
   readonly #byId: Map<string, Search> = new Map();
   #ended = false;
 
-  constructor(timeout: number, ask: (key: CryptoKey, id: string, session: string) => void) {
+  constructor(
+    timeout: number,
+    ask: (key: CryptoKey, id: string, session: string, isAgain?: boolean) => void,
+  ) {
     this.#latest = timeout / 2;
     this.#soonest = Math.min(WHERE_AFTER, this.#latest);
     this.#patience = Math.min(DOUBT, timeout);
@@ -1670,7 +1675,7 @@ class Searches {
     let resolve!: (owner?: string) => void;
     const where = new Promise<string | undefined>((settle) => resolve = settle);
     // It may have gone from who was not asked yet to who had answered, or the question got lost.
-    const again = setTimeout(() => this.#ask(key, id, session), this.#patience / 2);
+    const again = setTimeout(() => this.#ask(key, id, session, true), this.#patience / 2);
     const forget = () => {
       clearTimeout(timer);
       clearTimeout(again);
@@ -1690,11 +1695,16 @@ class Searches {
     };
     let timer = setTimeout(settle, this.#patience);
     this.#waits.add(end);
-    const search = { key, where, settle };
+    const search = { key, begun: clock(), where, settle };
     this.#bySession.set(session, search);
     this.#byId.set(id, search);
     this.#ask(key, id, session);
     return await where;
+  }
+
+  /** When all were asked for the session, if that tells anything still. */
+  begunAt(session: string): number {
+    return this.#bySession.get(session)?.begun ?? -Infinity;
   }
 
   /** The search that an answer is for. */
@@ -1739,6 +1749,8 @@ interface Other {
   commitment: string | undefined;
   /** How long it is silent, in ms, by ticks. */
   age: number;
+  /** When it was heard last. */
+  at: number;
   left: boolean;
   /** It has been asked something since it was heard last. */
   asked: boolean;
@@ -1838,7 +1850,18 @@ class Presence {
   /** Anything that is authentic shows that its instance is there. */
   heard(instance: string): void {
     const other = this.#others.get(instance);
-    if (other) Object.assign(other, { age: 0, asked: false });
+    if (other) Object.assign(other, { age: 0, at: clock(), asked: false });
+  }
+
+  /** All are to give a sign. */
+  ask(): void {
+    for (const [instance, other] of this.#others) other.asked ||= !this.isGone(instance);
+    this.#voice.tell(ALL, { kind: "hello", from: this.#instance });
+  }
+
+  /** Whether one that may be there has given none since: it may be frozen, and have what nobody has. */
+  isUnsure(since: number): boolean {
+    return [...this.#others].some(([instance, { at }]) => at < since && !this.isGone(instance));
   }
 
   /** The instance is to answer. */
@@ -1852,7 +1875,7 @@ class Presence {
       if (this.#others.size >= MAX_INSTANCES) {
         this.#others.delete(this.#others.keys().next().value!);
       }
-      other = { commitment: undefined, age: 0, left: false, asked: false };
+      other = { commitment: undefined, age: 0, at: clock(), left: false, asked: false };
       this.#others.set(instance, other);
     }
     return other;
@@ -1867,7 +1890,7 @@ class Presence {
 
   commit(instance: string, commitment: string): void {
     const other = this.#know(instance);
-    other.age = 0;
+    this.heard(instance);
     other.commitment ??= commitment;
     if (other.commitment === commitment) return;
     // "Where two claim to be the same, neither's farewell is believed", nor is one that was.
@@ -1893,7 +1916,10 @@ class Presence {
       if (this.#voice.addresses && !other.asked) continue;
       const periods = Math.floor(other.age / PRESENCE_PERIOD);
       other.age = this.isDeaf ? 0 : other.age + period;
-      if (!this.#voice.addresses) continue;
+      if (!this.#voice.addresses) {
+        if (this.isGone(instance)) other.asked = false; // nobody waits for it any more
+        continue;
+      }
       // "Whoever is gone is asked anew after a minute."
       if (other.age > GONE + PRUNE_PERIOD) this.#others.delete(instance);
       else if (Math.floor(other.age / PRESENCE_PERIOD) > periods) {

@@ -1056,6 +1056,59 @@ test("a session is found though the instance that it left has gone since", async
   assertEquals(told.slice(3), ["suspend 1", "revive 2"]);
 });
 
+for (const frozen of ["does not answer", "has died"] as const) {
+  test(
+    `nobody is told that a session is over while an instance that may have it ${frozen}`,
+    async (t) => {
+      let held: (() => void)[] | undefined;
+      const ids: string[] = [];
+      const bus = new MemoryBus(t);
+      const fleet = await start(t, (context) => {
+        const driver = bus.adapter(context);
+        const isSecond = ids.push(context.id) === 2;
+        return {
+          ...driver,
+          publish: (message) => isSecond && held ? undefined : driver.publish(message),
+          subscribe: (deliver) =>
+            driver.subscribe((message) => {
+              if (isSecond && held) held.push(() => deliver(message));
+              else deliver(message);
+            }),
+        };
+      }, { count: 3 });
+      const { instances, proxy, told } = fleet;
+      const first = await wireClient(t, `${proxy.url}/room`);
+      await hearsOfAnother(instances[2]!);
+      proxy.choose = () => 1;
+      t.use(await first.resume(1, 0)); // and that its client does not hear
+      instances[1]!.ws.publish("all", "");
+      await until(() => instances[2]!.ws.stats().cluster!.instances === 2);
+      await instances[0]!.ws.close(1012);
+      held = [];
+      proxy.choose = () => 2;
+      let attempt = 1;
+      const status = () =>
+        first.resume(++attempt, 0).then((client) => {
+          t.use(client);
+          return 200;
+        }, ({ status }) => status as number);
+      assertEquals([await first.send("a"), await status()], [503, 503]);
+      if (frozen === "has died") {
+        await until(async () => await status() === 404, { timeout: 30_000, interval: 500 });
+        assertEquals(instances[2]!.ws.stats().cluster!.instances, 0);
+      }
+      const late = held;
+      held = undefined;
+      for (const deliver of late) deliver();
+      if (frozen === "does not answer") {
+        await until(async () => await status() === 200);
+        assert(told.includes("revive 2"));
+      }
+    },
+    { timeout: 60_000 },
+  );
+}
+
 test("a session that no instance has is not waited for, where its own has gone", async (t) => {
   const fleet = await start(t, new MemoryBus(t).adapter, { count: 2, resumeTimeout: 0 });
   const { instances, proxy, errors } = fleet;
