@@ -330,7 +330,7 @@ class Router implements RoutingDriver {
     });
     this.#searches = new Searches(timeout, (key, id, session, isAgain) => {
       if (this.#bus.busy) return;
-      if (isAgain) this.#presence.ask();
+      if (isAgain) this.#presence.ask(this.#searches.begunAt(session));
       void this.#send(ALL, key, { kind: "where", id, session, from: instance });
       this.#migration.look(session);
     });
@@ -1784,6 +1784,8 @@ class Presence {
   #silence = PRESENCE_PERIOD;
   /** Told of the next sign. */
   #signed = () => {};
+  /** When all were asked for one. */
+  #asked = -Infinity;
   /** What had been heard when something was said that comes back, and when that was. */
   #before: number | undefined;
   #since = 0;
@@ -1853,8 +1855,10 @@ class Presence {
     if (other) Object.assign(other, { age: 0, at: clock(), asked: false });
   }
 
-  /** All are to give a sign. */
-  ask(): void {
+  /** All are to give a sign, if they were not asked for one since: anybody can have a session looked for. */
+  ask(since: number): void {
+    if (this.#asked >= since) return;
+    this.#asked = clock();
     for (const [instance, other] of this.#others) other.asked ||= !this.isGone(instance);
     this.#voice.tell(ALL, { kind: "hello", from: this.#instance });
   }

@@ -1109,6 +1109,41 @@ for (const frozen of ["does not answer", "has died"] as const) {
   );
 }
 
+test("however many sessions are looked for, all are asked for a sign twice a second at most", async (t) => {
+  let signs = 0;
+  const bus = new MemoryBus(t);
+  const { instances, proxy } = await start(t, (context) => {
+    const driver = bus.adapter(context);
+    return {
+      ...driver,
+      publish(message) {
+        if (textOf(message).includes('"kind":"hello"')) signs++;
+        return driver.publish(message);
+      },
+    };
+  }, { count: 3, resumeTimeout: 0 });
+  const { token } = await wireClient(t, `${proxy.url}/room`);
+  await hearsOfAnother(instances[1]!);
+  for (const peer of peersOf(instances[0]!)) peer.terminate();
+  await instances[0]!.ws.close(1012);
+  signs = 0;
+  const statuses = await Promise.all(Array.from({ length: 40 }, async (_, n) => {
+    await sleep(20 * n, t.signal);
+    const { status, body } = await fetch(`${instances[1]!.url}/room`, {
+      method: "POST",
+      headers: {
+        "x-crossws-id": `${token.slice(0, -4)}${1000 + n}`,
+        "content-type": "application/websocket-events",
+      },
+    });
+    await body?.cancel();
+    return status;
+  }));
+  assertEquals(new Set(statuses), new Set([404]));
+  assertGreater(signs, 0);
+  assertLessOrEqual(signs, 4, "for 1.8 s");
+});
+
 test("a session that no instance has is not waited for, where its own has gone", async (t) => {
   const fleet = await start(t, new MemoryBus(t).adapter, { count: 2, resumeTimeout: 0 });
   const { instances, proxy, errors } = fleet;
