@@ -330,11 +330,11 @@ class Router implements RoutingDriver {
     });
     this.#searches = new Searches(timeout, (key, id, session, isAgain) => {
       if (this.#bus.busy) return;
-      if (isAgain) this.#presence.ask(this.#searches.begunAt(session));
       void this.#send(ALL, key, { kind: "where", id, session, from: instance });
-      this.#migration.look(session);
+      this.#migration.look(session, isAgain);
     });
-    this.#subscription = new Subscription(driver, instance, this.#report, (m) => this.#receive(m));
+    const receive = (message: SyncMessage) => this.#receive(message);
+    this.#subscription = new Subscription(driver, instance, this.#report, receive);
   }
 
   // --- As a driver ---
@@ -1521,8 +1521,10 @@ class Migration implements Mover<SyncMessage> {
   // --- The parking store ---
 
   /** Whoever is asked for the session says nothing: it may have parked it, and be frozen. */
-  look(session: string): void {
+  look(session: string, isAgain = false): void {
     this.#presence.said(); // all were asked, and so is this instance
+    // "Halfway, all are asked for a sign": until then whoever has it says so.
+    if (isAgain) this.#presence.ask(this.#searches.begunAt(session));
     this.#wake();
     this.#look(session);
   }
@@ -1600,6 +1602,7 @@ class Lines {
 /** A search for a session whose instance is gone. */
 interface Search {
   readonly key: CryptoKey;
+  /** When all were asked. */
   readonly begun: number;
   readonly where: Promise<string | undefined>;
   readonly settle: (owner?: string) => void;
